@@ -1,0 +1,45 @@
+# Everything a fresh machine needs: `make run` and `make test` create .venv, install, build, then do the job.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+PROMPT ?= Start with 17, add 25, then multiply by 3.
+
+.PHONY: run test lint format bench install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(BUILD_INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "moejet needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+run: install
+	$(BIN)/moejet run "$(PROMPT)"
+
+# Reference code in the tests runs in torch beside our own pool: one OpenMP thread keeps them apart.
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy clang-format
+	touch $@
+
+bench: install
+	$(BIN)/moejet bench
+
+clean:
+	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache

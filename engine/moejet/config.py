@@ -1,0 +1,450 @@
+"""Model and engine configuration, and everything read from the environment.
+
+`ModelConfig.from_hf` is the only reader of Hugging Face config keys. A key that changes the computation and whose
+value we do not implement raises ValueError; keys that do not are ignored. Published dimensions of real models are in
+`moejet.presets`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+ExpertFormat = Literal["int4_g32", "int8", "bf16"]
+DenseDtype = Literal["bf16", "fp32"]
+EXPERT_FORMATS: tuple[str, ...] = get_args(ExpertFormat)
+DENSE_DTYPES: tuple[str, ...] = get_args(DenseDtype)
+ISAS = ("scalar", "avx2", "avx512", "amx")
+
+# model_type -> (scoring_func, topk_method) where the file does not say.
+_FAMILIES: dict[str, tuple[str, str]] = {
+    "deepseek_v2": ("softmax", "greedy"),
+    "deepseek_v3": ("sigmoid", "noaux_tc"),
+    "kimi_k2": ("sigmoid", "noaux_tc"),
+    "glm4_moe_lite": ("sigmoid", "noaux_tc"),
+}
+_ROUTERS = {("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoid", "noaux_tc")}
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding parameters. `type` is "default" or "yarn" (arXiv 2309.00071)."""
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    @property
+    def cos_sin_scale(self) -> float:
+        """Factor on cos and sin: mscale(factor, mscale) / mscale(factor, mscale_all_dim)."""
+        if self.type == "default":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return _yarn_mscale(self.factor, self.mscale) / _yarn_mscale(
+                self.factor, self.mscale_all_dim
+            )
+        return _yarn_mscale(self.factor, 1.0)
+
+    @property
+    def softmax_mscale(self) -> float:
+        """Factor on the softmax scale: mscale(factor, mscale_all_dim)^2, as DeepSeek-V2/V3 apply it."""
+        if self.type == "default" or not self.mscale_all_dim:
+            return 1.0
+        return _yarn_mscale(self.factor, self.mscale_all_dim) ** 2
+
+
+def _yarn_mscale(scale: float, mscale: float) -> float:
+    return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Architecture of one DeepSeek-family model; field names follow Hugging Face's config.json."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    num_shared_experts: int
+    first_k_dense_replace: int
+    q_lora_rank: int | None = None
+    n_group: int = 1
+    topk_group: int = 1
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    rope_interleave: bool = True
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    num_nextn_predict_layers: int = 0
+    quantization: str | None = None
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Cached values per token and layer: kv_lora_rank + qk_rope_head_dim."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        return max(0, self.num_hidden_layers - self.first_k_dense_replace)
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.qk_head_dim**-0.5 * self.rope.softmax_mscale)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return layer >= self.first_k_dense_replace
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"):
+            _require_positive(name, getattr(self, name))
+        for name in ("num_hidden_layers", "num_attention_heads", "kv_lora_rank", "v_head_dim"):
+            _require_positive(name, getattr(self, name))
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "num_experts", "num_experts_per_tok"):
+            _require_positive(name, getattr(self, name))
+        for name in ("max_position_embeddings", "n_group", "topk_group"):
+            _require_positive(name, getattr(self, name))
+        if self.q_lora_rank is not None:
+            _require_positive("q_lora_rank", self.q_lora_rank)
+        if self.num_shared_experts < 0 or self.first_k_dense_replace < 0:
+            raise ValueError("n_shared_experts and first_k_dense_replace must not be negative")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
+        if self.num_experts % self.n_group or self.topk_group > self.n_group:
+            raise ValueError(
+                f"n_group={self.n_group}, topk_group={self.topk_group} do not divide "
+                f"n_routed_experts={self.num_experts}: check the router keys of config.json"
+            )
+        selectable = self.num_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > selectable:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {selectable} experts "
+                "that the router may choose from"
+            )
+        if (self.scoring_func, self.topk_method) not in _ROUTERS:
+            known = ", ".join(f"{s} + {t}" for s, t in sorted(_ROUTERS))
+            raise ValueError(
+                f"scoring_func={self.scoring_func!r} with topk_method={self.topk_method!r} is not "
+                f"supported; supported: {known}"
+            )
+
+    @classmethod
+    def from_hf(cls, source: str | Path | dict[str, Any]) -> ModelConfig:
+        """Reads a Hugging Face config.json (a file, a directory that holds one, or the parsed dict).
+
+        Raises ValueError naming the key, its value and what is supported, if the model cannot be computed exactly.
+        """
+        raw = source if isinstance(source, dict) else _read_config_json(Path(source))
+        if "text_config" in raw and raw.get("model_type") in ("kimi_k25", "kimi_vl"):
+            outer = raw
+            raw = dict(outer["text_config"])
+            for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings"):
+                if key in outer:
+                    raw.setdefault(key, outer[key])
+            if raw.get("model_type") == "kimi_k25":
+                raw["model_type"] = "kimi_k2"
+        return _HfReader(raw).build()
+
+
+class _HfReader:
+    """Reads one config.json dict, naming key and value in every refusal."""
+
+    def __init__(self, raw: dict[str, Any]):
+        self.raw = raw
+        model_type = raw.get("model_type")
+        if model_type not in _FAMILIES:
+            raise ValueError(
+                f"model_type={model_type!r} is not supported; supported: "
+                + ", ".join(sorted(_FAMILIES))
+                + " and kimi_k25 (text)"
+            )
+        self.model_type: str = model_type
+
+    def build(self) -> ModelConfig:
+        self._refuse_what_changes_the_result()
+        scoring, method = _FAMILIES[self.model_type]
+        quantization = self._quantization()
+        n_group = self._int("n_group", 1) or 1
+        return ModelConfig(
+            model_type=self.model_type,
+            vocab_size=self._int("vocab_size"),
+            hidden_size=self._int("hidden_size"),
+            intermediate_size=self._int("intermediate_size"),
+            moe_intermediate_size=self._int("moe_intermediate_size"),
+            num_hidden_layers=self._int("num_hidden_layers"),
+            num_attention_heads=self._int("num_attention_heads"),
+            kv_lora_rank=self._int("kv_lora_rank"),
+            qk_nope_head_dim=self._int("qk_nope_head_dim"),
+            qk_rope_head_dim=self._int("qk_rope_head_dim"),
+            v_head_dim=self._int("v_head_dim"),
+            num_experts=self._int("n_routed_experts"),
+            num_experts_per_tok=self._int("num_experts_per_tok"),
+            num_shared_experts=self._int("n_shared_experts", 0),
+            first_k_dense_replace=self._first_moe_layer(),
+            q_lora_rank=self._int("q_lora_rank", 0) or None,
+            n_group=n_group,
+            topk_group=self._int("topk_group", n_group) or n_group,
+            scoring_func=self._str("scoring_func", scoring),
+            topk_method=self._str("topk_method", method),
+            norm_topk_prob=bool(self.raw.get("norm_topk_prob", self.model_type != "deepseek_v2")),
+            routed_scaling_factor=self._float("routed_scaling_factor", 1.0),
+            rms_norm_eps=self._float("rms_norm_eps", 1e-6),
+            rope=self._rope(),
+            rope_interleave=bool(self.raw.get("rope_interleave", True)),
+            max_position_embeddings=self._int("max_position_embeddings"),
+            tie_word_embeddings=bool(self.raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(self.raw.get("attention_bias", False)),
+            bos_token_id=self.raw.get("bos_token_id"),
+            eos_token_ids=_as_ids(self.raw.get("eos_token_id")),
+            num_nextn_predict_layers=self._int("num_nextn_predict_layers", 0),
+            quantization=quantization,
+        )
+
+    def _refuse_what_changes_the_result(self) -> None:
+        for key, supported in (
+            ("hidden_act", "silu"),
+            ("moe_layer_freq", 1),
+            ("mlp_bias", False),
+            ("use_sliding_window", False),
+        ):
+            value = self.raw.get(key, supported)
+            if value is not None and value != supported:
+                raise ValueError(f"{key}={value!r} is not supported; supported: {supported!r}")
+        kv_heads = self.raw.get("num_key_value_heads")
+        if kv_heads not in (None, self.raw.get("num_attention_heads")):
+            raise ValueError(
+                f"num_key_value_heads={kv_heads!r} is not supported; MLA needs it equal to "
+                f"num_attention_heads={self.raw.get('num_attention_heads')!r}"
+            )
+        if self.model_type == "deepseek_v2" and self.raw.get("norm_topk_prob"):
+            raise ValueError(
+                "norm_topk_prob=True is not supported for deepseek_v2; supported: False "
+                "(no published V2 model sets it, and reference implementations disagree on it)"
+            )
+
+    def _first_moe_layer(self) -> int:
+        layers = self._int("num_hidden_layers")
+        types = self.raw.get("mlp_layer_types")
+        if types is None:
+            default = 1 if self.model_type == "glm4_moe_lite" else 0
+            return min(self._int("first_k_dense_replace", default), layers)
+        first = sum(1 for kind in types if kind == "dense")
+        if list(types) != ["dense"] * first + ["sparse"] * (layers - first):
+            raise ValueError(
+                f"mlp_layer_types={types!r} is not supported; supported: dense layers first, "
+                f"then sparse ones, {layers} in total"
+            )
+        return first
+
+    def _rope(self) -> RopeConfig:
+        params = dict(self.raw.get("rope_parameters") or {})
+        scaling = dict(self.raw.get("rope_scaling") or {})
+        merged = {**scaling, **params}
+        kind = merged.get("rope_type", merged.get("type", "default"))
+        theta = merged.get("rope_theta", self.raw.get("rope_theta", 10000.0))
+        partial = merged.get("partial_rotary_factor", self.raw.get("partial_rotary_factor", 1.0))
+        if partial not in (None, 1, 1.0):
+            raise ValueError(f"partial_rotary_factor={partial!r} is not supported; supported: 1.0")
+        if kind == "default":
+            return RopeConfig(theta=float(theta))
+        if kind != "yarn":
+            raise ValueError(f"rope type {kind!r} is not supported; supported: default, yarn")
+        max_positions = self._int("max_position_embeddings")
+        original = int(merged.get("original_max_position_embeddings") or max_positions)
+        factor = merged.get("factor")
+        return RopeConfig(
+            theta=float(theta),
+            type="yarn",
+            factor=float(max_positions / original if factor is None else factor),
+            original_max_position_embeddings=original,
+            beta_fast=float(merged.get("beta_fast") or 32),
+            beta_slow=float(merged.get("beta_slow") or 1),
+            mscale=float(merged.get("mscale") or 0.0),
+            mscale_all_dim=float(merged.get("mscale_all_dim") or 0.0),
+            attention_factor=merged.get("attention_factor"),
+            truncate=bool(merged.get("truncate", True)),
+        )
+
+    def _quantization(self) -> str | None:
+        spec = self.raw.get("quantization_config") or self.raw.get("compression_config")
+        if not spec:
+            return None
+        method = spec.get("quant_method", "unknown")
+        raise ValueError(
+            f"quantization_config.quant_method={method!r} is not supported; supported: "
+            "unquantised checkpoints (bf16, fp16 or fp32 safetensors), quantised while loading"
+        )
+
+    def _get(self, key: str, kinds: tuple[type, ...], default: Any) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            if default is None:
+                raise ValueError(f"config.json lacks {key!r}, which {self.model_type} needs")
+            return default
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"config.json: {key}={value!r} must be of type {kinds[0].__name__}")
+        return value
+
+    def _int(self, key: str, default: int | None = None) -> int:
+        return int(self._get(key, (int,), default))
+
+    def _float(self, key: str, default: float) -> float:
+        return float(self._get(key, (float, int), default))
+
+    def _str(self, key: str, default: str) -> str:
+        return str(self._get(key, (str,), default))
+
+
+def _read_config_json(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: a model directory needs a config.json")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} must hold a JSON object")
+    return raw
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+
+
+def _require_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name}={value!r} must be a positive integer")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to run a model.
+
+    model: alias, directory or hub id · expert_format: packed form of routed experts · dense_dtype: everything else ·
+    cache_dtype: latent cache · max_context: tokens per request (None: the model's, at most 32768) ·
+    max_batch_tokens: tokens per step, so also the prefill chunk · cache_tokens: capacity of the latent cache
+    (None: max_context, or 8192 if that is more) · block_size: tokens per cache block ·
+    num_threads: CPU workers (None: physical cores that this process may use) ·
+    isa: "auto" or the instruction set to use at most · seed: base of requests without one.
+    """
+
+    model: str
+    revision: str | None = None
+    expert_format: ExpertFormat = "int4_g32"
+    dense_dtype: DenseDtype = "bf16"
+    cache_dtype: DenseDtype = "bf16"
+    max_context: int | None = None
+    max_num_requests: int = 64
+    max_batch_tokens: int = 512
+    cache_tokens: int | None = None
+    block_size: int = 32
+    num_threads: int | None = None
+    isa: str = "auto"
+    seed: int | None = None
+    show_progress: bool | None = None
+
+    @classmethod
+    def create(cls, **options: Any) -> EngineConfig:
+        """Builds the configuration; an unknown option raises ValueError with the nearest known name."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise ValueError(f"unknown engine option {name!r}{hint}")
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model={self.model!r} must be an alias, a directory or a hub id")
+        _require_choice("expert_format", self.expert_format, EXPERT_FORMATS)
+        _require_choice("dense_dtype", self.dense_dtype, DENSE_DTYPES)
+        _require_choice("cache_dtype", self.cache_dtype, DENSE_DTYPES)
+        _require_choice("isa", self.isa, ("auto", *ISAS, "amx_emulated"))
+        for name in ("max_num_requests", "max_batch_tokens", "block_size"):
+            _require_positive(name, getattr(self, name))
+        for name in ("max_context", "cache_tokens", "num_threads"):
+            if getattr(self, name) is not None:
+                _require_positive(name, getattr(self, name))
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} must be an integer")
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def env_max_isa() -> str | None:
+    """MOEJET_MAX_ISA: the widest instruction set that "auto" may choose; it can only lower."""
+    value = os.environ.get("MOEJET_MAX_ISA")
+    if value is not None and value not in ISAS:
+        raise ValueError(f"MOEJET_MAX_ISA={value!r} is not one of {', '.join(ISAS)}")
+    return value
+
+
+def env_num_threads() -> int | None:
+    """MOEJET_NUM_THREADS: CPU workers, where the engine option is not given."""
+    value = os.environ.get("MOEJET_NUM_THREADS")
+    if value is None:
+        return None
+    if not value.isdigit() or int(value) == 0:
+        raise ValueError(f"MOEJET_NUM_THREADS={value!r} must be a positive integer")
+    return int(value)
+
+
+def use_reference() -> bool:
+    """MOEJET_REF=1: every operation runs its slow torch reference (for bisecting)."""
+    value = os.environ.get("MOEJET_REF", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"MOEJET_REF={value!r} must be 0 or 1")
+    return value == "1"
+
+
+def env_log_level() -> int:
+    """MOEJET_LOG: debug, info, warning or error."""
+    value = os.environ.get("MOEJET_LOG", "warning").lower()
+    levels = {"debug": logging.DEBUG, "info": logging.INFO}
+    levels.update({"warning": logging.WARNING, "error": logging.ERROR})
+    if value not in levels:
+        raise ValueError(f"MOEJET_LOG={value!r} is not one of {', '.join(levels)}")
+    return levels[value]

@@ -1,0 +1,304 @@
+"""The synchronous engine: add_request, step, abort. `LLM` drives it; a server will wrap it.
+
+A request of n samples becomes n `Request`s that share id and prompt. Each step schedules, runs the model, samples, and
+commits: appends the tokens, applies the stop rules, and reports what each sample gained.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from moejet.batch import Batch
+from moejet.block_pool import BlockPool
+from moejet.config import EngineConfig, ModelConfig
+from moejet.output import OutputAssembler
+from moejet.reasoning.parser import prompt_opens_thinking
+from moejet.request import (
+    CompletionOutput,
+    Request,
+    RequestOutput,
+    RequestState,
+    SamplingParams,
+    StreamDelta,
+    Timings,
+)
+from moejet.runner import ModelRunner
+from moejet.sampler import SampledToken, derive_seed, sample
+from moejet.scheduler import Scheduler
+from moejet.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class _Group:
+    """The n samples of one prompt and their text so far."""
+
+    prompt: str | None
+    samples: list[Request]
+    assemblers: list[OutputAssembler]
+    outputs: dict[int, CompletionOutput] = field(default_factory=dict)
+
+
+class Engine:
+    """Runs requests over one model. Not thread-safe."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        *,
+        block_pool: BlockPool,
+        tokenizer: Tokenizer | None,
+        max_context: int,
+    ):
+        self.runner = runner
+        self.model_config = model_config
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_context = max_context
+        self.block_pool = block_pool
+        self.default_params = SamplingParams()
+        self.on_close: Callable[[], None] = lambda: None
+        self.scheduler = Scheduler(
+            block_pool,
+            max_batch_tokens=config.max_batch_tokens,
+            max_num_requests=config.max_num_requests,
+        )
+        eos = tokenizer.eos_token_ids if tokenizer is not None else ()
+        self.eos_token_ids = frozenset(eos or model_config.eos_token_ids)
+        self._groups: OrderedDict[str, _Group] = OrderedDict()
+        self._ids = itertools.count()
+        self._base_seed = secrets.randbits(63) if config.seed is None else config.seed
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add_request(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Queues a prompt and returns its request id. Raises ValueError if it cannot be served as asked."""
+        self.check_prompt(prompt_token_ids, params)
+        number = next(self._ids)
+        request_id = request_id or f"request-{number}"
+        if request_id in self._groups:
+            raise ValueError(f"request_id={request_id!r} is already running; choose another")
+        seed = derive_seed(self._base_seed, number + 1) if params.seed is None else params.seed
+        room = self.max_context - len(prompt_token_ids)
+        limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        thinking, tags = self._thinking_of(prompt, prompt_token_ids)
+        samples = [
+            Request(
+                request_id=request_id,
+                index=index,
+                prompt_token_ids=tuple(prompt_token_ids),
+                params=params,
+                seed=derive_seed(seed, index),
+                max_total_tokens=len(prompt_token_ids) + limit,
+                eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
+            )
+            for index in range(params.n)
+        ]
+        assemblers = [
+            OutputAssembler(self.tokenizer, params, think_tags=tags, thinking=thinking)
+            for _ in samples
+        ]
+        self._groups[request_id] = _Group(prompt, samples, assemblers)
+        for request in samples:
+            self.scheduler.add(request)
+        return request_id
+
+    def step(self) -> list[StreamDelta]:
+        """Runs one batch and returns what every touched sample gained. [] if there is nothing to do."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return []
+        # Nothing is recorded before the tokens are known, so a step that raises can simply be run again.
+        logits = self.runner.execute(batch)
+        tokens = sample(logits, batch.sampled) if batch.sampled else []
+        self.scheduler.advance(batch)
+        return self._commit(batch, tokens)
+
+    def abort(self, request_id: str) -> list[StreamDelta]:
+        """Ends a request now; its samples finish with reason "abort" and the text they have. Unknown ids do nothing."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return []
+        deltas = []
+        for request, assembler in zip(group.samples, group.assemblers, strict=True):
+            if request.state is not RequestState.FINISHED:
+                self.scheduler.finish(request, "abort")
+                deltas.append(self._close(group, request, assembler.flush(), ()))
+        return deltas
+
+    def close(self) -> None:
+        """Aborts every request and releases the threads."""
+        for request_id in list(self._groups):
+            self.abort(request_id)
+        self.on_close()
+
+    @contextmanager
+    def scratch_request(self, token_ids: list[int]) -> Iterator[Request]:
+        """A request outside the schedule, with cache blocks for all its tokens; they are freed at the end."""
+        request = Request(
+            request_id="scratch",
+            index=0,
+            prompt_token_ids=tuple(token_ids),
+            params=SamplingParams(),
+            seed=0,
+            max_total_tokens=len(token_ids),
+            eos_token_ids=frozenset(),
+        )
+        if not self.block_pool.extend(request.block_table, len(token_ids)):
+            free = self.block_pool.num_free * self.block_pool.block_size
+            raise ValueError(
+                f"{len(token_ids)} tokens do not fit into the {free} free tokens of the cache: "
+                "raise cache_tokens or let running requests finish"
+            )
+        try:
+            yield request
+        finally:
+            self.block_pool.release(request.block_table)
+
+    def _commit(self, batch: Batch, tokens: list[SampledToken]) -> list[StreamDelta]:
+        deltas: list[StreamDelta] = []
+        now = time.perf_counter()
+        for request, token in zip(batch.sampled, tokens, strict=True):
+            group = self._groups[request.request_id]
+            assembler = group.assemblers[request.index]
+            request.token_ids.append(token.token_id)
+            request.first_token_s = request.first_token_s or now
+            if token.logprobs is not None:
+                request.logprobs.append(token.logprobs)
+                request.cumulative_logprob += token.logprobs.logprob
+            deltas.append(self._apply_stop_rules(group, request, assembler, token.token_id))
+        return deltas
+
+    def _apply_stop_rules(
+        self, group: _Group, request: Request, assembler: OutputAssembler, token_id: int
+    ) -> StreamDelta:
+        is_eos = token_id in request.eos_token_ids
+        if is_eos or token_id in request.params.stop_token_ids:
+            self.scheduler.finish(request, "stop", None if is_eos else token_id)
+            return self._close(group, request, assembler.flush(), (token_id,))
+        reasoning, content = assembler.push(token_id)
+        if assembler.stopped_by is not None:
+            self.scheduler.finish(request, "stop", assembler.stopped_by)
+            return self._close(group, request, (reasoning, content), (token_id,))
+        if len(request.token_ids) >= request.max_total_tokens:
+            self.scheduler.finish(request, "length")
+            tail = assembler.flush()
+            if assembler.stopped_by is not None:
+                request.finish_reason, request.stop_reason = "stop", assembler.stopped_by
+            return self._close(
+                group, request, (reasoning + tail[0], content + tail[1]), (token_id,)
+            )
+        return StreamDelta(
+            request.request_id,
+            request.index,
+            text=assembler.take_text(),
+            reasoning=reasoning,
+            content=content,
+            token_ids=(token_id,),
+        )
+
+    def _close(
+        self,
+        group: _Group,
+        request: Request,
+        pieces: tuple[str, str],
+        token_ids: tuple[int, ...],
+    ) -> StreamDelta:
+        """Builds a sample's output and, when it is the group's last, the request's."""
+        assembler = group.assemblers[request.index]
+        assert request.finish_reason is not None, f"{request.request_id=}"
+        wants = request.params.logprobs is not None
+        group.outputs[request.index] = CompletionOutput(
+            index=request.index,
+            text=assembler.text,
+            reasoning=assembler.reasoning,
+            content=assembler.content,
+            token_ids=tuple(request.output_token_ids),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            logprobs=tuple(request.logprobs) if wants else None,
+            cumulative_logprob=request.cumulative_logprob if wants else None,
+        )
+        output = None
+        if len(group.outputs) == len(group.samples):
+            output = self._request_output(group)
+            del self._groups[request.request_id]
+        return StreamDelta(
+            request.request_id,
+            request.index,
+            text=assembler.take_text(),
+            reasoning=pieces[0],
+            content=pieces[1],
+            token_ids=token_ids,
+            finish_reason=request.finish_reason,
+            output=output,
+        )
+
+    def _request_output(self, group: _Group) -> RequestOutput:
+        first = group.samples[0]
+        arrival = first.arrival_s
+        end = max(r.finished_s for r in group.samples)
+        scheduled = min(
+            (r.first_scheduled_s for r in group.samples if r.first_scheduled_s), default=end
+        )
+        first_token = min((r.first_token_s for r in group.samples if r.first_token_s), default=end)
+        return RequestOutput(
+            request_id=first.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=tuple(group.outputs[i] for i in range(len(group.samples))),
+            timings=Timings(
+                prompt_tokens=first.num_prompt_tokens,
+                completion_tokens=sum(len(r.output_token_ids) for r in group.samples),
+                queue_s=scheduled - arrival,
+                prefill_s=first_token - scheduled,
+                decode_s=end - first_token,
+            ),
+        )
+
+    def check_prompt(self, token_ids: list[int], params: SamplingParams) -> None:
+        """Raises ValueError if a prompt cannot be served as asked."""
+        if not token_ids:
+            raise ValueError("the prompt is empty: it needs at least one token")
+        vocab = self.model_config.vocab_size
+        bad = next((t for t in token_ids if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise ValueError(f"prompt token id {bad} is outside the vocabulary of {vocab}")
+        if len(token_ids) >= self.max_context:
+            raise ValueError(
+                f"the prompt has {len(token_ids)} tokens, and a context of max_context="
+                f"{self.max_context} leaves no room for an answer; shorten the prompt or raise "
+                f"max_context (the model allows {self.model_config.max_position_embeddings})"
+            )
+        for token_id in (*(params.logit_bias or {}), *params.stop_token_ids):
+            if token_id >= vocab:
+                raise ValueError(
+                    f"token id {token_id} in logit_bias or stop_token_ids is outside the "
+                    f"vocabulary of {vocab}"
+                )
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none")
+
+    def _thinking_of(
+        self, prompt: str | None, token_ids: list[int]
+    ) -> tuple[bool, tuple[str, str] | None]:
+        if self.tokenizer is None or self.tokenizer.think_tags is None:
+            return False, None
+        text = prompt if prompt is not None else self.tokenizer.decode(token_ids, False)
+        return prompt_opens_thinking(text, *self.tokenizer.think_tags), self.tokenizer.think_tags

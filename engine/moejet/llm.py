@@ -1,0 +1,343 @@
+"""The Python entry point: load a model, generate, chat, stream, score.
+
+>>> from moejet import LLM, SamplingParams
+>>> with LLM() as llm:
+...     out = llm.chat([{"role": "user", "content": "Start with 17, add 25, then multiply by 3."}])
+...     print(out[0].outputs[0].reasoning, out[0].outputs[0].content)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from moejet.batch import Batch
+from moejet.config import EngineConfig, ModelConfig
+from moejet.engine import Engine
+from moejet.loading import build_engine, load_engine
+from moejet.presets import PRESETS
+from moejet.request import Request, RequestOutput, SamplingParams, StreamDelta
+from moejet.tokenizer import Tokenizer
+
+TINY_REASONER = "tiny-reasoner"
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A loaded model. Use it as a context manager, or call close().
+
+    model: "tiny-reasoner" (embedded in the package), a directory with a Hugging Face checkpoint, or a hub id.
+    Engine options are the fields of `moejet.EngineConfig`; an unknown one raises ValueError with a suggestion.
+    Calls from several threads take turns.
+    """
+
+    def __init__(self, model: str | Path = TINY_REASONER, **engine_options: Any):
+        config = EngineConfig.create(model=str(model), **engine_options)
+        self._setup(load_engine(config))
+
+    def _setup(self, engine: Engine) -> None:
+        self.engine = engine
+        self._mail: dict[str, deque[StreamDelta]] = {}
+        self._lock = threading.RLock()
+        self._closed = False
+
+    @classmethod
+    def synthetic(cls, preset: str, **engine_options: Any) -> LLM:
+        """A model of a preset's shape with random weights and no tokenizer, for benchmarks.
+
+        preset: a name of `moejet.presets.PRESETS`, optionally ":layers=N" to keep the first N layers only.
+        """
+        config = EngineConfig.create(model=f"synthetic:{preset}", **engine_options)
+        llm = cls.__new__(cls)
+        llm._setup(build_engine(config, parse_preset(preset)))
+        return llm
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.engine.config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.engine.model_config
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that one request may have, prompt and answer together."""
+        return self.engine.max_context
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises ValueError for a synthetic model, which has none."""
+        if self.engine.tokenizer is None:
+            raise ValueError("this model has no tokenizer: pass token ids instead of text")
+        return self.engine.tokenizer
+
+    def default_sampling(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends; temperature 1 where it is silent."""
+        return self.engine.default_params
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts (texts or token ids); all of them run together. Results come in the order given."""
+        batch = self._as_prompts(prompts)
+        return self._run_all([self._tokenise(p) for p in batch], sampling_params)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **template_kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them, through the checkpoint's chat template.
+
+        template_kwargs go to the template, e.g. enable_thinking=False where it knows that.
+        """
+        many = bool(messages) and not isinstance(messages[0], Mapping)
+        conversations = messages if many else [messages]
+        prompts = [
+            self._render(cast(Sequence[Message], conversation), template_kwargs)
+            for conversation in conversations
+        ]
+        return self._run_all(prompts, sampling_params)
+
+    def stream(
+        self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
+    ) -> Iterator[StreamDelta]:
+        """Yields what each step adds; closing the iterator early aborts the request."""
+        return self._stream(self._tokenise(prompt), sampling_params)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        **template_kwargs: Any,
+    ) -> Iterator[StreamDelta]:
+        """Like `stream`, for one conversation."""
+        return self._stream(self._render(messages, template_kwargs), sampling_params)
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probability of each token given those before it: len(token_ids) - 1 values, the first token has none."""
+        ids = [int(t) for t in token_ids]
+        self._check_score_input(ids)
+        with self._exclusive():
+            return self._score(ids)
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of all weights, of those that one decoded token reads, and of one cached token."""
+        model, config = self.engine.runner.model, self.model_config
+        experts = [layer.experts for layer in model.moe_layers]
+        routed = sum(e.nbytes for e in experts)
+        active = sum(e.nbytes // config.num_experts * config.num_experts_per_tok for e in experts)
+        cache = self.engine.runner.latent_cache
+        latent = config.num_hidden_layers * config.latent_dim * cache.element_size()
+        return {
+            "total": model.dense_bytes() + routed,
+            "active_per_token": model.dense_bytes_per_token() + active,
+            "latent_per_token": latent,
+        }
+
+    def bench_prefill(self, num_tokens: int, depth: int = 0) -> float:
+        """Seconds to compute num_tokens of prompt behind `depth` cached tokens."""
+        return self._bench(depth, num_tokens, one_by_one=False)
+
+    def bench_decode(self, num_tokens: int, depth: int = 0) -> float:
+        """Seconds to decode num_tokens one after another behind `depth` cached tokens."""
+        return self._bench(max(depth, 1), num_tokens, one_by_one=True)
+
+    def close(self) -> None:
+        """Aborts what runs and frees threads and memory. Calling it twice is harmless."""
+        if self._closed:
+            return
+        with self._lock:
+            self._closed = True
+            self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[Engine]:
+        with self._lock:
+            if self._closed:
+                raise ValueError("this LLM is closed: create a new one")
+            yield self.engine
+
+    def _as_prompts(self, prompts: Any) -> list[Any]:
+        if isinstance(prompts, str):
+            return [prompts]
+        items = list(prompts)
+        if items and all(isinstance(item, int) for item in items):
+            return [items]
+        return items
+
+    def _tokenise(self, prompt: str | Sequence[int]) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError("the prompt is empty: it needs at least one token")
+            return prompt, self.tokenizer.encode(prompt)
+        ids = list(prompt)
+        bad = next((t for t in ids if not isinstance(t, int) or isinstance(t, bool)), None)
+        if bad is not None:
+            raise ValueError(f"prompt token {bad!r} is not an integer: pass text or token ids")
+        return None, ids
+
+    def _render(
+        self, messages: Sequence[Message], template_kwargs: dict[str, Any]
+    ) -> tuple[str, list[int]]:
+        text = self.tokenizer.apply_chat_template(
+            [dict(m) for m in messages], add_generation_prompt=True, **template_kwargs
+        )
+        return text, self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _run_all(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        if sampling_params is None:
+            sampling_params = self.default_sampling()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts: "
+                "give one for all or one for each"
+            )
+        with self._exclusive() as engine:
+            ids: list[str] = []
+            try:
+                for (text, tokens), params in zip(prompts, sampling_params, strict=True):
+                    ids.append(engine.add_request(tokens, params, prompt=text))
+                    self._mail[ids[-1]] = deque()
+                return [self._wait(request_id) for request_id in ids]
+            except BaseException:
+                for request_id in ids:
+                    engine.abort(request_id)
+                raise
+            finally:
+                for request_id in ids:
+                    self._mail.pop(request_id, None)
+
+    def _wait(self, request_id: str) -> RequestOutput:
+        while True:
+            while self._mail[request_id]:
+                delta = self._mail[request_id].popleft()
+                if delta.output is not None:
+                    return delta.output
+            self._step()
+
+    def _step(self) -> None:
+        """One engine step; its deltas go to whoever waits for them, here or in an open stream."""
+        for delta in self.engine.step():
+            if delta.request_id in self._mail:
+                self._mail[delta.request_id].append(delta)
+
+    def _stream(
+        self, prompt: tuple[str | None, list[int]], params: SamplingParams | None
+    ) -> Iterator[StreamDelta]:
+        text, tokens = prompt
+        params = self.default_sampling() if params is None else params
+        with self._exclusive() as engine:
+            engine.check_prompt(tokens, params)
+        return self._deltas(text, tokens, params)
+
+    def _deltas(
+        self, prompt: str | None, tokens: list[int], params: SamplingParams
+    ) -> Iterator[StreamDelta]:
+        with self._exclusive() as engine:
+            request_id = engine.add_request(tokens, params, prompt=prompt)
+            mail = self._mail[request_id] = deque()
+        finished = False
+        try:
+            while not finished:
+                with self._exclusive():
+                    while not mail:
+                        self._step()
+                    delta = mail.popleft()
+                finished = delta.output is not None
+                yield delta
+        finally:
+            with self._lock:
+                self._mail.pop(request_id, None)
+                if not finished and not self._closed:
+                    self.engine.abort(request_id)
+
+    def _check_score_input(self, ids: list[int]) -> None:
+        if len(ids) < 2:
+            raise ValueError(f"score needs at least 2 tokens, got {len(ids)}")
+        if len(ids) > self.max_context:
+            raise ValueError(
+                f"score got {len(ids)} tokens, more than max_context={self.max_context}: "
+                "raise max_context or shorten the input"
+            )
+        vocab = self.model_config.vocab_size
+        bad = next((t for t in ids if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the vocabulary of {vocab}")
+
+    def _score(self, ids: list[int]) -> list[float]:
+        result: list[float] = []
+        with self.engine.scratch_request(ids) as request:
+            while request.num_computed_tokens < len(ids):
+                step = min(self.config.max_batch_tokens, len(ids) - request.num_computed_tokens)
+                start = request.num_computed_tokens
+                batch = Batch.build(
+                    [request], [step], block_size=self.config.block_size, all_logits=True
+                )
+                logits = self.engine.runner.execute(batch)
+                request.num_computed_tokens += step
+                targets = torch.tensor(ids[start + 1 : start + step + 1], dtype=torch.int64)
+                logits = logits[: targets.numel()]
+                chosen = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+                result += (chosen - torch.logsumexp(logits, dim=-1)).tolist()
+        return result
+
+    def _bench(self, depth: int, num_tokens: int, *, one_by_one: bool) -> float:
+        vocab = self.model_config.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocab, (depth + num_tokens,), generator=generator).tolist()
+        chunk = self.config.max_batch_tokens
+        with self._exclusive() as engine, engine.scratch_request(ids) as request:
+            self._compute(request, depth, chunk)
+            start = time.perf_counter()
+            self._compute(request, depth + num_tokens, 1 if one_by_one else chunk)
+            return time.perf_counter() - start
+
+    def _compute(self, request: Request, until: int, chunk: int) -> None:
+        """Computes the request's tokens up to `until`, with logits of each chunk's last row."""
+        while request.num_computed_tokens < until:
+            step = min(chunk, until - request.num_computed_tokens)
+            batch = Batch.build([request], [step], block_size=self.config.block_size)
+            batch.logits_indices = torch.tensor([step - 1])
+            self.engine.runner.execute(batch)
+            request.num_computed_tokens += step
+
+
+def parse_preset(text: str) -> ModelConfig:
+    """Reads "NAME" or "NAME:layers=N" into a model configuration."""
+    name, _, option = text.partition(":")
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    if not option:
+        return preset
+    key, _, value = option.partition("=")
+    if key != "layers" or not value.isdigit() or not 1 <= int(value) <= preset.num_hidden_layers:
+        raise ValueError(
+            f"preset option {option!r} must be layers=N with N from 1 to {preset.num_hidden_layers}"
+        )
+    return replace(preset, num_hidden_layers=int(value))

@@ -1,0 +1,190 @@
+"""Builds an engine: configuration, memory check, model, weights, cache, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moejet.block_pool import BlockPool
+from moejet.config import EngineConfig, ModelConfig
+from moejet.engine import Engine
+from moejet.experts.cpu_experts import CpuExperts, create_pool
+from moejet.models.deepseek import DeepseekForCausalLM
+from moejet.request import SamplingParams
+from moejet.runner import DTYPES, ModelRunner
+from moejet.tokenizer import Tokenizer
+from moejet.weights import load_checkpoint, resolve_model
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_MAX_CONTEXT = 32768
+_DEFAULT_CACHE_TOKENS = 8192
+_EXPERT_BITS = {"int4_g32": 4.5, "int8": 8.25, "bf16": 16.0}
+
+
+def load_engine(config: EngineConfig) -> Engine:
+    """Loads a checkpoint. Raises ValueError with a remedy for anything wrong with it."""
+    path = resolve_model(config.model, config.revision)
+    model_config = ModelConfig.from_hf(path)
+    tokenizer = Tokenizer.from_path(path)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        logger.warning(
+            "the tokenizer has %d tokens, the model %d",
+            tokenizer.vocab_size,
+            model_config.vocab_size,
+        )
+    engine = _create_engine(config, model_config, tokenizer)
+    try:
+        load_checkpoint(
+            path,
+            engine.runner.model.tensor_specs(),
+            num_hidden_layers=model_config.num_hidden_layers,
+            show_progress=config.show_progress,
+        )
+    except BaseException:
+        engine.close()
+        raise
+    engine.default_params = _read_default_params(path)
+    return engine
+
+
+def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
+    """An engine of the given shape with random weights and no tokenizer."""
+    engine = _create_engine(config, model_config, None)
+    model = engine.runner.model
+    generator = torch.Generator().manual_seed(config.seed or 0)
+    for name, spec in model.tensor_specs().items():
+        if ".experts." not in name:
+            spec.load(_random_weight(name, spec.shape, generator))
+    for layer, moe in enumerate(model.moe_layers):
+        moe.experts.fill_random(seed=layer + 1)
+    return engine
+
+
+def _create_engine(
+    config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer | None
+) -> Engine:
+    max_context, num_blocks = plan_cache(config, model_config)
+    check_memory(config, model_config, num_blocks * config.block_size)
+    dtype = DTYPES[config.dense_dtype]
+    pool = create_pool(config.num_threads)
+    model = DeepseekForCausalLM(
+        model_config,
+        make_experts=lambda: CpuExperts(
+            model_config, format=config.expert_format, pool=pool, isa=config.isa
+        ),
+        dtype=dtype,
+        max_context=max_context,
+    )
+    runner = ModelRunner(model, model_config, config, num_blocks=num_blocks)
+    engine = Engine(
+        runner,
+        model_config,
+        config,
+        block_pool=BlockPool(num_blocks, config.block_size),
+        tokenizer=tokenizer,
+        max_context=max_context,
+    )
+    engine.on_close = pool.close
+    return engine
+
+
+def plan_cache(config: EngineConfig, model_config: ModelConfig) -> tuple[int, int]:
+    """(max_context, number of cache blocks). Raises ValueError where the options contradict each other."""
+    limit = model_config.max_position_embeddings
+    if config.max_context is not None and config.max_context > limit:
+        raise ValueError(
+            f"max_context={config.max_context} exceeds the model's max_position_embeddings={limit}: "
+            "lower max_context"
+        )
+    max_context = config.max_context or min(limit, _DEFAULT_MAX_CONTEXT)
+    cache_tokens = config.cache_tokens or max(max_context, _DEFAULT_CACHE_TOKENS)
+    if config.max_context is not None and cache_tokens < config.max_context:
+        raise ValueError(
+            f"cache_tokens={cache_tokens} cannot hold one request of max_context="
+            f"{config.max_context}: raise cache_tokens or lower max_context"
+        )
+    return min(max_context, cache_tokens), math.ceil(cache_tokens / config.block_size)
+
+
+def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: int) -> None:
+    """Raises ValueError if weights and cache exceed the memory available now, before anything is allocated."""
+    expert = 3 * model_config.hidden_size * model_config.moe_intermediate_size
+    experts = model_config.num_moe_layers * model_config.num_experts * expert
+    expert_bytes = int(experts * _EXPERT_BITS[config.expert_format] / 8)
+    dense_bytes = _count_dense(model_config) * DTYPES[config.dense_dtype].itemsize
+    row = model_config.num_hidden_layers * model_config.latent_dim
+    cache_bytes = cache_tokens * row * DTYPES[config.cache_dtype].itemsize
+    needed, available = expert_bytes + dense_bytes + cache_bytes, _available_bytes()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"the model needs {needed / 2**30:.1f} GiB (experts as {config.expert_format} "
+            f"{expert_bytes / 2**30:.1f}, dense weights as {config.dense_dtype} "
+            f"{dense_bytes / 2**30:.1f}, cache for {cache_tokens} tokens {cache_bytes / 2**30:.1f}), "
+            f"and {available / 2**30:.1f} GiB are available: choose a smaller expert_format, "
+            "max_context or model"
+        )
+
+
+def _count_dense(config: ModelConfig) -> int:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    q_in = config.q_lora_rank or hidden
+    attention = heads * config.qk_head_dim * q_in + (config.q_lora_rank or 0) * hidden
+    attention += hidden * config.latent_dim + heads * config.v_head_dim * hidden
+    attention += heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
+    shared = 3 * hidden * config.moe_intermediate_size * config.num_shared_experts
+    mlp = 3 * hidden * config.intermediate_size
+    moe_layers = config.num_moe_layers
+    total = config.num_hidden_layers * attention + moe_layers * (
+        shared + config.num_experts * hidden
+    )
+    total += (config.num_hidden_layers - moe_layers) * mlp
+    return total + config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+
+
+def _available_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Values that keep activations near unit size: norms 1, biases 0, matrices uniform with variance 1 / fan-in."""
+    if "norm" in name:
+        return torch.ones(shape)
+    if len(shape) == 1:
+        return torch.zeros(shape)
+    fan_in = 1 if name.endswith("embed_tokens.weight") else shape[-1]
+    limit = math.sqrt(3.0 / fan_in)
+    values = torch.empty(shape, dtype=torch.bfloat16)
+    return values.uniform_(-limit, limit, generator=generator)
+
+
+def _read_default_params(path: Path) -> SamplingParams:
+    """The sampling that generation_config.json recommends."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return SamplingParams()
+    try:
+        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
+    if raw.get("do_sample") is False:
+        return SamplingParams(temperature=0.0)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    chosen = {name: raw[name] for name in names if raw.get(name) is not None}
+    try:
+        return SamplingParams(**chosen)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error

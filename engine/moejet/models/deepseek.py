@@ -1,0 +1,123 @@
+"""DeepSeek-V2/V3-architecture causal language models.
+
+Serves deepseek_v2, deepseek_v3 (R1, V3.1, Moonlight), kimi_k2 and glm4_moe_lite: they share attention and block
+structure and differ in dimensions and router, both in ModelConfig.
+
+    h += MLA(norm(h));  h += MLP or MoE(norm(h));  logits = lm_head(norm(h))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moejet.batch import Batch
+from moejet.config import ModelConfig
+from moejet.experts.cpu_experts import CpuExperts
+from moejet.layers.linear import Embedding, GatedMLP, Linear, RMSNorm
+from moejet.layers.mla import MLA
+from moejet.layers.moe import MoE
+from moejet.ops.rope import rope_table
+from moejet.weights.spec import TensorSpec
+
+
+class DecoderLayer:
+    """One transformer block."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        *,
+        make_experts: Callable[[], CpuExperts],
+        dtype: torch.dtype,
+    ):
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = RMSNorm(hidden, eps, out_dtype=dtype)
+        self.attention = MLA(config, dtype=dtype)
+        self.post_attention_norm = RMSNorm(hidden, eps, out_dtype=dtype)
+        self.mlp: MoE | GatedMLP
+        if config.is_moe_layer(layer):
+            self.mlp = MoE(config, make_experts(), dtype=dtype)
+        else:
+            self.mlp = GatedMLP(hidden, config.intermediate_size, dtype=dtype)
+
+    def __call__(
+        self, hidden: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch
+    ) -> Tensor:
+        hidden = hidden + self.attention(self.input_norm(hidden), cos_sin, latent_cache, batch)
+        return hidden + self.mlp(self.post_attention_norm(hidden))
+
+    def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
+        return (
+            self.input_norm.tensor_specs(f"{prefix}.input_layernorm")
+            | self.attention.tensor_specs(f"{prefix}.self_attn")
+            | self.post_attention_norm.tensor_specs(f"{prefix}.post_attention_layernorm")
+            | self.mlp.tensor_specs(f"{prefix}.mlp")
+        )
+
+
+class DeepseekForCausalLM:
+    """The whole model. Weights are uninitialised until `tensor_specs` have been loaded."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        make_experts: Callable[[], CpuExperts],
+        dtype: torch.dtype,
+        max_context: int,
+    ):
+        self.config = config
+        self.dtype = dtype
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = [
+            DecoderLayer(config, layer, make_experts=make_experts, dtype=dtype)
+            for layer in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, out_dtype=dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.rope = rope_table(config.rope, config.qk_rope_head_dim, max_context)
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
+
+    def forward(self, batch: Batch, latent_caches: Tensor) -> Tensor:
+        """Hidden states after the final norm of all tokens, [T, D]; fills the cache [layers, N, S, C + R]."""
+        hidden = self.embed_tokens(batch.token_ids)
+        cos_sin = self.rope[batch.positions]
+        for layer, latent_cache in zip(self.layers, latent_caches, strict=True):
+            hidden = layer(hidden, cos_sin, latent_cache, batch)
+        return self.norm(hidden)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [L, D] to logits [L, V], fp32."""
+        return self.lm_head(hidden).float()
+
+    def tensor_specs(self) -> dict[str, TensorSpec]:
+        """Checkpoint tensors by Hugging Face name, with the shape that each must have."""
+        specs = self.embed_tokens.tensor_specs("model.embed_tokens")
+        for i, layer in enumerate(self.layers):
+            specs |= layer.tensor_specs(f"model.layers.{i}")
+        specs |= self.norm.tensor_specs("model.norm")
+        if not self.config.tie_word_embeddings:
+            specs |= self.lm_head.tensor_specs("lm_head")
+        return specs
+
+    def dense_bytes(self) -> int:
+        """Bytes of everything but routed experts."""
+        dense = (spec for name, spec in self.tensor_specs().items() if ".experts." not in name)
+        return sum(math.prod(spec.shape) for spec in dense) * self.dtype.itemsize
+
+    def dense_bytes_per_token(self) -> int:
+        """Bytes of dense weights that one decoded token reads: of an untied embedding table only one row."""
+        if self.config.tie_word_embeddings:
+            return self.dense_bytes()
+        table = self.config.vocab_size * self.config.hidden_size
+        return self.dense_bytes() - table * self.dtype.itemsize

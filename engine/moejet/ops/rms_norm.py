@@ -1,0 +1,21 @@
+"""Root-mean-square layer normalisation (arXiv 1910.07467)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32.
+
+    x [..., D] any float dtype · weight [D]. Returns [..., D] in out_dtype.
+    """
+    return rms_norm_ref(x, weight, eps, out_dtype=out_dtype)
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -> Tensor:
+    """Torch reference of `rms_norm`."""
+    x = x.float()
+    inverse = torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return (x * inverse * weight.float()).to(out_dtype)

@@ -1,0 +1,134 @@
+"""From token ids to what a person reads: text, reasoning and content, with stop strings applied.
+
+tokens -> IncrementalDecoder -> text -> ThinkingParser -> reasoning, content -> stop strings. Nothing that might still
+turn into a tag or a stop string is handed out, so a stream never shows half of one.
+"""
+
+from __future__ import annotations
+
+from moejet.reasoning.parser import ThinkingParser
+from moejet.request import SamplingParams
+from moejet.tokenizer import IncrementalDecoder, Tokenizer
+
+
+class StopMatcher:
+    """Finds the first of some stop strings in text that arrives in pieces."""
+
+    def __init__(self, stop: tuple[str, ...]):
+        self.stop = stop
+        self.found: str | None = None
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """Returns what is safe to hand out; after a match, what came before it."""
+        if not self.stop or self.found is not None:
+            return "" if self.found is not None else text
+        buffer = self._held + text
+        hits = [(at, s) for s in self.stop if (at := buffer.find(s)) >= 0]
+        if hits:
+            at, self.found = min(hits, key=lambda hit: hit[0])
+            self._held = ""
+            return buffer[:at]
+        keep = held_back(buffer, self.stop)
+        self._held = buffer[len(buffer) - keep :]
+        return buffer[: len(buffer) - keep]
+
+    def flush(self) -> str:
+        """Hands out what was held back, at the end of the text."""
+        text, self._held = self._held, ""
+        return text
+
+
+def held_back(text: str, stop: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that a stop string begins with."""
+    longest = max((len(s) for s in stop), default=0) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-length:]) for s in stop):
+            return length
+    return 0
+
+
+class OutputAssembler:
+    """Collects one sample's output. Without a tokenizer, text stays empty and only token ids count."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        *,
+        think_tags: tuple[str, str] | None,
+        thinking: bool,
+    ):
+        self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+        self._parser: ThinkingParser | None = None
+        if think_tags is not None:
+            self._parser = ThinkingParser(*think_tags, thinking=thinking)
+        self._content_stop = StopMatcher(params.stop)
+        self._reasoning_stop = StopMatcher(params.stop if params.stop_in_reasoning else ())
+        self._raw = ""
+        self._num_taken = 0
+        self._thought = thinking
+        self._reasoning = ""
+        self.content = ""
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._content_stop.found or self._reasoning_stop.found
+
+    @property
+    def reasoning(self) -> str | None:
+        return self._reasoning if self._thought else None
+
+    @property
+    def text(self) -> str:
+        """Everything generated so far, tags included, up to a stop string."""
+        return self._raw
+
+    def push(self, token_id: int) -> tuple[str, str]:
+        """Adds a token; returns the new (reasoning, content)."""
+        if self._decoder is None:
+            return "", ""
+        return self._feed(self._decoder.push(token_id))
+
+    def flush(self) -> tuple[str, str]:
+        """Ends the text; returns the last (reasoning, content)."""
+        if self._decoder is None or self.stopped_by is not None:
+            return "", ""
+        reasoning, content = self._feed(self._decoder.flush())
+        if self._parser is not None and self.stopped_by is None:
+            more = self._split(*self._parser.flush())
+            reasoning, content = reasoning + more[0], content + more[1]
+        if self.stopped_by is None:
+            tail = self._reasoning_stop.flush(), self._content_stop.flush()
+            self._reasoning += tail[0]
+            self.content += tail[1]
+            reasoning, content = reasoning + tail[0], content + tail[1]
+        return reasoning, content
+
+    def take_text(self) -> str:
+        """The raw text that has become safe to show since the last call; everything once flushed or stopped."""
+        held = self._content_stop._held or self._reasoning_stop._held
+        end = len(self._raw) - (len(held) if self.stopped_by is None else 0)
+        if end <= self._num_taken:
+            return ""
+        piece, self._num_taken = self._raw[self._num_taken : end], end
+        return piece
+
+    def _feed(self, piece: str) -> tuple[str, str]:
+        before = len(self._raw)
+        self._raw += piece
+        split = self._parser.push(piece) if self._parser is not None else ("", piece)
+        result = self._split(*split)
+        if self.stopped_by is not None:
+            at = self._raw.find(self.stopped_by, max(0, before - len(self.stopped_by) + 1))
+            self._raw = self._raw[: at if at >= 0 else before]
+        return result
+
+    def _split(self, reasoning: str, content: str) -> tuple[str, str]:
+        self._thought = self._thought or bool(reasoning)
+        reasoning = self._reasoning_stop.push(reasoning)
+        content = "" if self._reasoning_stop.found else self._content_stop.push(content)
+        self._reasoning += reasoning
+        self.content += content
+        return reasoning, content

@@ -1,0 +1,232 @@
+"""What goes into the engine and what comes out: sampling parameters, requests, outputs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+MAX_LOGPROBS = 20
+MAX_N = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Impossible values raise ValueError naming the field.
+
+    Order: penalties and logit_bias, temperature, top_k, top_p, min_p. temperature=0 is greedy. top_k=0 and top_p=1
+    are off. max_tokens=None: as many as the context holds. Log-probabilities come from the raw logits.
+    Randomness depends on (seed, sample index, position) only: a seeded result is the same alone and in any batch.
+    Stop strings end the answer; inside the thinking they count only with stop_in_reasoning=True.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    stop_in_reasoning: bool = False
+    logit_bias: Mapping[int, float] | None = None
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_int("top_k", self.top_k, 0, None, "0 switches it off")
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise ValueError("top_p=0.0 must be above 0 (use temperature=0 for greedy decoding)")
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, None)
+        _check_int("n", self.n, 1, MAX_N)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        object.__setattr__(self, "stop", _as_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, 0, None)
+        for token_id, bias in (self.logit_bias or {}).items():
+            _check_int("logit_bias key", token_id, 0, None)
+            _check_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be a number between {low:g} and {high:g}")
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None, hint: str = "") -> None:
+    bad = not isinstance(value, int) or isinstance(value, bool) or value < low
+    if bad or (high is not None and value > high):
+        bounds = f"of at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name}={value!r} must be an integer {bounds}{hint and f' ({hint})'}")
+
+
+def _as_strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    for item in strings:
+        if not isinstance(item, str) or not item:
+            raise ValueError(f"stop={stop!r} must hold non-empty strings")
+    return strings
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of one chosen token and of the `top` alternatives [(token_id, logprob), ...]."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One finished sample.
+
+    text: everything generated, tags included · reasoning: the thinking, None without · content: the answer.
+    """
+
+    index: int
+    text: str
+    reasoning: str | None
+    content: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds and token counts of one request; completion_tokens counts all n samples.
+
+    prefill_s: first scheduling to first token · decode_s: first token to last · queue_s: arrival to first scheduling.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        return self.queue_s + self.prefill_s
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """The first token of a sample belongs to its prefill, so it is not counted here."""
+        return max(0, self.completion_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The finished result of one prompt: `outputs` holds n samples."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    timings: Timings
+    finished: bool = True
+
+    @property
+    def text(self) -> str:
+        """Text of the first sample."""
+        return self.outputs[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDelta:
+    """What one step added to one sample; `finish_reason` on its last, `output` on the very last of the request."""
+
+    request_id: str
+    index: int
+    text: str
+    reasoning: str
+    content: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    output: RequestOutput | None = None
+
+
+class RequestState(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sample in the engine: tokens that exist, and how far the latent cache has caught up with them.
+
+    block_table, num_computed_tokens and state are set by the scheduler; token_ids and logprobs grow at commit.
+    """
+
+    request_id: str
+    index: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    max_total_tokens: int
+    eos_token_ids: frozenset[int]
+    arrival_s: float = field(default_factory=time.perf_counter)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    state: RequestState = RequestState.WAITING
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    first_scheduled_s: float = 0.0
+    first_token_s: float = 0.0
+    finished_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        self.state = RequestState.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.finished_s = time.perf_counter()
