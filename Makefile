@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROMPT ?= Start with 17, add 25, then multiply by 3.
 
-.PHONY: run test lint format bench install clean
+.PHONY: run test gpu-check lint format bench install clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ run: install
 # Reference code in the tests runs in torch beside our own pool: one OpenMP thread keeps them apart.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# On a machine with a CUDA device: the tests that need one.
+gpu-check: install
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

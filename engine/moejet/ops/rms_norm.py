@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moejet.config import use_reference
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32.
 
     x [..., D] any float dtype · weight [D]. Returns [..., D] in out_dtype.
     """
+    if x.is_cuda and not use_reference():
+        from moejet.kernels.rms_norm import rms_norm as rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps, out_dtype=out_dtype)
     return rms_norm_ref(x, weight, eps, out_dtype=out_dtype)
 
 
