@@ -126,6 +126,28 @@ class ModelConfig:
     def softmax_scale(self) -> float:
         return float(self.qk_head_dim**-0.5 * self.rope.softmax_mscale)
 
+    @property
+    def num_expert_parameters(self) -> int:
+        """Weights of all routed experts."""
+        expert = 3 * self.hidden_size * self.moe_intermediate_size
+        return self.num_moe_layers * self.num_experts * expert
+
+    @property
+    def num_dense_parameters(self) -> int:
+        """Weights of everything else; norms and biases are too small to count."""
+        heads, q_in = self.num_attention_heads, self.q_lora_rank or self.hidden_size
+        attention = (self.q_lora_rank or 0) * self.hidden_size + q_in * heads * self.qk_head_dim
+        attention += self.hidden_size * self.latent_dim
+        attention += self.kv_lora_rank * heads * (self.qk_nope_head_dim + self.v_head_dim)
+        attention += heads * self.v_head_dim * self.hidden_size
+        shared = 3 * self.hidden_size * self.moe_intermediate_size * self.num_shared_experts
+        moe = shared + self.num_experts * self.hidden_size
+        dense = 3 * self.hidden_size * self.intermediate_size
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        num_dense = self.num_hidden_layers - self.num_moe_layers
+        blocks = self.num_hidden_layers * attention + self.num_moe_layers * moe + num_dense * dense
+        return blocks + tables
+
     def is_moe_layer(self, layer: int) -> bool:
         return layer >= self.first_k_dense_replace
 

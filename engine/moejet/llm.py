@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,14 +50,17 @@ class LLM:
         self._closed = False
 
     @classmethod
-    def synthetic(cls, preset: str, **engine_options: Any) -> LLM:
-        """A model of a preset's shape with random weights and no tokenizer, for benchmarks.
+    def synthetic(cls, shape: str | ModelConfig, **engine_options: Any) -> LLM:
+        """A model of the given shape with random weights and no tokenizer, for benchmarks.
 
-        preset: a name of `moejet.presets.PRESETS`, optionally ":layers=N" to keep the first N layers only.
+        shape: a name of `moejet.presets.PRESETS`, optionally with ":layers=N" to keep the first N layers only, or a
+        configuration of your own.
         """
-        config = EngineConfig.create(model=f"synthetic:{preset}", **engine_options)
+        model_config = parse_preset(shape) if isinstance(shape, str) else shape
+        name = shape if isinstance(shape, str) else shape.model_type
+        config = EngineConfig.create(model=f"synthetic:{name}", **engine_options)
         llm = cls.__new__(cls)
-        llm._setup(build_engine(config, parse_preset(preset)))
+        llm._setup(build_engine(config, model_config))
         return llm
 
     @property
@@ -113,7 +116,7 @@ class LLM:
 
     def stream(
         self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
-    ) -> Iterator[StreamDelta]:
+    ) -> Generator[StreamDelta, None, None]:
         """Yields what each step adds; closing the iterator early aborts the request."""
         return self._stream(self._tokenise(prompt), sampling_params)
 
@@ -122,7 +125,7 @@ class LLM:
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
         **template_kwargs: Any,
-    ) -> Iterator[StreamDelta]:
+    ) -> Generator[StreamDelta, None, None]:
         """Like `stream`, for one conversation."""
         return self._stream(self._render(messages, template_kwargs), sampling_params)
 
@@ -180,7 +183,9 @@ class LLM:
         if isinstance(prompts, str):
             return [prompts]
         items = list(prompts)
-        if items and all(isinstance(item, int) for item in items):
+        if not items:
+            raise ValueError("no prompts given: the list is empty")
+        if all(isinstance(item, int) for item in items):
             return [items]
         return items
 
@@ -197,7 +202,7 @@ class LLM:
 
     def _render(
         self, messages: Sequence[Message], template_kwargs: dict[str, Any]
-    ) -> tuple[str, list[int]]:
+    ) -> tuple[str | None, list[int]]:
         text = self.tokenizer.apply_chat_template(
             [dict(m) for m in messages], add_generation_prompt=True, **template_kwargs
         )
@@ -248,7 +253,7 @@ class LLM:
 
     def _stream(
         self, prompt: tuple[str | None, list[int]], params: SamplingParams | None
-    ) -> Iterator[StreamDelta]:
+    ) -> Generator[StreamDelta, None, None]:
         text, tokens = prompt
         params = self.default_sampling() if params is None else params
         with self._exclusive() as engine:
@@ -257,7 +262,7 @@ class LLM:
 
     def _deltas(
         self, prompt: str | None, tokens: list[int], params: SamplingParams
-    ) -> Iterator[StreamDelta]:
+    ) -> Generator[StreamDelta, None, None]:
         with self._exclusive() as engine:
             request_id = engine.add_request(tokens, params, prompt=prompt)
             mail = self._mail[request_id] = deque()

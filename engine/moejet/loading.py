@@ -19,7 +19,7 @@ from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.request import SamplingParams
 from moejet.runner import DTYPES, ModelRunner
 from moejet.tokenizer import Tokenizer
-from moejet.weights import load_checkpoint, resolve_model
+from moejet.weights import Checkpoint, load_weights, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def load_engine(config: EngineConfig) -> Engine:
     """Loads a checkpoint. Raises ValueError with a remedy for anything wrong with it."""
     path = resolve_model(config.model, config.revision)
     model_config = ModelConfig.from_hf(path)
+    checkpoint = Checkpoint.open(path)
     tokenizer = Tokenizer.from_path(path)
     if tokenizer.vocab_size > model_config.vocab_size:
         logger.warning(
@@ -41,11 +42,8 @@ def load_engine(config: EngineConfig) -> Engine:
         )
     engine = _create_engine(config, model_config, tokenizer)
     try:
-        load_checkpoint(
-            path,
-            engine.runner.model.tensor_specs(),
-            num_hidden_layers=model_config.num_hidden_layers,
-            show_progress=config.show_progress,
+        load_weights(
+            checkpoint, engine.runner.model.tensor_specs(), show_progress=config.show_progress
         )
     except BaseException:
         engine.close()
@@ -115,10 +113,8 @@ def plan_cache(config: EngineConfig, model_config: ModelConfig) -> tuple[int, in
 
 def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: int) -> None:
     """Raises ValueError if weights and cache exceed the memory available now, before anything is allocated."""
-    expert = 3 * model_config.hidden_size * model_config.moe_intermediate_size
-    experts = model_config.num_moe_layers * model_config.num_experts * expert
-    expert_bytes = int(experts * _EXPERT_BITS[config.expert_format] / 8)
-    dense_bytes = _count_dense(model_config) * DTYPES[config.dense_dtype].itemsize
+    expert_bytes = int(model_config.num_expert_parameters * _EXPERT_BITS[config.expert_format] / 8)
+    dense_bytes = model_config.num_dense_parameters * DTYPES[config.dense_dtype].itemsize
     row = model_config.num_hidden_layers * model_config.latent_dim
     cache_bytes = cache_tokens * row * DTYPES[config.cache_dtype].itemsize
     needed, available = expert_bytes + dense_bytes + cache_bytes, _available_bytes()
@@ -130,22 +126,6 @@ def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: 
             f"and {available / 2**30:.1f} GiB are available: choose a smaller expert_format, "
             "max_context or model"
         )
-
-
-def _count_dense(config: ModelConfig) -> int:
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    q_in = config.q_lora_rank or hidden
-    attention = heads * config.qk_head_dim * q_in + (config.q_lora_rank or 0) * hidden
-    attention += hidden * config.latent_dim + heads * config.v_head_dim * hidden
-    attention += heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
-    shared = 3 * hidden * config.moe_intermediate_size * config.num_shared_experts
-    mlp = 3 * hidden * config.intermediate_size
-    moe_layers = config.num_moe_layers
-    total = config.num_hidden_layers * attention + moe_layers * (
-        shared + config.num_experts * hidden
-    )
-    total += (config.num_hidden_layers - moe_layers) * mlp
-    return total + config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
 
 
 def _available_bytes() -> int | None:

@@ -17,25 +17,25 @@ class StopMatcher:
     def __init__(self, stop: tuple[str, ...]):
         self.stop = stop
         self.found: str | None = None
-        self._held = ""
+        self.held = ""
 
     def push(self, text: str) -> str:
         """Returns what is safe to hand out; after a match, what came before it."""
         if not self.stop or self.found is not None:
             return "" if self.found is not None else text
-        buffer = self._held + text
+        buffer = self.held + text
         hits = [(at, s) for s in self.stop if (at := buffer.find(s)) >= 0]
         if hits:
             at, self.found = min(hits, key=lambda hit: hit[0])
-            self._held = ""
+            self.held = ""
             return buffer[:at]
         keep = held_back(buffer, self.stop)
-        self._held = buffer[len(buffer) - keep :]
+        self.held = buffer[len(buffer) - keep :]
         return buffer[: len(buffer) - keep]
 
     def flush(self) -> str:
         """Hands out what was held back, at the end of the text."""
-        text, self._held = self._held, ""
+        text, self.held = self.held, ""
         return text
 
 
@@ -67,7 +67,6 @@ class OutputAssembler:
         self._reasoning_stop = StopMatcher(params.stop if params.stop_in_reasoning else ())
         self._raw = ""
         self._num_taken = 0
-        self._thought = thinking
         self._reasoning = ""
         self.content = ""
 
@@ -78,7 +77,8 @@ class OutputAssembler:
 
     @property
     def reasoning(self) -> str | None:
-        return self._reasoning if self._thought else None
+        thought = self._parser is not None and self._parser.has_reasoning
+        return self._reasoning if thought else None
 
     @property
     def text(self) -> str:
@@ -108,25 +108,26 @@ class OutputAssembler:
 
     def take_text(self) -> str:
         """The raw text that has become safe to show since the last call; everything once flushed or stopped."""
-        held = self._content_stop._held or self._reasoning_stop._held
-        end = len(self._raw) - (len(held) if self.stopped_by is None else 0)
+        end = len(self._raw)
+        if self.stopped_by is None:
+            end -= len(self._content_stop.held) + len(self._reasoning_stop.held)
+            end -= len(self._parser.held) if self._parser is not None else 0
         if end <= self._num_taken:
             return ""
         piece, self._num_taken = self._raw[self._num_taken : end], end
         return piece
 
     def _feed(self, piece: str) -> tuple[str, str]:
-        before = len(self._raw)
         self._raw += piece
         split = self._parser.push(piece) if self._parser is not None else ("", piece)
         result = self._split(*split)
         if self.stopped_by is not None:
-            at = self._raw.find(self.stopped_by, max(0, before - len(self.stopped_by) + 1))
-            self._raw = self._raw[: at if at >= 0 else before]
+            # What has been shown cannot be part of the match: it would have been held back.
+            at = self._raw.find(self.stopped_by, self._num_taken)
+            self._raw = self._raw[: max(at, self._num_taken)]
         return result
 
     def _split(self, reasoning: str, content: str) -> tuple[str, str]:
-        self._thought = self._thought or bool(reasoning)
         reasoning = self._reasoning_stop.push(reasoning)
         content = "" if self._reasoning_stop.found else self._content_stop.push(content)
         self._reasoning += reasoning

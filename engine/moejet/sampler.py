@@ -64,7 +64,9 @@ def adjust_logits(row: Tensor, request: Request) -> Tensor:
         penalty = params.repetition_penalty
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if request.output_token_ids and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(request.output_token_ids).unique(return_counts=True)
+        counts = torch.bincount(torch.tensor(request.output_token_ids))
+        ids = torch.nonzero(counts).squeeze(1)
+        counts = counts[ids]
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     for token_id, bias in (params.logit_bias or {}).items():
         row[token_id] += bias

@@ -44,11 +44,12 @@ class MLA:
     def __call__(self, x: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch) -> Tensor:
         """x [T, D], cos_sin [T, R], this layer's latent_cache [N, S, C + R]. Returns [T, D]."""
         config = self.config
-        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+        nope = config.qk_nope_head_dim
         latent_q = x if self.q_a_proj is None else self.q_a_norm(self.q_a_proj(x))
         q = self.q_proj(latent_q).view(-1, config.num_attention_heads, config.qk_head_dim)
-        q_nope, q_pe = q.split((nope, rope), dim=-1)
-        c_kv, k_pe = self.kv_a_proj(x).split((config.kv_lora_rank, rope), dim=-1)
+        q_nope, q_pe = q[..., :nope], q[..., nope:]
+        latent = self.kv_a_proj(x)
+        c_kv, k_pe = latent[:, : config.kv_lora_rank], latent[:, config.kv_lora_rank :]
         q_pe = apply_rope(q_pe, cos_sin, interleave=config.rope_interleave)
         k_pe = apply_rope(k_pe, cos_sin, interleave=config.rope_interleave)
         store_latent(self.kv_a_norm(c_kv), k_pe, latent_cache, batch.slot_mapping)

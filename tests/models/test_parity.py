@@ -1,0 +1,162 @@
+"""Tokens and log-probabilities against transformers, for every family and every way through the engine.
+
+Checkpoints are tiny and random, their weights rounded to bf16, so that bf16 experts lose nothing. The instruction sets
+up to AVX-512 compute bf16 experts in fp32 and must match to fp32 accuracy; AMX rounds activations to bf16.
+"""
+
+import pytest
+import torch
+
+from moejet import LLM, SamplingParams
+from moejet.testing.checkpoints import FAMILIES, reference_greedy, reference_logits, tiny_checkpoint
+from moejet.testing.tolerances import LOGPROB_LIMITS, logprob_error
+
+NUM_GREEDY = 64
+EXACT = {"expert_format": "bf16", "dense_dtype": "fp32", "cache_dtype": "fp32", "max_context": 256}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    made = {}
+
+    def get(family: str):
+        if family not in made:
+            path = tmp_path_factory.mktemp(family)
+            made[family] = tiny_checkpoint(path, family, dtype=torch.bfloat16)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def expected_greedy(checkpoint):
+    made: dict[str, list[int]] = {}
+
+    def get(family: str, prompt: list[int]) -> list[int]:
+        key = f"{family} {prompt}"
+        if key not in made:
+            tokens = reference_greedy(checkpoint(family), prompt, NUM_GREEDY)
+            made[key] = tokens[-NUM_GREEDY:]
+        return made[key]
+
+    return get
+
+
+def _prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, 250, (length,), generator=generator).tolist()
+
+
+PROMPTS = [_prompt(21, 1), _prompt(5, 2), _prompt(40, 3)]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_GREEDY, ignore_eos=True)
+
+
+@pytest.fixture(params=["avx512", "avx2", "scalar"])
+def exact_isa(request, usable_isa):
+    return usable_isa(request.param)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_alone_batched_and_chunked(family, checkpoint, expected_greedy, exact_isa):
+    if exact_isa == "scalar" and family != "deepseek_v3":
+        pytest.skip("the scalar table is slow; one family covers it")
+    path = checkpoint(family)
+    expected = [expected_greedy(family, prompt) for prompt in PROMPTS]
+    with LLM(path, isa=exact_isa, **EXACT) as llm:
+        alone = llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0]
+        assert list(alone.token_ids) == expected[0]
+        assert alone.finish_reason == "length"
+        batch = llm.generate(PROMPTS, GREEDY)
+        assert [list(r.outputs[0].token_ids) for r in batch] == expected
+    with LLM(path, isa=exact_isa, max_batch_tokens=7, block_size=4, **EXACT) as llm:
+        chunked = llm.generate(PROMPTS, GREEDY)
+        assert [list(r.outputs[0].token_ids) for r in chunked] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_of_every_position(family, checkpoint, exact_isa):
+    if exact_isa == "scalar" and family != "deepseek_v3":
+        pytest.skip("the scalar table is slow; one family covers it")
+    ids = _prompt(60, 4)
+    logits = reference_logits(checkpoint(family), ids)
+    expected = _next_token_logprobs(logits, ids)
+    for chunk in (512, 11):
+        options = {**EXACT, "max_batch_tokens": chunk}
+        with LLM(checkpoint(family), isa=exact_isa, **options) as llm:
+            got = torch.tensor(llm.score(ids), dtype=torch.float64)
+        assert float((got - expected).abs().max()) < LOGPROB_LIMITS["fp32"]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("isa", ["amx", "amx_emulated"])
+def test_amx_log_probabilities(family, isa, checkpoint, usable_isa):
+    ids = _prompt(120, 5)
+    logits = reference_logits(checkpoint(family), ids)
+    expected = _next_token_logprobs(logits, ids)
+    with LLM(checkpoint(family), isa=usable_isa(isa), **EXACT) as llm:
+        got = torch.tensor(llm.score(ids), dtype=torch.float64)
+    likely = expected > -9.0
+    assert float((got - expected).abs()[likely].max()) < LOGPROB_LIMITS["bf16"]
+
+
+def _next_token_logprobs(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    logprobs = torch.log_softmax(logits[:-1].double(), -1)
+    return logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    ("expert_format", "allowed"), [("bf16", 1.5), ("int8", 1.5), ("int4_g32", 4.0)]
+)
+def test_default_precision_costs_no_more_than_bf16_does(expert_format, allowed, checkpoint):
+    """bf16 dense layers and packed experts, measured by what transformers itself loses in bf16.
+
+    Means, because in a random model a rounded router score sometimes sends a token elsewhere.
+    """
+    path, ids = checkpoint("deepseek_v3"), _prompt(200, 6)
+    exact = _next_token_logprobs(reference_logits(path, ids), ids)
+    theirs = _next_token_logprobs(reference_logits(path, ids, torch.bfloat16), ids)
+    with LLM(path, expert_format=expert_format, max_context=256) as llm:
+        ours = torch.tensor(llm.score(ids), dtype=torch.float64)
+    error = float((ours - exact).abs().mean())
+    assert error < allowed * float((theirs - exact).abs().mean())
+
+
+def test_tied_embeddings_and_attention_bias(tmp_path):
+    path = tiny_checkpoint(
+        tmp_path, "deepseek_v3", dtype=torch.bfloat16, tie_word_embeddings=True, attention_bias=True
+    )
+    ids = _prompt(30, 7)
+    logits = reference_logits(path, ids)
+    with LLM(path, isa="auto", **EXACT) as llm:
+        result = llm.generate(
+            [ids], SamplingParams(temperature=0.0, max_tokens=1, logprobs=5, ignore_eos=True)
+        )
+    entry = result[0].outputs[0].logprobs[0]
+    expected = torch.log_softmax(logits[-1].double(), -1)
+    for token_id, logprob in entry.top:
+        assert logprob == pytest.approx(float(expected[token_id]), abs=LOGPROB_LIMITS["bf16"])
+
+
+def test_preempted_requests_give_the_same_tokens(checkpoint, expected_greedy, usable_isa):
+    """A cache too small for all three at once: someone is thrown out and computed again."""
+    options = {**EXACT, "max_context": 112, "cache_tokens": 160, "block_size": 8}
+    expected = [expected_greedy("deepseek_v3", prompt) for prompt in PROMPTS]
+    with LLM(checkpoint("deepseek_v3"), isa=usable_isa("avx2"), **options) as llm:
+        result = llm.generate(PROMPTS, GREEDY)
+        assert llm.engine.scheduler.num_preemptions > 0
+        llm.engine.scheduler.check_integrity()
+    assert [list(r.outputs[0].token_ids) for r in result] == expected
+
+
+def test_logits_of_the_whole_vocabulary(checkpoint, usable_isa):
+    from moejet.batch import Batch
+
+    ids = _prompt(33, 8)
+    expected = reference_logits(checkpoint("deepseek_v2_lite"), ids)
+    with (
+        LLM(checkpoint("deepseek_v2_lite"), isa=usable_isa("avx2"), **EXACT) as llm,
+        llm.engine.scratch_request(ids) as request,
+    ):
+        batch = Batch.build([request], [33], block_size=llm.config.block_size, all_logits=True)
+        logits = llm.engine.runner.execute(batch)
+    assert logprob_error(logits, expected) < LOGPROB_LIMITS["fp32"]

@@ -1,0 +1,103 @@
+"""Stop strings and the split into reasoning and content, whatever the pieces the text arrives in."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moejet.output import OutputAssembler, StopMatcher, held_back
+from moejet.request import SamplingParams
+from moejet.testing.checkpoints import write_tokenizer
+from moejet.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(path)
+    (path / "config.json").write_text('{"eos_token_id": 1}')
+    return Tokenizer.from_path(path)
+
+
+def _run(tokenizer, text: str, *, thinking=False, tags=("<think>", "</think>"), **params):
+    assembler = OutputAssembler(
+        tokenizer, SamplingParams(**params), think_tags=tags, thinking=thinking
+    )
+    streamed, reasoning, content = "", "", ""
+    for token_id in tokenizer.encode(text, add_special_tokens=False):
+        piece = assembler.push(token_id)
+        reasoning, content = reasoning + piece[0], content + piece[1]
+        streamed += assembler.take_text()
+        if assembler.stopped_by is not None:
+            break
+    piece = assembler.flush()
+    reasoning, content = reasoning + piece[0], content + piece[1]
+    streamed += assembler.take_text()
+    assert streamed == assembler.text
+    assert (reasoning, content) == (assembler.reasoning or "", assembler.content)
+    return assembler
+
+
+def test_plain_text_passes_through(tokenizer):
+    result = _run(tokenizer, "héllo wörld ✓", tags=None)
+    assert result.text == result.content == "héllo wörld ✓"
+    assert result.reasoning is None
+
+
+def test_thinking_is_split_off(tokenizer):
+    result = _run(tokenizer, "a < b\n</think>\n\nThe answer.", thinking=True)
+    assert result.reasoning.strip() == "a < b"
+    assert result.content == "The answer."
+
+
+def test_stop_string_cuts_content_and_text(tokenizer):
+    result = _run(tokenizer, "</think>one STOP two", thinking=True, stop="STOP")
+    assert result.stopped_by == "STOP"
+    assert result.content == "one "
+    assert result.text.endswith("one ")
+
+
+def test_stop_strings_inside_the_thinking_count_only_on_request(tokenizer):
+    text = "first\nsecond</think>third\nfourth"
+    assert _run(tokenizer, text, thinking=True, stop="\n").content == "third"
+    result = _run(tokenizer, text, thinking=True, stop="\n", stop_in_reasoning=True)
+    assert result.reasoning == "first"
+    assert result.content == ""
+    assert result.text == "first"
+
+
+def test_a_half_stop_string_at_the_end_is_kept(tokenizer):
+    result = _run(tokenizer, "abc STO", tags=None, stop="STOP")
+    assert result.stopped_by is None
+    assert result.text == result.content == "abc STO"
+
+
+def test_earliest_of_several_stops_wins():
+    matcher = StopMatcher(("bb", "ab"))
+    assert matcher.push("xabb") == "x"
+    assert matcher.found == "ab"
+
+
+@given(
+    text=st.text(alphabet="ab\n", max_size=30),
+    stop=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), min_size=1, max_size=3),
+    cuts=st.lists(st.integers(0, 30), max_size=6),
+)
+def test_pieces_do_not_matter(text, stop, cuts):
+    whole = StopMatcher(tuple(stop))
+    expected = whole.push(text)
+    expected += "" if whole.found else whole.flush()
+    pieces, start = StopMatcher(tuple(stop)), 0
+    got = ""
+    for cut in [*sorted(min(c, len(text)) for c in cuts), len(text)]:
+        got += pieces.push(text[start:cut])
+        start = cut
+    got += "" if pieces.found else pieces.flush()
+    assert got == expected
+    hits = [at for s in stop if (at := text.find(s)) >= 0]
+    assert got == (text[: min(hits)] if hits else text) or len(hits) > 1
+
+
+def test_held_back_is_the_longest_possible_beginning():
+    assert held_back("xxab", ("abc",)) == 2
+    assert held_back("xxabc", ("abc",)) == 0
+    assert held_back("aa", ("aab", "ac")) == 2

@@ -1,0 +1,136 @@
+"""Machine facts read from directory trees that stand for other machines."""
+
+from pathlib import Path
+
+import pytest
+
+from moejet import topology
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Writes system files: machine({"proc/meminfo": "...", ...}) -> root."""
+
+    def write(files: dict[str, str]) -> Path:
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
+        return tmp_path
+
+    return write
+
+
+def test_this_machine_is_described():
+    allowed = topology.allowed_cpus()
+    assert allowed
+    assert set(allowed) <= set(topology.online_cpus())
+    cores = topology.physical_cores(allowed)
+    assert sorted(cpu for core in cores for cpu in core) == list(allowed)
+    assert topology.cpu_model()
+    memory = topology.memory()
+    assert memory.total_bytes is not None
+    assert memory.available_bytes is not None
+    assert 0 < memory.available_bytes <= memory.total_bytes
+
+
+def test_nothing_is_guessed_where_nothing_can_be_read(tmp_path):
+    assert topology.memory(tmp_path) == topology.Memory(None, None, None)
+    assert topology.cgroup_limits(tmp_path) == topology.CgroupLimits(None, None, None, None)
+    assert topology.numa_nodes(tmp_path) == ()
+    assert topology.huge_page_mode(tmp_path) is None
+    assert topology.last_level_cache_bytes(tmp_path) is None
+    assert topology.container(tmp_path) is None
+    assert topology.cpu_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("0", (0,)), ("0-3,8", (0, 1, 2, 3, 8)), ("", ()), ("5,7-8\n", (5, 7, 8))]
+)
+def test_cpu_lists(text, cpus):
+    assert topology.parse_cpu_list(text) == cpus
+
+
+def test_siblings_share_a_core(machine):
+    files = {}
+    for cpu, (package, core) in enumerate([(0, 0), (0, 1), (1, 0), (0, 0), (0, 1), (1, 0)]):
+        directory = f"sys/devices/system/cpu/cpu{cpu}/topology"
+        files[f"{directory}/physical_package_id"] = str(package)
+        files[f"{directory}/core_id"] = str(core)
+    root = machine(files)
+    assert topology.physical_cores(tuple(range(6)), root) == ((0, 3), (1, 4), (2, 5))
+    # A CPU of which nothing is known counts as a core.
+    assert topology.physical_cores((3, 9), root) == ((3,), (9,))
+
+
+def test_numa_nodes_also_without_cpus(machine):
+    root = machine(
+        {
+            "sys/devices/system/node/node0/cpulist": "0-1",
+            "sys/devices/system/node/node0/meminfo": "Node 0 MemTotal:  2048 kB",
+            "sys/devices/system/node/node10/cpulist": "",
+            "sys/devices/system/node/node2/cpulist": "2",
+        }
+    )
+    assert [(n.node, n.cpus, n.total_bytes) for n in topology.numa_nodes(root)] == [
+        (0, (0, 1), 2048 * 1024),
+        (2, (2,), None),
+        (10, (), None),
+    ]
+
+
+def test_last_level_cache(machine):
+    base = "sys/devices/system/cpu/cpu0/cache"
+    root = machine({f"{base}/index0/size": "48K", f"{base}/index3/size": "32M"})
+    assert topology.last_level_cache_bytes(root) == 32 << 20
+
+
+def test_huge_pages(machine):
+    root = machine({"sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never"})
+    assert topology.huge_page_mode(root) == "madvise"
+
+
+def test_cgroup_2_takes_the_tightest_limit_on_the_way_up(machine):
+    root = machine(
+        {
+            "proc/self/cgroup": "0::/a/b",
+            "sys/fs/cgroup/cgroup.controllers": "cpu memory",
+            "sys/fs/cgroup/a/cpu.max": "150000 100000",
+            "sys/fs/cgroup/a/memory.max": "1000",
+            "sys/fs/cgroup/a/memory.current": "400",
+            "sys/fs/cgroup/a/b/cpu.max": "max 100000",
+            "sys/fs/cgroup/a/b/memory.max": "max",
+        }
+    )
+    assert topology.cgroup_limits(root) == topology.CgroupLimits(2, 1.5, 1000, 400)
+
+
+def test_cgroup_2_in_a_container_sees_its_own_group_at_the_mount(machine):
+    root = machine(
+        {
+            "proc/self/cgroup": "0::/../../host/path",
+            "sys/fs/cgroup/cgroup.controllers": "cpu memory",
+            "sys/fs/cgroup/cpu.max": "50000 100000",
+        }
+    )
+    assert topology.cgroup_limits(root) == topology.CgroupLimits(2, 0.5, None, None)
+
+
+def test_cgroup_1(machine):
+    root = machine(
+        {
+            "proc/self/cgroup": "5:cpuacct,cpu:/jobs\n4:memory:/jobs\n0::/",
+            "sys/fs/cgroup/cpu/jobs/cpu.cfs_quota_us": "400000",
+            "sys/fs/cgroup/cpu/jobs/cpu.cfs_period_us": "100000",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+            "sys/fs/cgroup/memory/jobs/memory.limit_in_bytes": "9223372036854771712",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "2048",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "1024",
+        }
+    )
+    assert topology.cgroup_limits(root) == topology.CgroupLimits(1, 4.0, 2048, 1024)
+
+
+def test_containers_are_recognised(machine):
+    assert topology.container(machine({"run/.containerenv": ""})) == "podman"
+    assert topology.container(machine({".dockerenv": ""})) == "docker"
