@@ -1,0 +1,255 @@
+// The Python module moejet._C. Checks arguments with the GIL held, computes without it.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sched.h>
+
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "expert_weights.h"
+#include "isa.h"
+#include "kernels.h"
+#include "moe.h"
+#include "tensor.h"
+#include "thread_pool.h"
+
+namespace py = pybind11;
+
+namespace moejet {
+namespace {
+
+constexpr const char* kFormatNames[kNumFormats] = {"int4_g32", "int8", "bf16"};
+
+Format parse_format(const std::string& name) {
+  for (int i = 0; i < kNumFormats; ++i) {
+    if (name == kFormatNames[i]) return static_cast<Format>(i);
+  }
+  throw py::value_error("format='" + name + "' is unknown: use one of int4_g32, int8, bf16");
+}
+
+Projection parse_projection(const std::string& name) {
+  if (name == "gate") return Projection::kGate;
+  if (name == "up") return Projection::kUp;
+  if (name == "down") return Projection::kDown;
+  throw py::value_error("projection='" + name + "' is unknown: use one of gate, up, down");
+}
+
+const KernelTable& table_of(const std::string& isa) { return *kernel_table(resolve_isa(isa, "")); }
+
+py::dict cpu_info_dict() {
+  const CpuInfo& info = cpu_info();
+  py::dict isas;
+  for (int i = 0; i < kNumIsas; ++i) {
+    const IsaState& state = info.isas[i];
+    isas[isa_name(static_cast<Isa>(i))] = py::dict(py::arg("compiled") = state.compiled,
+                                                   py::arg("usable") = state.usable,
+                                                   py::arg("reason") = state.reason);
+  }
+  return py::dict(py::arg("features") = info.features, py::arg("isas") = isas,
+                  py::arg("amx_permission") = info.amx_permission);
+}
+
+void check_expert(const ExpertWeights& weights, int64_t expert) {
+  if (expert < 0 || expert >= weights.num_experts()) {
+    throw py::value_error("expert=" + std::to_string(expert) + " must be between 0 and " +
+                          std::to_string(weights.num_experts() - 1));
+  }
+}
+
+// name: how messages call the argument w.
+void set_projection(ExpertWeights* weights, int64_t expert, Projection projection,
+                    const py::object& w, const char* name, ThreadPool* pool,
+                    const KernelTable& table) {
+  check_expert(*weights, expert);
+  const Tensor tensor(w, name);
+  tensor.expect_type({ElementType::kF32, ElementType::kBf16, ElementType::kF16});
+  const bool down = projection == Projection::kDown;
+  tensor.expect_shape({{down ? "D" : "I", weights->rows(projection)},
+                       {down ? "I" : "D", weights->cols(projection)}});
+  tensor.expect_rows();
+  const py::gil_scoped_release release;
+  weights->set_projection(expert, projection, tensor.data(), tensor.dtype(), tensor.row_stride(),
+                          table, pool);
+}
+
+py::array_t<float> dequantize(const ExpertWeights& weights, int64_t expert, Projection projection) {
+  py::array_t<float> out({weights.rows(projection), weights.cols(projection)});
+  float* data = out.mutable_data();
+  const py::gil_scoped_release release;
+  weights.dequantize(expert, projection, data);
+  return out;
+}
+
+// Ids as int32 after a range check; `converted` holds them if the tensor is int64.
+const int32_t* checked_ids(const Tensor& ids, int64_t num_experts, std::vector<int32_t>* converted) {
+  const int64_t count = ids.dim(0) * ids.dim(1);
+  const auto check = [&](int64_t id, int64_t i) {
+    if (id >= -1 && id < num_experts) return;
+    throw py::value_error("topk_ids[" + std::to_string(i / ids.dim(1)) + ", " +
+                          std::to_string(i % ids.dim(1)) + "]=" + std::to_string(id) +
+                          " must be -1 (skip) or an expert from 0 to " +
+                          std::to_string(num_experts - 1));
+  };
+  if (ids.type() == ElementType::kI32) {
+    const int32_t* data = static_cast<const int32_t*>(ids.data());
+    for (int64_t i = 0; i < count; ++i) check(data[i], i);
+    return data;
+  }
+  const int64_t* data = static_cast<const int64_t*>(ids.data());
+  converted->resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    check(data[i], i);
+    (*converted)[static_cast<size_t>(i)] = static_cast<int32_t>(data[i]);
+  }
+  return converted->data();
+}
+
+std::string moe_forward_py(const ExpertWeights& weights, const py::object& x,
+                           const py::object& topk_ids, const py::object& topk_weights,
+                           const py::object& out, ThreadPool& pool, const std::string& isa) {
+  const KernelTable& table = table_of(isa);
+  const int64_t hidden = weights.hidden_size();
+  const Tensor xt(x, "x"), ids(topk_ids, "topk_ids"), scores(topk_weights, "topk_weights");
+  const Tensor result(out, "out", /*writable=*/true);
+  xt.expect_type({ElementType::kF32, ElementType::kBf16});
+  xt.expect_shape({{"T", -1}, {"D", hidden}});
+  xt.expect_rows();
+  const int64_t num_tokens = xt.dim(0);
+  ids.expect_type({ElementType::kI32, ElementType::kI64});
+  ids.expect_shape({{"T", num_tokens}, {"K", -1}});
+  ids.expect_contiguous();
+  const int64_t top_k = ids.dim(1);
+  scores.expect_type({ElementType::kF32});
+  scores.expect_shape({{"T", num_tokens}, {"K", top_k}});
+  scores.expect_contiguous();
+  result.expect_type({ElementType::kF32, ElementType::kBf16});
+  result.expect_shape({{"T", num_tokens}, {"D", hidden}});
+  result.expect_rows();
+  if (num_tokens > INT32_MAX / 2 || top_k > 4096) {
+    throw py::value_error("topk_ids has shape [" + std::to_string(num_tokens) + ", " +
+                          std::to_string(top_k) + "]: at most 2^30 tokens and 4096 experts each");
+  }
+  std::vector<int32_t> converted;
+  MoeCall call{};
+  call.num_tokens = num_tokens;
+  call.top_k = top_k;
+  call.topk_ids = checked_ids(ids, weights.num_experts(), &converted);
+  call.topk_weights = static_cast<const float*>(scores.data());
+  call.x = xt.data();
+  call.x_dtype = xt.dtype();
+  call.x_stride = xt.row_stride();
+  call.out = result.data();
+  call.out_dtype = result.dtype();
+  call.out_stride = result.row_stride();
+  {
+    const py::gil_scoped_release release;
+    moe_forward(weights, call, &pool, table);
+  }
+  return isa_name(table.isa);
+}
+
+std::vector<int> probe(ThreadPool& pool, std::optional<int> fail_worker) {
+  std::vector<int> cpus(static_cast<size_t>(pool.num_threads()));
+  const py::gil_scoped_release release;
+  pool.acquire().run(1, [&](int, int worker) {
+    if (worker == fail_worker) {
+      throw std::runtime_error("worker " + std::to_string(worker) + " failed as asked");
+    }
+    cpus[static_cast<size_t>(worker)] = sched_getcpu();
+  });
+  return cpus;
+}
+
+void register_pool(py::module_& m) {
+  py::class_<ThreadPool>(m, "ThreadPool",
+                         "Worker threads, one per CPU in cpus. The calling thread is worker 0.")
+      .def(py::init<std::vector<int>, bool>(), py::arg("cpus"), py::arg("pin") = true)
+      .def_property_readonly("num_threads", &ThreadPool::num_threads)
+      .def("close", &ThreadPool::close, py::call_guard<py::gil_scoped_release>(),
+           "Ends the threads; idempotent. Later use raises RuntimeError.")
+      .def("probe", &probe, py::arg("fail_worker") = py::none(),
+           "The CPU that each worker runs on. Worker fail_worker raises RuntimeError instead.");
+}
+
+void register_weights(py::module_& m) {
+  py::class_<ExpertWeights>(m, "ExpertWeights", "Packed routed experts of one MoE layer.")
+      .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
+                       const std::string& format) {
+             return std::make_unique<ExpertWeights>(num_experts, hidden_size, intermediate_size,
+                                                    parse_format(format));
+           }),
+           py::arg("num_experts"), py::arg("hidden_size"), py::arg("intermediate_size"),
+           py::arg("format"))
+      .def(
+          "set_projection",
+          [](ExpertWeights& self, int64_t expert, const std::string& projection, const py::object& w,
+             ThreadPool* pool, const std::string& isa) {
+            set_projection(&self, expert, parse_projection(projection), w, "w", pool,
+                           table_of(isa));
+          },
+          py::arg("expert"), py::arg("projection"), py::arg("w"), py::arg("pool") = py::none(),
+          py::arg("isa") = "auto",
+          "Quantises and packs one matrix: gate or up [I, D], down [D, I]; fp32, bf16 or fp16.")
+      .def(
+          "set_expert",
+          [](ExpertWeights& self, int64_t expert, const py::object& gate, const py::object& up,
+             const py::object& down, ThreadPool* pool, const std::string& isa) {
+            const KernelTable& table = table_of(isa);
+            set_projection(&self, expert, Projection::kGate, gate, "gate", pool, table);
+            set_projection(&self, expert, Projection::kUp, up, "up", pool, table);
+            set_projection(&self, expert, Projection::kDown, down, "down", pool, table);
+          },
+          py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"),
+          py::arg("pool") = py::none(), py::arg("isa") = "auto")
+      .def(
+          "dequantize",
+          [](const ExpertWeights& self, int64_t expert) {
+            check_expert(self, expert);
+            return py::make_tuple(dequantize(self, expert, Projection::kGate),
+                                  dequantize(self, expert, Projection::kUp),
+                                  dequantize(self, expert, Projection::kDown));
+          },
+          py::arg("expert"), "(gate, up, down) in fp32: the values the kernels compute with.")
+      .def("fill_random", &ExpertWeights::fill_random, py::arg("seed") = 0,
+           py::arg("pool") = py::none(), py::call_guard<py::gil_scoped_release>(),
+           "Plausible random weights, written in packed form.")
+      .def("checksum", &ExpertWeights::checksum, py::arg("pool") = py::none(),
+           py::call_guard<py::gil_scoped_release>(),
+           "Sum of all 64-bit words: reads every packed byte once, at memory speed.")
+      .def_property_readonly("num_experts", &ExpertWeights::num_experts)
+      .def_property_readonly("hidden_size", &ExpertWeights::hidden_size)
+      .def_property_readonly("intermediate_size", &ExpertWeights::intermediate_size)
+      .def_property_readonly(
+          "format",
+          [](const ExpertWeights& self) { return kFormatNames[static_cast<int>(self.format())]; })
+      .def_property_readonly("nbytes", &ExpertWeights::bytes)
+      .def_property_readonly("expert_nbytes", &ExpertWeights::expert_bytes);
+}
+
+}  // namespace
+}  // namespace moejet
+
+PYBIND11_MODULE(_C, m) {
+  using namespace moejet;
+  m.doc() = "CPU kernels of moejet. Tensors are anything with __dlpack__ in CPU memory.";
+  // pybind11 would turn bad_alloc into MemoryError by itself, but only OutOfMemory says how much.
+  m.def("cpu_info", &cpu_info_dict, "Features and instruction sets of this machine and build.");
+  m.def(
+      "resolve_isa",
+      [](const std::string& name, const std::optional<std::string>& max_isa) {
+        return std::string(isa_name(resolve_isa(name, max_isa.value_or(""))));
+      },
+      py::arg("name") = "auto", py::arg("max_isa") = py::none(),
+      "The instruction set to use: the widest usable one for 'auto', else exactly name.");
+  register_pool(m);
+  register_weights(m);
+  m.def("moe_forward", &moe_forward_py, py::arg("weights"), py::arg("x"), py::arg("topk_ids"),
+        py::arg("topk_weights"), py::arg("out"), py::arg("pool"), py::arg("isa") = "auto",
+        "out[t] = sum_k topk_weights[t, k] * down(silu(gate x[t]) * up x[t]); returns the "
+        "instruction set used.");
+}

@@ -1,0 +1,15 @@
+#include "kernels.h"
+
+namespace moejet {
+
+const KernelTable* kernel_table(Isa isa) {
+#if defined(__x86_64__)
+  static const KernelTable* const kTables[kNumIsas] = {
+      &scalar::table, &avx2::table, &avx512::table, &amx::table, &amx_emulated::table};
+  return kTables[static_cast<int>(isa)];
+#else
+  return isa == Isa::kScalar ? &scalar::table : nullptr;
+#endif
+}
+
+}  // namespace moejet

@@ -1,0 +1,50 @@
+// Kernels for AMX bf16 tiles beside AVX-512.
+#define MOEJET_ISA_NS amx
+#include "tiles512-inl.h"
+
+namespace moejet {
+namespace amx {
+namespace {
+
+// Own assembly instead of compiler intrinsics, for two reasons. GCC 12's _tile_loadconfig declares 8 of
+// the 64 bytes that the instruction reads, and its tile loads and stores do not declare memory at all,
+// so the compiler may drop or move the writes that feed them. The "memory" clobber orders them.
+class AmxTiles {
+ public:
+  AmxTiles() {
+    const TileConfig config;
+    __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory");
+  }
+  ~AmxTiles() { __asm__ volatile("tilerelease" : : : "memory"); }
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+
+  template <int T>
+  void zero() {
+    __asm__ volatile("tilezero %%tmm%c0" : : "i"(T));
+  }
+  template <int T>
+  void load(const void* p, int64_t stride) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(T) : "memory");
+  }
+  template <int T>
+  void store(void* p, int64_t stride) const {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(T) : "memory");
+  }
+  // tdpbf16ps: C[m][n] += sum over k-pairs of A[m][2k] B[k][2n] + A[m][2k + 1] B[k][2n + 1]
+  template <int C, int A, int B>
+  void dot_bf16() {
+    // AT&T order: the last operand is the destination, the middle one A, the first one B.
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  }
+};
+
+}  // namespace
+
+extern const KernelTable table = {Isa::kAmx,
+                                  {format_kernels<Int4, Int4Tiles<AmxTiles>>(),
+                                   format_kernels<Int8, Int8Tiles<AmxTiles>>(),
+                                   format_kernels<Bf16, Bf16Tiles<AmxTiles>>()}};
+
+}  // namespace amx
+}  // namespace moejet

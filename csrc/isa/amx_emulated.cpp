@@ -1,0 +1,14 @@
+// The AMX kernels over tiles in memory: tests their logic on processors without AMX.
+#define MOEJET_ISA_NS amx_emulated
+#include "tiles512-inl.h"
+
+namespace moejet {
+namespace amx_emulated {
+
+extern const KernelTable table = {Isa::kAmxEmulated,
+                                  {format_kernels<Int4, Int4Tiles<EmulatedTiles>>(),
+                                   format_kernels<Int8, Int8Tiles<EmulatedTiles>>(),
+                                   format_kernels<Bf16, Bf16Tiles<EmulatedTiles>>()}};
+
+}  // namespace amx_emulated
+}  // namespace moejet

@@ -1,0 +1,120 @@
+// THE table of kernels. Everything above it (moe.cpp, expert_weights.cpp, bindings.cpp) is compiled
+// for the baseline processor and reaches instruction-set-specific code only through it; no std::
+// type crosses it. Each file in isa/ defines one table.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "pack.h"
+
+namespace moejet {
+
+enum class DType { kF32 = 0, kBf16, kF16 };
+static constexpr int dtype_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// Rows of one expert that the vector kernels take at a time: bounds the worker's buffers.
+constexpr int kVectorRowBlock = 128;
+// The same for tiles, where it also is how often one unpacking of weights is used.
+constexpr int kTileRowBlock = 256;
+// Inputs unpacked at a time for tiles: 32 rows x 2048 x 2 bytes = 128 KB, a part of L2.
+constexpr int kTileChunkK = 2048;
+constexpr int kTileRows = 16;
+constexpr int kTileK = 32;  // bf16 inputs of one tile
+
+// Activations as the vector kernels read them, one row per token or per (token, expert) pair.
+// Integer formats: q, scale, offset. bf16: f32.
+struct Activations {
+  int8_t* q;        // [rows, ld], -127..127
+  float* scale;     // [rows, ld_groups], one per 32 inputs
+  int32_t* offset;  // [rows, ld_groups], -8 * sum of the group's q: the int4 zero point
+  float* f32;       // [rows, ld]
+  int64_t ld;       // padded k
+  int64_t ld_groups;
+};
+
+// One call on a chunk of tokens. R routed rows = (token, expert) pairs, sorted by expert; a slot is
+// an expert with at least one row. All memory belongs to the caller.
+struct MoeBatch {
+  Format format;
+  int64_t num_tokens, hidden_size, intermediate_size;
+  PairGeometry gate_up, down;
+
+  const void* x;  // [num_tokens, hidden_size], rows x_stride elements apart
+  DType x_dtype;
+  int64_t x_stride;
+  void* out;  // [num_tokens, hidden_size], rows out_stride elements apart
+  DType out_dtype;
+  int64_t out_stride;
+
+  int num_slots;
+  const uint8_t* const* slot_weights;  // [num_slots], the expert's gate-up pairs
+  int64_t down_offset;                 // bytes from there to its down pairs
+  const int32_t* slot_begin;           // [num_slots + 1], first row
+  const int32_t* slot_tile;  // [num_slots], first row in x_tiles and h_tiles; -1: vector kernel
+  const int32_t* row_token;  // [R]
+  const float* row_weight;   // [R]
+  const int32_t* token_begin;  // [num_tokens + 1], first entry in token_tiles
+  const int32_t* token_tiles;  // rows of x_tiles that hold the token
+  bool any_vector;             // some slot uses the vector kernel
+
+  Activations x_acts;  // by token
+  Activations h_acts;  // by row
+  // bf16 A tiles, [rows / 16][k_padded / 32][16][32]
+  uint16_t* x_tiles;
+  uint16_t* h_tiles;
+};
+
+// Memory of one worker; sizes in moe.cpp.
+struct WorkerScratch {
+  float* row;          // [max k_padded], one activation row
+  float* gate_up;      // [row block, 64]
+  float* accumulator;  // [num_tokens, 32 * pairs of a down task]
+  uint16_t* unpacked;  // [kTileChunkK / 32][2 panels][16][32] bf16 B tiles
+};
+
+struct FormatKernels {
+  // Quantises and packs one panel: `rows` (1..16) rows of k values, row_stride elements apart.
+  // Missing rows and padded k become zero weights. Blocks go to dst, block_stride bytes apart.
+  // Returns false if a value cannot be represented (NaN or infinity in an integer format).
+  bool (*pack_panel)(const void* src, DType dtype, int64_t row_stride, int rows, int64_t k,
+                     uint8_t* dst, int64_t block_stride);
+  // Brings token t into the forms that its experts' kernels read.
+  void (*prepare)(const MoeBatch& batch, int64_t t, WorkerScratch* scratch);
+  // h = silu(gate x) * (up x) for units of 32 channels [unit_begin, unit_end) of one slot.
+  void (*gate_up)(const MoeBatch& batch, int slot, int64_t unit_begin, int64_t unit_end,
+                  WorkerScratch* scratch);
+  // Output columns [32 pair_begin, 32 pair_end) of all tokens: weighted sum over all slots.
+  void (*down)(const MoeBatch& batch, int64_t pair_begin, int64_t pair_end,
+               WorkerScratch* scratch);
+  // Rows from which an expert goes to the tile kernel; 0: no tile kernel.
+  int min_tile_rows;
+};
+
+struct KernelTable {
+  Isa isa;
+  FormatKernels formats[kNumFormats];
+};
+
+// Null if this build has no kernels for it.
+const KernelTable* kernel_table(Isa isa);
+
+namespace scalar {
+extern const KernelTable table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace avx512 {
+extern const KernelTable table;
+}
+namespace amx {
+extern const KernelTable table;
+}
+namespace amx_emulated {
+extern const KernelTable table;
+}
+#endif
+
+}  // namespace moejet

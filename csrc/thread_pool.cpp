@@ -1,0 +1,256 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace moejet {
+namespace {
+
+// Idle workers spin this long before they sleep: longer than the pause between two layers' regions
+// would need in decode, short enough not to steal the CPU from what the caller does in between.
+constexpr auto kIdleSpin = std::chrono::microseconds(100);
+// Waits inside a region yield after this many pauses: another process may hold a worker's CPU.
+constexpr int kSpinsBeforeYield = 4096;
+
+inline void cpu_relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+cpu_set_t single_cpu(int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  return set;
+}
+
+// Keeps the calling thread off the other workers' CPUs while it works, then restores its affinity.
+class CallerPlacement {
+ public:
+  CallerPlacement(const std::vector<int>& cpus, bool pin) {
+    if (!pin || cpus.size() < 2) return;
+    const int here = sched_getcpu();
+    if (here < 0 || here == cpus[0]) return;
+    if (std::find(cpus.begin() + 1, cpus.end(), here) == cpus.end()) return;
+    if (sched_getaffinity(0, sizeof(saved_), &saved_) != 0) return;
+    const cpu_set_t target = single_cpu(cpus[0]);
+    moved_ = sched_setaffinity(0, sizeof(target), &target) == 0;
+  }
+  ~CallerPlacement() {
+    if (moved_) sched_setaffinity(0, sizeof(saved_), &saved_);
+  }
+  CallerPlacement(const CallerPlacement&) = delete;
+  CallerPlacement& operator=(const CallerPlacement&) = delete;
+
+ private:
+  cpu_set_t saved_;
+  bool moved_ = false;
+};
+
+void validate(const std::vector<int>& cpus) {
+  if (cpus.empty()) throw std::invalid_argument("cpus is empty: name at least one CPU");
+  std::set<int> seen;
+  for (const int cpu : cpus) {
+    if (cpu < 0 || cpu >= CPU_SETSIZE) {
+      throw std::invalid_argument("cpus: " + std::to_string(cpu) + " is no CPU number");
+    }
+    if (!seen.insert(cpu).second) {
+      throw std::invalid_argument("cpus: " + std::to_string(cpu) +
+                                  " occurs twice: give every worker a CPU of its own");
+    }
+  }
+}
+
+}  // namespace
+
+struct ThreadPool::State {
+  explicit State(int n) : num_workers(n) {}
+
+  const int num_workers;
+  std::vector<std::thread> threads;
+
+  // The region: written by the caller before epoch is raised, read by workers after they see it.
+  RegionFn fn = nullptr;
+  void* context = nullptr;
+  int num_phases = 0;
+  bool stop = false;
+  std::exception_ptr error;  // under error_mutex
+  std::mutex error_mutex;
+  std::atomic<bool> failed{false};
+
+  alignas(64) std::atomic<uint32_t> epoch{0};
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<uint32_t> barrier_epoch{0};
+  alignas(64) std::atomic<int> sleepers{0};
+  std::mutex sleep_mutex;
+  std::condition_variable wake;
+
+  void barrier() {
+    const uint32_t now = barrier_epoch.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) == num_workers - 1) {
+      arrived.store(0, std::memory_order_relaxed);
+      barrier_epoch.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; barrier_epoch.load(std::memory_order_acquire) == now; ++spins) {
+      if (spins < kSpinsBeforeYield) {
+        cpu_relax();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+  void start_region() {
+    // Sequentially consistent on both sides (here and in wait_for_region): either the sleeper sees
+    // the new epoch before it sleeps, or we see the sleeper and wake it.
+    epoch.fetch_add(1);
+    if (sleepers.load() > 0) {
+      { std::lock_guard<std::mutex> lock(sleep_mutex); }
+      wake.notify_all();
+    }
+  }
+
+  void wait_for_region(uint32_t last) {
+    const auto deadline = std::chrono::steady_clock::now() + kIdleSpin;
+    for (;;) {
+      for (int i = 0; i < 64; ++i) {
+        if (epoch.load(std::memory_order_acquire) != last) return;
+        cpu_relax();
+      }
+      if (std::chrono::steady_clock::now() >= deadline) break;
+    }
+    std::unique_lock<std::mutex> lock(sleep_mutex);
+    sleepers.fetch_add(1);
+    wake.wait(lock, [&] { return epoch.load() != last; });
+    sleepers.fetch_sub(1);
+  }
+};
+
+ThreadPool::ThreadPool(std::vector<int> cpus, bool pin)
+    : num_threads_((validate(cpus), static_cast<int>(cpus.size()))),
+      cpus_(std::move(cpus)),
+      pin_(pin),
+      pid_(getpid()),
+      state_(std::make_unique<State>(num_threads_)) {
+  try {
+    if (pin_) {
+      cpu_set_t allowed;
+      if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) {
+        for (const int cpu : cpus_) {
+          if (!CPU_ISSET(cpu, &allowed)) {
+            throw std::invalid_argument("cpus: this process may not run on CPU " +
+                                        std::to_string(cpu) + ": leave it out, or use pin=False");
+          }
+        }
+      }
+    }
+    for (int worker = 1; worker < num_threads_; ++worker) {
+      state_->threads.emplace_back(&ThreadPool::work, state_.get(), worker);
+      if (!pin_) continue;
+      const cpu_set_t set = single_cpu(cpus_[worker]);
+      const int rc =
+          pthread_setaffinity_np(state_->threads.back().native_handle(), sizeof(set), &set);
+      if (rc != 0) {
+        throw std::invalid_argument("cpus: cannot pin a thread to CPU " +
+                                    std::to_string(cpus_[worker]) + " (" + std::strerror(rc) +
+                                    "): leave it out, or use pin=False");
+      }
+    }
+  } catch (...) {
+    stop_threads();
+    throw;
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  if (getpid() != pid_) {
+    // In a forked child the threads do not exist: joining would hang, destroying them would abort.
+    (void)state_.release();
+    return;
+  }
+  close();
+}
+
+void ThreadPool::stop_threads() {
+  state_->stop = true;
+  state_->start_region();
+  for (std::thread& thread : state_->threads) thread.join();
+  state_->threads.clear();
+}
+
+void ThreadPool::close() {
+  check_process();
+  std::lock_guard<std::mutex> lock(caller_mutex_);
+  if (closed_) return;
+  closed_ = true;
+  stop_threads();
+  workspace_.release();
+}
+
+void ThreadPool::check_process() const {
+  if (getpid() != pid_) {
+    throw std::runtime_error(
+        "this ThreadPool belongs to the parent process: make a new one after fork");
+  }
+}
+
+ThreadPool::Lease ThreadPool::acquire() {
+  check_process();
+  Lease lease(this);
+  if (closed_) throw std::runtime_error("this ThreadPool is closed: make a new one");
+  return lease;
+}
+
+void ThreadPool::run_phases(State* state, int worker) {
+  // After the last barrier the caller may already describe its next region: read the count once.
+  const int num_phases = state->num_phases;
+  for (int phase = 0; phase < num_phases; ++phase) {
+    if (!state->failed.load(std::memory_order_acquire)) {
+      try {
+        state->fn(state->context, phase, worker);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(state->error_mutex);
+        if (!state->error) state->error = std::current_exception();
+        state->failed.store(true, std::memory_order_release);
+      }
+    }
+    state->barrier();
+  }
+}
+
+void ThreadPool::work(State* state, int worker) {
+  for (uint32_t seen = 0;;) {
+    state->wait_for_region(seen);
+    ++seen;  // a region starts only after the last one's final barrier, so none is missed
+    if (state->stop) return;
+    run_phases(state, worker);
+  }
+}
+
+void ThreadPool::run_region(int num_phases, RegionFn fn, void* context) {
+  State* state = state_.get();
+  const CallerPlacement placement(cpus_, pin_);
+  state->fn = fn;
+  state->context = context;
+  state->num_phases = num_phases;
+  state->error = nullptr;
+  state->failed.store(false, std::memory_order_relaxed);
+  state->start_region();
+  run_phases(state, 0);
+  if (state->error) std::rethrow_exception(std::exchange(state->error, nullptr));
+}
+
+}  // namespace moejet

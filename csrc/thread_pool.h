@@ -1,0 +1,89 @@
+// A pool of pinned threads for short parallel regions.
+//
+// The caller works as worker 0, the pool owns the other num_threads - 1 threads: a caller that waits
+// would need a wake-up per region and would compete with a worker for its CPU. A region has phases
+// with a barrier after each. Workers spin for a short time after a region, then sleep.
+//
+// One caller at a time: further callers wait. A pool does not survive fork: in the child every use
+// throws, because its threads do not exist there.
+#pragma once
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "workspace.h"
+
+namespace moejet {
+
+class ThreadPool {
+ public:
+  // One worker per entry of cpus (distinct logical CPU numbers). With pin, worker i runs on cpus[i];
+  // worker 0, the caller, is only moved away from CPUs that belong to other workers.
+  // Throws std::invalid_argument if a CPU may not be used by this process.
+  ThreadPool(std::vector<int> cpus, bool pin);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int num_threads() const { return num_threads_; }
+
+  // Waits for the region in progress, ends the threads, frees the workspace. Idempotent.
+  void close();
+
+  // The right to use the pool, held from acquire() until destruction.
+  class Lease {
+   public:
+    // Runs body(phase, worker) for phase 0 .. num_phases - 1 on all workers. If a worker throws, the
+    // later phases are skipped and the first exception is thrown here.
+    template <class Body>
+    void run(int num_phases, Body&& body) {
+      pool_->run_region(
+          num_phases,
+          [](void* context, int phase, int worker) {
+            (*static_cast<std::remove_reference_t<Body>*>(context))(phase, worker);
+          },
+          &body);
+    }
+    Workspace& workspace() { return pool_->workspace_; }
+    int num_threads() const { return pool_->num_threads_; }
+
+   private:
+    friend class ThreadPool;
+    explicit Lease(ThreadPool* pool) : pool_(pool), lock_(pool->caller_mutex_) {}
+    ThreadPool* pool_;
+    std::unique_lock<std::mutex> lock_;
+  };
+
+  // Waits until no other caller uses the pool. Throws std::runtime_error if it is closed, or if this
+  // process was forked after the pool was made.
+  Lease acquire();
+
+ private:
+  using RegionFn = void (*)(void* context, int phase, int worker);
+  struct State;
+
+  void run_region(int num_phases, RegionFn fn, void* context);
+  void check_process() const;
+  static void work(State* state, int worker);
+  static void run_phases(State* state, int worker);
+  void stop_threads();
+
+  const int num_threads_;
+  const std::vector<int> cpus_;
+  const bool pin_;
+  const pid_t pid_;
+  std::mutex caller_mutex_;
+  bool closed_ = false;  // under caller_mutex_
+  Workspace workspace_;  // under caller_mutex_
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace moejet

@@ -1,0 +1,130 @@
+// Matrix multiplication on bf16 tiles (AMX), and an emulation of the tile registers.
+//
+// Tile registers: 0..3 accumulate C (2 x 2 tiles of 16 x 16 fp32), 4 and 5 hold A (16 rows x 32 k),
+// 6 and 7 hold B (32 k x 16 columns as 16 rows of k-pairs: one packed bf16 panel block).
+#pragma once
+
+#ifndef MOEJET_ISA_NS
+#error "tiles-inl.h belongs into a file of isa/"
+#endif
+
+#include "lanes-inl.h"
+
+namespace moejet {
+namespace MOEJET_ISA_NS {
+
+constexpr int kTileBytes = 1024;
+constexpr int kTileWords = kTileBytes / 2;
+
+// The architecture's 64-byte tile configuration: palette 1, eight tiles of 16 rows x 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64, "the processor reads exactly 64 bytes");
+
+// Tile registers in memory, with the semantics of the instructions except for denormals and the
+// rounding of intermediate sums. An instance stands for one configured thread.
+class EmulatedTiles {
+ public:
+  template <int T>
+  void zero() {
+    std::memset(tile_[T], 0, kTileBytes);
+  }
+  template <int T>
+  void load(const void* p, int64_t stride) {
+    for (int r = 0; r < 16; ++r) {
+      std::memcpy(tile_[T] + 64 * r, static_cast<const uint8_t*>(p) + r * stride, 64);
+    }
+  }
+  template <int T>
+  void store(void* p, int64_t stride) const {
+    for (int r = 0; r < 16; ++r) {
+      std::memcpy(static_cast<uint8_t*>(p) + r * stride, tile_[T] + 64 * r, 64);
+    }
+  }
+  // C[m][n] += sum over k-pairs of A[m][2k] B[k][2n] + A[m][2k + 1] B[k][2n + 1]
+  template <int C, int A, int B>
+  void dot_bf16() {
+    for (int m = 0; m < 16; ++m) {
+      F sum = moejet::MOEJET_ISA_NS::load<F>(tile_[C] + 64 * m);
+      for (int k = 0; k < 16; ++k) {
+        uint32_t a;
+        std::memcpy(&a, tile_[A] + 64 * m + 4 * k, sizeof(a));
+        const U b = moejet::MOEJET_ISA_NS::load<U>(tile_[B] + 64 * k);
+        const U even = (U{} + (a << 16)), odd = (U{} + (a & 0xffff0000u));
+        sum = sum + (F)even * (F)(b << 16);
+        sum = sum + (F)odd * (F)(b & 0xffff0000u);
+      }
+      moejet::MOEJET_ISA_NS::store(tile_[C] + 64 * m, sum);
+    }
+  }
+
+ private:
+  alignas(64) uint8_t tile_[8][kTileBytes];
+};
+
+// c[m][0..31] = A B for one pair of panels, m rows of A in tile form (tile_row in moe-inl.h).
+// Writes whole tiles: c has room for m rounded up to 16 rows. k runs in chunks whose B tiles fit into
+// L2; between chunks C lies in memory.
+template <class TileMk>
+void tile_gemm(typename TileMk::Tiles& tiles, const uint8_t* pair, const PairGeometry& geometry,
+               const uint16_t* a, int m, float* c, int ld, uint16_t* unpacked) {
+  constexpr BlockShape kBlock = block_shape(TileMk::kFormat);
+  constexpr int64_t kChunkBlocks = kTileChunkK / kBlock.k;
+  const int64_t k_tiles = geometry.k_padded / kTileK;
+  const int64_t num_chunks = (geometry.num_blocks + kChunkBlocks - 1) / kChunkBlocks;
+  const int row_tiles = (m + kTileRows - 1) / kTileRows;
+  const int64_t ld_bytes = ld * static_cast<int64_t>(sizeof(float));
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+    const int64_t block = geometry.num_blocks * chunk / num_chunks;
+    const int64_t block_end = geometry.num_blocks * (chunk + 1) / num_chunks;
+    const uint16_t* b = TileMk::b_tiles(pair + block * 2 * kBlock.bytes, block_end - block, unpacked);
+    const int64_t kt_begin = block * kBlock.k / kTileK;
+    const int64_t count = (block_end - block) * kBlock.k / kTileK;
+    for (int mt = 0; mt < row_tiles; mt += 2) {
+      const bool two = mt + 1 < row_tiles;
+      const uint16_t* a0 = a + (mt * k_tiles + kt_begin) * kTileWords;
+      const uint16_t* a1 = a0 + k_tiles * kTileWords;
+      float* c0 = c + mt * kTileRows * ld;
+      float* c1 = c0 + kTileRows * ld;
+      if (chunk == 0) {
+        tiles.template zero<0>();
+        tiles.template zero<1>();
+        tiles.template zero<2>();
+        tiles.template zero<3>();
+      } else {
+        tiles.template load<0>(c0, ld_bytes);
+        tiles.template load<1>(c0 + kPanelRows, ld_bytes);
+        if (two) {
+          tiles.template load<2>(c1, ld_bytes);
+          tiles.template load<3>(c1 + kPanelRows, ld_bytes);
+        }
+      }
+      for (int64_t k = 0; k < count; ++k) {
+        tiles.template load<4>(a0 + k * kTileWords, 64);
+        tiles.template load<6>(b + 2 * k * kTileWords, 64);
+        tiles.template load<7>(b + (2 * k + 1) * kTileWords, 64);
+        tiles.template dot_bf16<0, 4, 6>();
+        tiles.template dot_bf16<1, 4, 7>();
+        if (two) {
+          tiles.template load<5>(a1 + k * kTileWords, 64);
+          tiles.template dot_bf16<2, 5, 6>();
+          tiles.template dot_bf16<3, 5, 7>();
+        }
+      }
+      tiles.template store<0>(c0, ld_bytes);
+      tiles.template store<1>(c0 + kPanelRows, ld_bytes);
+      if (two) {
+        tiles.template store<2>(c1, ld_bytes);
+        tiles.template store<3>(c1 + kPanelRows, ld_bytes);
+      }
+    }
+  }
+}
+
+}  // namespace MOEJET_ISA_NS
+}  // namespace moejet
