@@ -197,7 +197,7 @@ def test_default_sampling_comes_from_the_checkpoint(tmp_path):
     with LLM(path, max_context=64) as llm:
         assert llm.default_sampling() == SamplingParams(temperature=0.25, top_p=0.5)
     file.write_text(json.dumps({"temperature": -1.0}))
-    with pytest.raises(ValueError, match="temperature=-1.0"):
+    with pytest.raises(ValueError, match=r"temperature=-1\.0"):
         LLM(path, max_context=64)
 
 

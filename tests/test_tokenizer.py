@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from moejet.testing.checkpoints import CHAT_TEMPLATE, write_tokenizer
 from moejet.tokenizer import IncrementalDecoder, Tokenizer
+from moejet.weights import TINY_REASONER, resolve_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -129,7 +131,13 @@ def make_metaspace(root: Path) -> None:
     save(root, raw, {**config, "chat_template": CHAT_TEMPLATE})
 
 
+def make_embedded(root: Path) -> None:
+    for file in resolve_model(TINY_REASONER).glob("*.json"):
+        shutil.copy(file, root)
+
+
 MAKERS: dict[str, Callable[[Path], None]] = {
+    "embedded": make_embedded,
     "tiny": make_tiny,
     "plain_byte_level": make_plain_byte_level,
     "llama": make_llama,

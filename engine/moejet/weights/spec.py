@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape that a checkpoint tensor must have, and what to do with it once read (any float dtype, CPU)."""
+    """Shape that a checkpoint tensor must have, and what to do with it once read (any float dtype, CPU).
+
+    The tensor that `load` gets is contiguous and valid during the call only: its memory is read into again.
+    """
 
     shape: tuple[int, ...]
     load: Callable[[Tensor], object]

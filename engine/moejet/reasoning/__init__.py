@@ -1,0 +1,1 @@
+"""Thinking: telling reasoning from answer."""

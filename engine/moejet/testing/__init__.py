@@ -1,0 +1,1 @@
+"""Shared by tests and benchmarks: tolerances, tiny random checkpoints, the arithmetic task of the embedded reasoner."""

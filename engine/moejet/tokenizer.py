@@ -1,0 +1,363 @@
+"""Text to token ids and back, on the `tokenizers` library; no transformers (its import costs seconds).
+
+`Tokenizer` reads tokenizer.json and the settings beside it. Ids, decoded text and rendered templates equal those of
+transformers' AutoTokenizer, with one difference: `add_bos_token: true` in tokenizer_config.json is honoured where
+tokenizer.json itself adds none (DeepSeek-V3 is published like that and was trained with it; transformers 5 ignores it).
+
+`IncrementalDecoder` turns a stream of ids into text that may be shown at once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RawTokenizer
+
+from moejet.chat_template import ChatTemplate
+from moejet.reasoning.parser import detect_think_tags
+
+logger = logging.getLogger(__name__)
+
+_NAMED_TOKENS = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, its special tokens and its chat template."""
+
+    def __init__(
+        self,
+        raw: RawTokenizer,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        chat_templates: dict[str, str] | None = None,
+        add_bos_token: bool = False,
+        add_eos_token: bool = False,
+        eos_token_ids: Sequence[int] = (),
+    ):
+        """`special_tokens`: e.g. {"bos_token": "<s>"} · `chat_templates` by name, "default" for the usual one."""
+        self.raw = raw
+        self.raw.no_truncation()
+        self.raw.no_padding()
+        self.special_tokens = dict(special_tokens or {})
+        self._templates = dict(chat_templates or {})
+        self._compiled: dict[str, ChatTemplate] = {}
+        ids = {name: raw.token_to_id(token) for name, token in self.special_tokens.items()}
+        for name in ("bos_token", "eos_token"):
+            if name in ids and ids[name] is None:
+                raise ValueError(
+                    f"{name}={self.special_tokens[name]!r} is not in tokenizer.json's vocabulary: "
+                    "the tokenizer files do not belong together"
+                )
+        self.bos_token_id: int | None = ids.get("bos_token")
+        self.eos_token_id: int | None = ids.get("eos_token")
+        own = () if self.eos_token_id is None else (self.eos_token_id,)
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*eos_token_ids, *own)))
+        probe = raw.encode("a", add_special_tokens=True).ids
+        self._adds_bos = (
+            add_bos_token and self.bos_token_id is not None and probe[:1] != [self.bos_token_id]
+        )
+        self._adds_eos = (
+            add_eos_token and self.eos_token_id is not None and probe[-1:] != [self.eos_token_id]
+        )
+
+    @classmethod
+    def from_path(cls, path: str | Path) -> Tokenizer:
+        """Reads tokenizer.json and, where present, tokenizer_config.json, chat_template.jinja, special_tokens_map.json
+        and the eos ids of generation_config.json or config.json.
+
+        Raises ValueError if tokenizer.json is missing (saying what is supported) or a file cannot be read.
+        """
+        root = Path(path)
+        file = root / "tokenizer.json"
+        if not file.is_file():
+            raise ValueError(_missing_tokenizer(root))
+        try:
+            raw = RawTokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"{file} cannot be read ({error}): download it again, or update tokenizers"
+            ) from error
+        settings = _read_json(root / "tokenizer_config.json")
+        _add_missing_tokens(raw, settings.get("added_tokens_decoder"), root)
+        named = {**_read_json(root / "special_tokens_map.json"), **settings}
+        return cls(
+            raw,
+            special_tokens={n: t for n in _NAMED_TOKENS if (t := _content(named.get(n)))},
+            chat_templates=_read_templates(root, settings.get("chat_template")),
+            add_bos_token=settings.get("add_bos_token") is True,
+            add_eos_token=settings.get("add_eos_token") is True,
+            eos_token_ids=_read_eos_ids(root),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self.raw.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids that `skip_special_tokens` leaves out."""
+        added: dict[int, AddedToken] = self.raw.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
+
+    @cached_property
+    def think_tags(self) -> tuple[str, str] | None:
+        """The (open, close) tags around this model's reasoning, or None."""
+        return detect_think_tags(self)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of exactly this token, or None."""
+        result: int | None = self.raw.token_to_id(token)
+        return result
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with bos and eos as the checkpoint wants them unless `add_special_tokens` is False.
+
+        A text that already starts with bos gets no second one. The text of special tokens becomes those tokens.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a string, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text is not valid Unicode: lone surrogate at position {error.start}"
+            ) from error
+        ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
+        if not add_special_tokens:
+            return ids
+        bos = self.bos_token_id
+        if self._adds_bos and bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        elif bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        if self._adds_eos and self.eos_token_id is not None:
+            ids = [*ids, self.eos_token_id]
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; ids outside the vocabulary give nothing."""
+        text: str = self.raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    @property
+    def chat_template(self) -> str | None:
+        """Source of the default chat template."""
+        return self._templates.get("default")
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates)
+
+    def apply_chat_template(
+        self, messages: object, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """Renders a conversation to the text of a prompt; encode it with `add_special_tokens=False`.
+
+        messages: dicts with role and content (a string or a list of text parts) · kwargs: variables of the template
+        (`tools`, `enable_thinking`, ...); `chat_template` chooses one by name or gives one as text.
+        Raises ValueError for malformed messages, without a template, and with a template's own refusal.
+        """
+        template = self._choose_template(kwargs.pop("chat_template", None), kwargs.get("tools"))
+        variables = {**self.special_tokens, **kwargs}
+        return template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    def _choose_template(self, wanted: str | None, tools: object) -> ChatTemplate:
+        if wanted is None:
+            if not self._templates:
+                raise ValueError(
+                    "the tokenizer has no chat template: it is probably a base model; generate from "
+                    "plain text (or pass chat_template=...)"
+                )
+            wanted = "tool_use" if tools and "tool_use" in self._templates else "default"
+            if wanted not in self._templates:
+                names = ", ".join(sorted(self._templates))
+                raise ValueError(f"no default chat template: pass chat_template= one of {names}")
+        source = self._templates.get(wanted, wanted)
+        if source not in self._compiled:
+            if len(self._compiled) >= 8:
+                self._compiled.clear()
+            self._compiled[source] = ChatTemplate(source)
+        return self._compiled[source]
+
+
+class IncrementalDecoder:
+    """Decodes a stream of ids; the pieces joined, `flush` included, equal `Tokenizer.decode` of all ids.
+
+    Never emits part of a UTF-8 character. A byte-level tokenizer's tokens are bytes, so a standard incremental UTF-8
+    decoder does it. Any other decoder looks at its neighbours (leading space dropped, runs of byte tokens joined):
+    there the last emitted tokens are decoded with and without the new ones, and the difference is the new text. Work
+    per token does not depend on the length of the stream.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+        self._raw = tokenizer.raw
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._is_byte_level = _is_byte_level(self._raw)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Adds one id; returns text that is complete now (often empty or more than one token's)."""
+        if token_id in self._skipped:
+            return ""
+        token = self._raw.id_to_token(token_id)
+        if token is None:
+            return ""
+        if self._is_byte_level:
+            return self._utf8.decode(_token_bytes(token))
+        self._pending.append(token_id)
+        # A run of byte tokens decodes as a whole: one bad byte turns all of it into U+FFFD.
+        return "" if _is_byte_token(token) else self._emit()
+
+    def flush(self) -> str:
+        """Ends the stream; bytes that form no character come out as U+FFFD."""
+        if self._is_byte_level:
+            text = self._utf8.decode(b"", final=True)
+            self._utf8.reset()
+            return text
+        text = self._emit() if self._pending else ""
+        self._context = []
+        return text
+
+    def _emit(self) -> str:
+        before = self._decode(self._context)
+        after = self._decode(self._context + self._pending)
+        # Context whose text is empty would let a decoder drop a leading space that is not the stream's.
+        self._context = self._pending if after[len(before) :] else self._context + self._pending
+        self._pending = []
+        return after[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._raw.decode(ids, skip_special_tokens=False) if ids else ""
+        return text
+
+
+def _is_byte_level(raw: RawTokenizer) -> bool:
+    decoder = json.loads(raw.to_str()).get("decoder") if raw.decoder is not None else None
+    if decoder is None:
+        return False
+    parts = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [part["type"] for part in parts]
+    return "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Fuse"}
+
+
+def _is_byte_token(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+@lru_cache(maxsize=1)
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 and up, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    table = {chr(b): b for b in printable}
+    table.update({chr(0x100 + i): b for i, b in enumerate(others)})
+    return table
+
+
+def _token_bytes(token: str) -> bytes:
+    """Bytes of a byte-level token; an added token with characters outside the alphabet is its own text."""
+    table = _byte_of_char()
+    if all(c in table for c in token):
+        return bytes(table[c] for c in token)
+    return token.encode()
+
+
+def _missing_tokenizer(root: Path) -> str:
+    others = [n for n in ("tiktoken.model", "tokenizer.model") if (root / n).is_file()]
+    found = f" (found {others[0]}, which is not read)" if others else ""
+    return (
+        f"{root} holds no tokenizer.json{found}; supported: the tokenizers library's tokenizer.json, "
+        "which transformers' save_pretrained writes for most tokenizers"
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object")
+    return value
+
+
+def _content(token: Any) -> str | None:
+    """A special token is written as a string or as {"content": ...}."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _add_missing_tokens(raw: RawTokenizer, added: Any, root: Path) -> None:
+    """Adds tokens that only tokenizer_config.json declares, which must keep the ids that it gives them."""
+    for key, entry in sorted((added or {}).items(), key=lambda item: int(item[0])):
+        content = _content(entry)
+        if content is None or raw.token_to_id(content) is not None:
+            continue
+        flags = {k: bool(entry[k]) for k in ("lstrip", "rstrip", "normalized") if k in entry}
+        token = AddedToken(content, special=bool(entry.get("special")), **flags)
+        (raw.add_special_tokens if token.special else raw.add_tokens)([token])
+        if raw.token_to_id(content) != int(key):
+            raise ValueError(
+                f"{root / 'tokenizer_config.json'} gives {content!r} the id {key}, which does not "
+                "continue tokenizer.json: the tokenizer files do not belong together"
+            )
+
+
+def _read_templates(root: Path, value: Any) -> dict[str, str]:
+    """Templates by name; files (chat_template.jinja, additional_chat_templates/) win over the settings."""
+    templates: dict[str, str] = {}
+    if isinstance(value, str):
+        templates["default"] = value
+    elif isinstance(value, list):
+        named = [e for e in value if isinstance(e, dict) and "name" in e and "template" in e]
+        if len(named) != len(value):
+            raise ValueError(
+                f"{root / 'tokenizer_config.json'}: chat_template must be a string or a list of "
+                "{name, template} objects"
+            )
+        templates = {str(entry["name"]): str(entry["template"]) for entry in named}
+    elif isinstance(value, dict):
+        templates = {str(name): str(source) for name, source in value.items()}
+    legacy = _read_json(root / "chat_template.json").get("chat_template")
+    if isinstance(legacy, str):
+        templates["default"] = legacy
+    file = root / "chat_template.jinja"
+    if file.is_file():
+        templates["default"] = file.read_text(encoding="utf-8")
+    for extra in sorted((root / "additional_chat_templates").glob("*.jinja")):
+        templates[extra.stem] = extra.read_text(encoding="utf-8")
+    return templates
+
+
+def _read_eos_ids(root: Path) -> list[int]:
+    """generation_config.json decides; else config.json, or its text_config."""
+    config = _read_json(root / "config.json")
+    candidates = [
+        _read_json(root / "generation_config.json").get("eos_token_id"),
+        config.get("eos_token_id"),
+        (config.get("text_config") or {}).get("eos_token_id"),
+    ]
+    for value in candidates:
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and all(isinstance(v, int) and not isinstance(v, bool) for v in ids):
+            return list(ids)
+        if value is not None:
+            logger.warning(
+                "ignoring eos_token_id=%r in %s: not an id or a list of ids", value, root
+            )
+    return []
