@@ -1,0 +1,1 @@
+"""The `moejet` command. Nothing here imports torch before a command needs it."""

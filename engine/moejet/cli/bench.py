@@ -1,0 +1,309 @@
+"""`moejet bench`: tokens per second for prompts (pp) and generation (tg), as a table or as data.
+
+`pp512` reads a prompt of 512 tokens, `tg128` generates 128 tokens one at a time; `@d1024` means
+that 1024 tokens are in the context already. One warm-up run is thrown away, then each test runs
+several times. Tokenisation and sampling are not part of the measurement.
+"""
+
+import argparse
+import csv
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import moejet
+from moejet import topology
+from moejet.cli import options
+from moejet.cli.terminal import note
+from moejet.config import DENSE_DTYPES, EXPERT_FORMATS
+from moejet.presets import PRESETS
+
+if TYPE_CHECKING:
+    from moejet.llm import LLM
+
+_GB = 1e9
+_GIB = 1 << 30
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One measurement: `kind` "pp" or "tg" over num_tokens, after `depth` tokens of context."""
+
+    kind: str
+    num_tokens: int
+    depth: int
+
+    @property
+    def name(self) -> str:
+        """The name in the table, such as pp512 or tg128@d1024."""
+        return f"{self.kind}{self.num_tokens}" + (f"@d{self.depth}" if self.depth else "")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moejet bench`."""
+    parser.epilog = f"{__doc__ or ''}\npresets for --synthetic: {', '.join(PRESETS)}\n"
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("-m", "--model", metavar="MODEL", help="directory or hub id")
+    source.add_argument(
+        "--synthetic",
+        metavar="PRESET[:layers=N]",
+        help="shapes of a published model with random weights; layers=N keeps only N layers",
+    )
+    parser.add_argument("-p", type=_counts, default=[512], metavar="N,..", help="prompt sizes")
+    parser.add_argument("-n", type=_counts, default=[128], metavar="N,..", help="answer sizes")
+    parser.add_argument("-d", type=_counts, default=[0], metavar="N,..", help="context depths")
+    parser.add_argument("-r", type=int, default=3, metavar="N", help="repetitions (default 3)")
+    parser.add_argument(
+        "-t", "--threads", type=_counts, metavar="N,..", help="CPU thread counts to compare"
+    )
+    parser.add_argument(
+        "--format", type=_formats, metavar="F,..", help=f"of {', '.join(EXPERT_FORMATS)}"
+    )
+    parser.add_argument("--dense-dtype", choices=DENSE_DTYPES, help="type of all other weights")
+    options.add_isa_option(parser)
+    parser.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    tests = plan_tests(args.p, args.n, args.d)
+    if args.r < 1:
+        raise ValueError(f"-r {args.r} must be at least 1")
+    if args.threads is not None and 0 in args.threads:
+        raise ValueError("-t 0 must be a positive number of threads")
+    WRITERS[args.output](_measure_all(args, tests))
+    return 0
+
+
+def plan_tests(prompts: list[int], answers: list[int], depths: list[int]) -> list[Case]:
+    """All tests in the order of the table; a size of 0 leaves its kind out."""
+    tests = [
+        Case(kind, count, depth)
+        for depth in depths
+        for kind, counts in (("pp", prompts), ("tg", answers))
+        for count in counts
+        if count
+    ]
+    if not tests:
+        raise ValueError("-p 0 with -n 0 leaves nothing to measure: give one of them a size")
+    return tests
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1]
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,512")
+    return values
+
+
+def _formats(text: str) -> list[str]:
+    for part in text.split(","):
+        if part not in EXPERT_FORMATS:
+            known = ", ".join(EXPERT_FORMATS)
+            raise argparse.ArgumentTypeError(f"{part!r} is not one of {known}")
+    return text.split(",")
+
+
+def open_llm(args: argparse.Namespace, engine_options: dict[str, Any]) -> "LLM":
+    """Load the model to measure, or make a synthetic one."""
+    if args.synthetic is None:
+        return options.open_llm(args.model or options.DEFAULT_MODEL, engine_options)
+    from moejet.llm import LLM
+
+    return LLM.synthetic(args.synthetic, **engine_options)
+
+
+def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
+    from moejet.cli.read_rate import measure_read_rate, probe_bytes
+
+    environment = describe_environment()
+    context = max(test.depth + test.num_tokens for test in tests) + 1
+    for weight_format in args.format or [None]:
+        for num_threads in args.threads or [None]:
+            given = {
+                "expert_format": weight_format,
+                "num_threads": num_threads,
+                "dense_dtype": args.dense_dtype,
+                "isa": args.isa,
+                "max_context": context,
+            }
+            with open_llm(args, {k: v for k, v in given.items() if v is not None}) as llm:
+                subject = _describe_model(args, llm)
+                rate = measure_read_rate(subject["threads"], probe_bytes())
+                yield from measure(
+                    llm, tests, args.r, {**environment, **subject, "read_gbps": rate / _GB}
+                )
+
+
+def measure(llm: "LLM", tests: list[Case], repetitions: int, common: Row) -> Iterator[Row]:
+    """One row per test: `common` and the test's figures. The first run of a test is a warm-up."""
+    sizes = llm.weight_bytes()
+    for test in tests:
+        run = llm.bench_prefill if test.kind == "pp" else llm.bench_decode
+        run(test.num_tokens, test.depth)
+        samples_s = [run(test.num_tokens, test.depth) for _ in range(repetitions)]
+        rates = [test.num_tokens / s for s in samples_s]
+        row = {
+            **common,
+            "test": test.name,
+            "num_tokens": test.num_tokens,
+            "depth": test.depth,
+            "tokens_per_s": statistics.fmean(rates),
+            "tokens_per_s_sd": statistics.stdev(rates) if len(rates) > 1 else None,
+            "samples_s": samples_s,
+            "size_bytes": sizes["total"],
+            "bytes_per_token": None,
+            "gbps": None,
+            "fraction_of_read_rate": None,
+        }
+        if test.kind == "tg":
+            # The context grows from depth to depth + num_tokens while it is read once per token.
+            mean_context = test.depth + test.num_tokens / 2
+            per_token = sizes["active_per_token"] + sizes["latent_per_token"] * mean_context
+            row["bytes_per_token"] = round(per_token)
+            row["gbps"] = per_token * row["tokens_per_s"] / _GB
+            if common.get("read_gbps"):
+                row["fraction_of_read_rate"] = row["gbps"] / common["read_gbps"]
+        yield row
+
+
+def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
+    return {
+        "model": args.synthetic or args.model or options.DEFAULT_MODEL,
+        "synthetic": args.synthetic is not None,
+        "model_type": llm.model_config.model_type,
+        "format": llm.config.expert_format,
+        "dense": llm.config.dense_dtype,
+        "threads": llm.num_threads,
+        "isa": llm.isa,
+    }
+
+
+def describe_environment() -> Row:
+    """Where and with what the measurement runs."""
+    versions = {"moejet": moejet.__version__, "python": platform.python_version()}
+    for package in ("torch", "numpy"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    commit, is_dirty = git_state(Path(moejet.__file__).resolve().parent)
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": is_dirty,
+        "cpu": topology.cpu_model(),
+        "allowed_cpus": len(topology.allowed_cpus()),
+        "kernel": platform.release(),
+        "versions": versions,
+    }
+
+
+def git_state(package: Path) -> tuple[str | None, bool | None]:
+    """Commit and dirty flag of the checkout that `package` is part of; None where it is not.
+
+    A virtual environment often lies inside somebody else's repository: only a checkout that
+    tracks the package's own source counts.
+    """
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(package), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None  # no git, or not a checkout
+        return done.stdout.strip()
+
+    if not git("ls-files", "--error-unmatch", "__init__.py"):
+        return None, None
+    status = git("status", "--porcelain")
+    return git("rev-parse", "HEAD"), None if status is None else bool(status)
+
+
+# The table: heading, width, and the text of a row.
+_COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
+    ("model", 24, lambda row: str(row["model"])),
+    ("size GiB", 8, lambda row: f"{row['size_bytes'] / _GIB:.3f}"),
+    ("format", 8, lambda row: str(row["format"])),
+    ("dense", 5, lambda row: str(row["dense"])),
+    ("threads", 7, lambda row: str(row["threads"])),
+    ("isa", 6, lambda row: str(row["isa"])),
+    ("test", 12, lambda row: str(row["test"])),
+    ("t/s", 18, lambda row: _rate(row)),
+    ("GB/s", 6, lambda row: "" if row["gbps"] is None else f"{row['gbps']:.2f}"),
+    ("of read rate", 12, lambda row: _percent(row["fraction_of_read_rate"])),
+]
+
+
+def _rate(row: Row) -> str:
+    mean, sd = row["tokens_per_s"], row["tokens_per_s_sd"]
+    digits = 2 if mean < 1000 else 0
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None or not math.isfinite(fraction) else f"{fraction:.0%}"
+
+
+def _write_md(rows: Iterator[Row]) -> None:
+    """Rows as they are measured; what was measured where comes after the table."""
+    row: Row = {}
+    for row_number, row in enumerate(rows):
+        if row_number == 0:
+            print(_line([name.ljust(width) for name, width, _ in _COLUMNS]))
+            print(_line(["-" * width for _, width, _ in _COLUMNS]))
+        print(_line([text(row).ljust(width) for _, width, text in _COLUMNS]), flush=True)
+    if row:
+        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        commit = "" if not row["commit"] else f" at {row['commit'][:10]}"
+        dirty = " with local changes" if row["dirty"] else ""
+        note(f"{row['cpu']} · memory reads {row['read_gbps']:.1f} GB/s · {versions}{commit}{dirty}")
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _write_csv(rows: Iterator[Row]) -> None:
+    writer: csv.DictWriter[str] | None = None
+    for row in rows:
+        flat = {k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()}
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, list(flat))
+            writer.writeheader()
+        writer.writerow(flat)
+        sys.stdout.flush()
+
+
+def _write_json(rows: Iterator[Row]) -> None:
+    print(json.dumps(list(rows), indent=2))
+
+
+def _write_jsonl(rows: Iterator[Row]) -> None:
+    for row in rows:
+        print(json.dumps(row), flush=True)
+
+
+WRITERS: dict[str, Callable[[Iterator[Row]], None]] = {
+    "md": _write_md,
+    "csv": _write_csv,
+    "json": _write_json,
+    "jsonl": _write_jsonl,
+}

@@ -1,0 +1,168 @@
+"""Entry point of the `moejet` command: finds the command, runs it, turns errors into one line.
+
+Exit codes: 0 done · 1 the machine or the network would not · 2 the user's input · 130 Ctrl-C ·
+141 the reader of our output went away. Unknown exceptions are bugs and keep their traceback.
+"""
+
+import argparse
+import difflib
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import moejet
+from moejet.config import env_log_level
+
+# Command -> (module, one line of help). Modules are imported when their command is used.
+COMMANDS = {
+    "run": ("moejet.cli.run", "answer one prompt"),
+    "chat": ("moejet.cli.chat", "hold a conversation in the terminal"),
+    "bench": ("moejet.cli.bench", "measure tokens per second"),
+    "doctor": ("moejet.cli.doctor", "check this machine and this installation"),
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """ArgumentParser with our error line, and with near misses named for unknown options."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"moejet: error: {message} (try '{self.prog} --help')\n")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse with options and positionals in any order; unknown ones end the program."""
+        words = list(argv)
+        cut = words.index("--") if "--" in words else len(words)
+        args, unknown = self.parse_known_intermixed_args(words[:cut])
+        for text in unknown:
+            if text.startswith("-") and len(text) > 1:
+                name = text.partition("=")[0]
+                self.error(f"unknown option {name}{near_miss(name, self._option_string_actions)}")
+        self._add_literal_words(args, words[cut + 1 :], unknown)
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}")
+        return args
+
+    def _add_literal_words(
+        self, args: argparse.Namespace, words: list[str], unknown: list[str]
+    ) -> None:
+        """Give the words after "--" to the positional; argparse's intermixed parsing loses them."""
+        positional = next(iter(self._get_positional_actions()), None)
+        for word in words:
+            value = None if positional is None else getattr(args, positional.dest)
+            if positional is not None and positional.nargs == "*":
+                setattr(args, positional.dest, [*(value or []), word])
+            elif positional is not None and value == positional.default:
+                setattr(args, positional.dest, word)
+            else:
+                unknown.append(word)
+
+
+def near_miss(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """ "; did you mean X?" for the known name nearest to `name`, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def build_parser(command: str) -> CommandParser:
+    """The parser of one command."""
+    module, summary = COMMANDS[command]
+    parser = CommandParser(
+        prog=f"moejet {command}",
+        description=summary[0].upper() + summary[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    import_module(module).add_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line in `argv` (default: sys.argv) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # A terminal or pipe that cannot show a character gets "?", not a UnicodeEncodeError.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            code = _dispatch(arguments)
+        except SystemExit as stop:  # argparse: --help, --version and bad options
+            code = stop.code if isinstance(stop.code, int) else 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _silence_stdout()
+        return 141
+    return code
+
+
+def _silence_stdout() -> None:
+    # Python flushes stdout once more at exit; give it a place to go.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _dispatch(arguments: list[str]) -> int:
+    try:
+        level = env_log_level()
+    except ValueError as error:
+        return _fail(str(error), 2)
+    logging.basicConfig(level=level, format="moejet: %(levelname)s: %(name)s: %(message)s")
+    try:
+        if not arguments or arguments[0] not in COMMANDS:
+            return _without_command(arguments)
+        command, *rest = arguments
+        args = build_parser(command).parse(rest)
+        code: int = import_module(COMMANDS[command][0]).execute(args)
+        return code
+    except (ValueError, ImportError, MemoryError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        logging.getLogger(__name__).debug("the command failed", exc_info=True)
+        return _fail(*_describe(error))
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """One line and an exit code for an error that is not a bug of ours."""
+    if isinstance(error, ValueError):
+        return str(error), 2
+    if isinstance(error, ImportError):
+        return f"{error}; 'moejet doctor' checks the installation", 1
+    if isinstance(error, MemoryError):
+        text = str(error) or "out of memory"
+        return f"{text}: free some memory, or use a smaller --expert-format or --max-context", 1
+    if isinstance(error, OSError) and error.strerror:
+        return (f"{error.filename}: " if error.filename else "") + error.strerror, 1
+    return str(error), 1
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"moejet: error: {message}", file=sys.stderr)
+    return code
+
+
+def _without_command(arguments: list[str]) -> int:
+    lines = "\n".join(f"  {name:<9}{summary}" for name, (_, summary) in COMMANDS.items())
+    parser = CommandParser(
+        prog="moejet",
+        usage="moejet COMMAND [options]",
+        description="Runs DeepSeek-class mixture-of-experts reasoners on this machine.",
+        epilog=f"commands:\n{lines}\n\n'moejet COMMAND --help' explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"moejet {moejet.__version__}")
+    if not arguments:
+        parser.print_help()
+        return 0
+    if not arguments[0].startswith("-"):
+        known = ", ".join(COMMANDS)
+        hint = near_miss(arguments[0], COMMANDS) or f"; commands: {known}"
+        parser.error(f"unknown command {arguments[0]!r}{hint}")
+    parser.parse(arguments)
+    raise AssertionError(f"parser.parse accepted {arguments=} without a command")

@@ -1,0 +1,123 @@
+"""Options that several commands share, and how they become SamplingParams and an LLM."""
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from moejet.config import DENSE_DTYPES, EXPERT_FORMATS, ISAS
+
+if TYPE_CHECKING:
+    from moejet.llm import LLM
+    from moejet.request import SamplingParams
+
+DEFAULT_MODEL = "tiny-reasoner"
+
+# Option -> (SamplingParams field, type, help). Options that are not given keep the model's default.
+_SAMPLING: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "--temperature": ("temperature", float, "0 takes the likeliest token"),
+    "--top-k": ("top_k", int, "choose among the K likeliest tokens; 0: all"),
+    "--top-p": ("top_p", float, "choose among the likeliest tokens of this total probability"),
+    "--min-p": ("min_p", float, "drop tokens below this share of the likeliest one's probability"),
+    "--repetition-penalty": (
+        "repetition_penalty",
+        float,
+        "divide the score of tokens seen; 1: off",
+    ),
+    "--presence-penalty": ("presence_penalty", float, "subtract once from tokens already written"),
+    "--frequency-penalty": ("frequency_penalty", float, "subtract for each time a token occurred"),
+    "--seed": ("seed", int, "makes the sampling repeatable"),
+    "--max-tokens": ("max_tokens", int, "stop after this many tokens, thinking included"),
+}
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add one option per SamplingParams field that makes sense for a single answer."""
+    group = parser.add_argument_group(
+        "sampling", "Where an option is not given, the model's generation_config.json decides."
+    )
+    for option, (field, kind, text) in _SAMPLING.items():
+        group.add_argument(option, dest=field, type=kind, metavar=_metavar(kind), help=text)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="stop at this text (repeatable)"
+    )
+    group.add_argument(
+        "--stop-in-reasoning", action="store_true", help="let --stop end the thinking as well"
+    )
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="go on after the end-of-text token"
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the EngineConfig fields that a user sets by hand."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--expert-format",
+        choices=EXPERT_FORMATS,
+        help="how routed experts are kept in memory (default int4_g32)",
+    )
+    group.add_argument(
+        "--dense-dtype", choices=DENSE_DTYPES, help="type of all other weights (default bf16)"
+    )
+    group.add_argument(
+        "--max-context", type=int, metavar="N", help="room for prompt and answer, in tokens"
+    )
+    group.add_argument(
+        "--threads",
+        dest="num_threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: physical cores that this process may use)",
+    )
+    add_isa_option(group)
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the model hub")
+
+
+def add_isa_option(group: argparse._ActionsContainer) -> None:
+    """Add --isa; the choices are those of the CPU kernels."""
+    group.add_argument(
+        "--isa", choices=("auto", *ISAS), help="CPU instruction set (default auto: the widest)"
+    )
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine options that were given, as keyword arguments for LLM."""
+    names = ("expert_format", "dense_dtype", "max_context", "num_threads", "isa", "revision")
+    return {n: v for n in names if (v := getattr(args, n, None)) is not None}
+
+
+def open_llm(model: str, options: dict[str, Any]) -> "LLM":
+    """Load a model. The one place where commands that generate text import the engine."""
+    from moejet.llm import LLM
+
+    return LLM(model, **options)
+
+
+def sampling_params(args: argparse.Namespace, llm: "LLM") -> "SamplingParams":
+    """The model's default sampling with the given options on top.
+
+    Raises ValueError from SamplingParams, which names field, value and remedy.
+    """
+    changes = {
+        field: value
+        for field, _, _ in _SAMPLING.values()
+        if (value := getattr(args, field)) is not None
+    }
+    if args.stop:
+        changes["stop"] = tuple(args.stop)
+    changes |= {n: True for n in ("stop_in_reasoning", "ignore_eos") if getattr(args, n)}
+    for name in ("n", "logprobs"):
+        if getattr(args, name, None) is not None:
+            changes[name] = getattr(args, name)
+    return replace(llm.default_sampling(), **changes)
+
+
+def looks_like_model(text: str) -> bool:
+    """True for "org/name" and for paths: text that was hardly meant as a prompt."""
+    return bool(re.fullmatch(r"[A-Za-z][\w.-]*/[\w.-]*[A-Za-z][\w.-]*|[./~][^\s]*/[^\s]*", text))
+
+
+def _metavar(kind: Callable[[str], Any]) -> str:
+    return "N" if kind is int else "X"

@@ -1,0 +1,77 @@
+"""Runs every CPU kernel once on a small layer: `python -m moejet.cli.selftest` prints JSON.
+
+`moejet doctor` starts this as a process of its own, because what it looks for (an illegal
+instruction, a broken extension) would end the process that looks.
+"""
+
+import json
+import math
+from typing import Any
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 96, 80, 4, 2
+
+# A few tokens take the kernels for generation, many those for prompts (AMX tiles among them).
+TOKEN_COUNTS = (3, 96)
+
+# Relative error of a whole layer: int8 activations cost about 1 %, bf16 arithmetic less.
+TOLERANCE = 0.03
+
+
+def relative_error(isa: str, weight_format: str, num_tokens: int) -> float:
+    """Error of moe_forward against float64 on the same dequantised weights, as |x - y| / |y|."""
+    import numpy as np
+    import torch
+
+    from moejet import _C, topology
+
+    pool = _C.ThreadPool([topology.allowed_cpus()[0]], pin=False)
+    try:
+        weights = _C.ExpertWeights(EXPERTS, HIDDEN, INTERMEDIATE, weight_format)
+        generator = torch.Generator().manual_seed(0)
+        for expert in range(EXPERTS):
+            gate, up = (torch.randn(INTERMEDIATE, HIDDEN, generator=generator) for _ in range(2))
+            down = torch.randn(HIDDEN, INTERMEDIATE, generator=generator)
+            weights.set_expert(expert, gate * 0.1, up * 0.1, down * 0.1)
+        x = torch.randn(num_tokens, HIDDEN, generator=generator)
+        ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in x])
+        mix = torch.rand(num_tokens, TOP_K, generator=generator)
+        out = torch.zeros_like(x)
+        used = _C.moe_forward(weights, x, ids, mix, out, pool, isa)
+        if used != isa:
+            raise RuntimeError(f"asked for {isa}, the kernels used {used}")
+        truth = np.zeros((num_tokens, HIDDEN))
+        for token in range(num_tokens):
+            for slot in range(TOP_K):
+                g, u, d = (
+                    np.asarray(w, dtype=np.float64)
+                    for w in weights.dequantize(int(ids[token, slot]))
+                )
+                row = x[token].numpy().astype(np.float64)
+                hidden = g @ row
+                hidden = hidden / (1 + np.exp(-hidden)) * (u @ row)
+                truth[token] += float(mix[token, slot]) * (d @ hidden)
+        return float(np.linalg.norm(out.numpy() - truth) / np.linalg.norm(truth))
+    finally:
+        pool.close()
+
+
+def main() -> None:
+    """Print one JSON line per step, so that the reader knows the last step before a crash."""
+    from moejet import _C
+    from moejet.config import EXPERT_FORMATS
+
+    info: dict[str, Any] = _C.cpu_info()
+    print(json.dumps({"cpu_info": info}), flush=True)
+    for isa, state in info["isas"].items():
+        if not state["usable"]:
+            continue
+        for weight_format in EXPERT_FORMATS:
+            print(json.dumps({"start": [isa, weight_format]}), flush=True)
+            errors = [relative_error(isa, weight_format, count) for count in TOKEN_COUNTS]
+            # JSON has no NaN: null means that a result is not a number.
+            shown = max(errors) if all(map(math.isfinite, errors)) else None
+            print(json.dumps({"done": [isa, weight_format], "error": shown}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
