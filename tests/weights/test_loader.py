@@ -20,7 +20,6 @@ from moejet.weights import (
     LoadProgress,
     LoadReport,
     TensorSpec,
-    load_checkpoint,
     load_weights,
 )
 from moejet.weights.progress import ProgressLine
@@ -254,13 +253,6 @@ def test_a_file_that_shrinks_while_loading(plain: Path, tmp_path: Path) -> None:
     assert reader_threads() == []
 
 
-def test_load_checkpoint(plain: Path) -> None:
-    target = Target(plain)
-    report = load_checkpoint(plain, target.specs, num_hidden_layers=2, show_progress=False)
-    assert report.num_tensors == len(target.specs)
-    assert report.gbps > 0
-
-
 def test_progress_line() -> None:
     stream = io.StringIO()
     line = ProgressLine(stream=stream)
@@ -301,7 +293,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     write_safetensors(tmp_path, tensors, num_shards=2)
     del tensors
     # The read-ahead budget is lowered so that the bound shows at this size.
-    code = "import moejet.weights.loader as l; l.READ_AHEAD_BYTES = 50 << 20\n" + MEASURE
+    code = "import moejet.weights.reader as r; r.READ_AHEAD_BYTES = 50 << 20\n" + MEASURE
     out = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
     )

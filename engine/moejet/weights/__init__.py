@@ -1,7 +1,7 @@
 """Finding, checking and streaming checkpoints: `resolve_model` -> `Checkpoint.open` -> `load_weights`."""
 
 from moejet.weights.checkpoint import Checkpoint, TensorInfo
-from moejet.weights.loader import LoadReport, load_checkpoint, load_weights
+from moejet.weights.loader import LoadReport, load_weights
 from moejet.weights.progress import LoadProgress
 from moejet.weights.resolve import TINY_REASONER, resolve_model
 from moejet.weights.spec import TensorSpec
@@ -13,7 +13,6 @@ __all__ = [
     "LoadReport",
     "TensorInfo",
     "TensorSpec",
-    "load_checkpoint",
     "load_weights",
     "resolve_model",
 ]

@@ -2,34 +2,24 @@
 
 The model says what it wants as `{checkpoint name: TensorSpec}`; experts are wanted one by one. `plan_load` maps the
 checkpoint's tensors onto those names (multimodal prefixes dropped, stacked experts sliced, parts that text generation
-does not use left out) and refuses with all differences at once. Only then is data read: in file order, while the
-previous piece is being packed, with at most `READ_AHEAD_BYTES` (or one piece) waiting.
+does not use left out) and refuses with all differences at once. Only then is data read (`moejet.weights.reader`).
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
-import os
-import queue
 import re
-import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from moejet.weights.checkpoint import TORCH_DTYPES, Checkpoint, TensorInfo, read_tensor
+from moejet.weights.checkpoint import TORCH_DTYPES, Checkpoint, TensorInfo
 from moejet.weights.progress import LoadProgress, ProgressLine
+from moejet.weights.reader import Piece, read_pieces
 from moejet.weights.spec import TensorSpec
 
 logger = logging.getLogger(__name__)
-
-READ_AHEAD_BYTES = 256 << 20
 
 # Multimodal checkpoints nest the language model; the longest prefix is tried first.
 _PREFIXES = ("model.language_model.", "language_model.")
@@ -59,23 +49,6 @@ class LoadReport:
     @property
     def gbps(self) -> float:
         return self.num_bytes / max(self.elapsed_s, 1e-9) / 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One contiguous read: a whole tensor, or one expert's slice of a stacked one."""
-
-    name: str
-    spec: TensorSpec
-    source: TensorInfo
-    offset: int
-
-    @property
-    def num_bytes(self) -> int:
-        numel = 1
-        for size in self.spec.shape:
-            numel *= size
-        return numel * TORCH_DTYPES[self.source.dtype].itemsize
 
 
 @dataclass(slots=True)
@@ -112,7 +85,7 @@ def load_weights(
     start = time.perf_counter()
     done = 0
     try:
-        with closing(_read_pieces(plan.pieces)) as stream:
+        with closing(read_pieces(plan.pieces)) as stream:
             for piece, tensor in stream:
                 try:
                     piece.spec.load(tensor)
@@ -139,24 +112,6 @@ def load_weights(
         *(report.num_tensors, total / 2**30, report.elapsed_s, report.gbps),
     )
     return report
-
-
-def load_checkpoint(
-    path: str | Path,
-    specs: dict[str, TensorSpec],
-    *,
-    num_hidden_layers: int | None = None,
-    show_progress: bool | None = None,
-    on_progress: Callable[[LoadProgress], None] | None = None,
-) -> LoadReport:
-    """`Checkpoint.open`, then `load_weights`."""
-    return load_weights(
-        Checkpoint.open(path),
-        specs,
-        num_hidden_layers=num_hidden_layers,
-        show_progress=show_progress,
-        on_progress=on_progress,
-    )
 
 
 def plan_load(
@@ -301,118 +256,3 @@ def _refuse(checkpoint: Checkpoint, plan: _Plan, missing: list[str]) -> None:
 def _few(names: list[str]) -> str:
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
-
-
-def _read_pieces(pieces: list[Piece]) -> Generator[tuple[Piece, Tensor]]:
-    """Yields pieces in order while a thread reads ahead; closing the generator ends the thread."""
-    reader = _Reader(pieces)
-    reader.start()
-    try:
-        for piece in pieces:
-            item = reader.ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            buffer, tensor = item
-            yield piece, tensor
-            # The generator is resumed when the consumer is done with the tensor.
-            reader.release(buffer, piece.num_bytes)
-            del item, buffer, tensor
-    finally:
-        reader.stop()
-
-
-class _Buffers:
-    """Recycled read buffers, page-aligned and outside the heap.
-
-    Fresh memory per tensor costs page faults (reading was a third as fast), and on the heap what the consumer allocates
-    meanwhile cuts freed buffers into pieces (resident memory grew to four times the packed size).
-    """
-
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-
-    def take(self, num_bytes: int) -> Tensor:
-        fitting = [b for b in self._free if b.numel() >= num_bytes]
-        if fitting:
-            best = min(fitting, key=Tensor.numel)
-            self._free = [b for b in self._free if b is not best]
-            return best
-        if self._free:
-            self._free.pop()
-        rounded = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        return torch.frombuffer(mmap.mmap(-1, rounded), dtype=torch.uint8)
-
-    def give_back(self, buffer: Tensor) -> None:
-        # A rare large tensor (an embedding) must not hold its memory to the end.
-        if sum(b.numel() for b in self._free) + buffer.numel() <= READ_AHEAD_BYTES:
-            self._free.append(buffer)
-
-
-class _Reader(threading.Thread):
-    """Reads pieces in order into `ready`, holding back while too many bytes wait to be packed."""
-
-    def __init__(self, pieces: list[Piece]):
-        super().__init__(name="moejet-read", daemon=True)
-        self.pieces = pieces
-        self.ready: queue.SimpleQueue[tuple[Tensor, Tensor] | BaseException] = queue.SimpleQueue()
-        self._buffers = _Buffers()
-        self._waiting_bytes = 0
-        self._stopped = False
-        self._changed = threading.Condition()
-
-    def run(self) -> None:
-        files: dict[Path, int] = {}
-        try:
-            for piece in self.pieces:
-                buffer = self._reserve(piece.num_bytes)
-                if buffer is None:
-                    return
-                file = piece.source.file
-                if file not in files:
-                    _close_all(files)
-                    files[file] = os.open(file, os.O_RDONLY)
-                    os.posix_fadvise(files[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                dtype = TORCH_DTYPES[piece.source.dtype]
-                try:
-                    tensor = read_tensor(files[file], piece.offset, piece.spec.shape, dtype, buffer)
-                except ValueError as error:
-                    raise ValueError(f"{file}: {error}") from error
-                self.ready.put((buffer, tensor))
-                del buffer, tensor
-        except BaseException as error:  # handed to the consumer, which raises it
-            self.ready.put(error)
-        finally:
-            _close_all(files)
-
-    def _reserve(self, num_bytes: int) -> Tensor | None:
-        """A buffer once little enough is waiting, or None if reading has to end."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._stopped
-                    or self._waiting_bytes == 0
-                    or self._waiting_bytes + num_bytes <= READ_AHEAD_BYTES
-                )
-            )
-            if self._stopped:
-                return None
-            self._waiting_bytes += num_bytes
-            return self._buffers.take(num_bytes)
-
-    def release(self, buffer: Tensor, num_bytes: int) -> None:
-        with self._changed:
-            self._buffers.give_back(buffer)
-            self._waiting_bytes -= num_bytes
-            self._changed.notify()
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        self.join()
-
-
-def _close_all(files: dict[Path, int]) -> None:
-    for fd in files.values():
-        os.close(fd)
-    files.clear()
