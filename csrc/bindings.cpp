@@ -2,7 +2,6 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
 #include <sched.h>
 
 #include <memory>
@@ -46,9 +45,9 @@ py::dict cpu_info_dict() {
   py::dict isas;
   for (int i = 0; i < kNumIsas; ++i) {
     const IsaState& state = info.isas[i];
-    isas[isa_name(static_cast<Isa>(i))] = py::dict(py::arg("compiled") = state.compiled,
-                                                   py::arg("usable") = state.usable,
-                                                   py::arg("reason") = state.reason);
+    isas[isa_name(static_cast<Isa>(i))] =
+        py::dict(py::arg("compiled") = state.compiled, py::arg("usable") = state.usable,
+                 py::arg("reason") = state.reason);
   }
   return py::dict(py::arg("features") = info.features, py::arg("isas") = isas,
                   py::arg("amx_permission") = info.amx_permission);
@@ -86,7 +85,8 @@ py::array_t<float> dequantize(const ExpertWeights& weights, int64_t expert, Proj
 }
 
 // Ids as int32 after a range check; `converted` holds them if the tensor is int64.
-const int32_t* checked_ids(const Tensor& ids, int64_t num_experts, std::vector<int32_t>* converted) {
+const int32_t* checked_ids(const Tensor& ids, int64_t num_experts,
+                           std::vector<int32_t>* converted) {
   const int64_t count = ids.dim(0) * ids.dim(1);
   const auto check = [&](int64_t id, int64_t i) {
     if (id >= -1 && id < num_experts) return;
@@ -187,8 +187,8 @@ void register_weights(py::module_& m) {
            py::arg("format"))
       .def(
           "set_projection",
-          [](ExpertWeights& self, int64_t expert, const std::string& projection, const py::object& w,
-             ThreadPool* pool, const std::string& isa) {
+          [](ExpertWeights& self, int64_t expert, const std::string& projection,
+             const py::object& w, ThreadPool* pool, const std::string& isa) {
             set_projection(&self, expert, parse_projection(projection), w, "w", pool,
                            table_of(isa));
           },
@@ -246,6 +246,13 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("name") = "auto", py::arg("max_isa") = py::none(),
       "The instruction set to use: the widest usable one for 'auto', else exactly name.");
+  m.def(
+      "min_tile_rows",
+      [](const std::string& format, const std::string& isa) {
+        return table_of(isa).formats[static_cast<int>(parse_format(format))].min_tile_rows;
+      },
+      py::arg("format"), py::arg("isa") = "auto",
+      "Rows of one expert from which tiles (bf16 arithmetic) compute it; 0: never.");
   register_pool(m);
   register_weights(m);
   m.def("moe_forward", &moe_forward_py, py::arg("weights"), py::arg("x"), py::arg("topk_ids"),

@@ -120,12 +120,12 @@ ExpertWeights::ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t i
   const int64_t units = round_up(intermediate_, kUnitCols) / kUnitCols;
   gate_up_ = pair_geometry(format, hidden_, 2 * units);
   down_ = pair_geometry(format, intermediate_, round_up(hidden_, kPairCols) / kPairCols);
-  expert_bytes_ = round_up(gate_up_.num_pairs * gate_up_.pair_bytes +
-                               down_.num_pairs * down_.pair_bytes,
-                           kExpertAlignment);
+  expert_bytes_ =
+      round_up(gate_up_.num_pairs * gate_up_.pair_bytes + down_.num_pairs * down_.pair_bytes,
+               kExpertAlignment);
   const double wanted = static_cast<double>(expert_bytes_) * static_cast<double>(num_experts_);
-  const std::string size = std::to_string(wanted / 1e9) + " GB for " +
-                           std::to_string(num_experts_) + " experts";
+  const std::string size =
+      std::to_string(wanted / 1e9) + " GB for " + std::to_string(num_experts_) + " experts";
   if (wanted > 1e15) throw OutOfMemory("cannot reserve " + size);
   mapping_bytes_ = static_cast<size_t>(bytes()) + kHugePage;
   mapping_ = mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE,
@@ -149,8 +149,10 @@ uint8_t* ExpertWeights::panel(int64_t expert, Projection projection, int64_t ind
   uint8_t* base = data_ + expert * expert_bytes_;
   const int block_bytes = block_shape(format_).bytes;
   switch (projection) {
-    case Projection::kGate: return base + index * gate_up_.pair_bytes;
-    case Projection::kUp: return base + index * gate_up_.pair_bytes + block_bytes;
+    case Projection::kGate:
+      return base + index * gate_up_.pair_bytes;
+    case Projection::kUp:
+      return base + index * gate_up_.pair_bytes + block_bytes;
     default:
       return base + down_offset() + index / 2 * down_.pair_bytes + index % 2 * block_bytes;
   }
@@ -168,8 +170,8 @@ void ExpertWeights::set_projection(int64_t expert, Projection projection, const 
   std::atomic<bool> representable{true};
   for_each_index(num_panels, pool, [&](int64_t p) {
     const int64_t first = p * kPanelRows;
-    const int count = static_cast<int>(std::max<int64_t>(
-        0, std::min<int64_t>(kPanelRows, num_rows - first)));
+    const int count =
+        static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(kPanelRows, num_rows - first)));
     // A panel of padding only: its source must not be pointed at beyond the matrix.
     const uint8_t* start = count > 0 ? source + first * row_stride * dtype_bytes(dtype) : source;
     if (!pack(start, dtype, row_stride, count, cols(projection), panel(expert, projection, p),
@@ -179,7 +181,8 @@ void ExpertWeights::set_projection(int64_t expert, Projection projection, const 
   });
   if (!representable.load()) {
     throw std::invalid_argument(
-        "w contains NaN or infinity, which integer formats cannot hold: check the checkpoint, or use "
+        "w contains NaN or infinity, which integer formats cannot hold: check the checkpoint, or "
+        "use "
         "format='bf16'");
   }
 }

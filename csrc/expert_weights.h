@@ -16,8 +16,8 @@ enum class Projection { kGate, kUp, kDown };
 class ExpertWeights {
  public:
   // Memory is reserved now and becomes resident when written. Unwritten weights are zero (bf16) or
-  // have zero scales, so unset experts contribute zero. Throws std::invalid_argument for sizes out of
-  // range and OutOfMemory if the address space cannot be had.
+  // have zero scales, so unset experts contribute zero. Throws std::invalid_argument for sizes out
+  // of range and OutOfMemory if the address space cannot be had.
   ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Format format);
   ~ExpertWeights();
   ExpertWeights(const ExpertWeights&) = delete;

@@ -118,16 +118,11 @@ CpuInfo detect() {
     bool has;
     const char* name;
   } named[] = {
-      {f.avx2 && f.os_ymm, "avx2"},
-      {f.fma && f.os_ymm, "fma"},
-      {f.f16c && f.os_ymm, "f16c"},
-      {f.avx512f && f.os_zmm, "avx512f"},
-      {f.avx512bw && f.os_zmm, "avx512bw"},
-      {f.avx512dq && f.os_zmm, "avx512dq"},
-      {f.avx512vl && f.os_zmm, "avx512vl"},
-      {f.avx512vnni && f.os_zmm, "avx512vnni"},
-      {f.amx_tile && f.os_tiles, "amx_tile"},
-      {f.amx_bf16 && f.os_tiles, "amx_bf16"},
+      {f.avx2 && f.os_ymm, "avx2"},           {f.fma && f.os_ymm, "fma"},
+      {f.f16c && f.os_ymm, "f16c"},           {f.avx512f && f.os_zmm, "avx512f"},
+      {f.avx512bw && f.os_zmm, "avx512bw"},   {f.avx512dq && f.os_zmm, "avx512dq"},
+      {f.avx512vl && f.os_zmm, "avx512vl"},   {f.avx512vnni && f.os_zmm, "avx512vnni"},
+      {f.amx_tile && f.os_tiles, "amx_tile"}, {f.amx_bf16 && f.os_tiles, "amx_bf16"},
       {f.amx_int8 && f.os_tiles, "amx_int8"},
   };
   for (const auto& entry : named) {
@@ -157,7 +152,8 @@ Isa resolve_isa(const std::string& name, const std::string& max_isa) {
   const CpuInfo& info = cpu_info();
   const Isa limit = max_isa.empty() ? Isa::kAmx : parse_isa("max_isa", max_isa);
   if (limit == Isa::kAmxEmulated) {
-    throw std::invalid_argument("max_isa='amx_emulated' is no limit: use scalar, avx2, avx512, amx");
+    throw std::invalid_argument(
+        "max_isa='amx_emulated' is no limit: use scalar, avx2, avx512, amx");
   }
   if (name == "auto") {
     for (int i = static_cast<int>(limit); i > 0; --i) {

@@ -51,9 +51,9 @@ struct MoeBatch {
   const uint8_t* const* slot_weights;  // [num_slots], the expert's gate-up pairs
   int64_t down_offset;                 // bytes from there to its down pairs
   const int32_t* slot_begin;           // [num_slots + 1], first row
-  const int32_t* slot_tile;  // [num_slots], first row in x_tiles and h_tiles; -1: vector kernel
-  const int32_t* row_token;  // [R]
-  const float* row_weight;   // [R]
+  const int32_t* slot_tile;    // [num_slots], first row in x_tiles and h_tiles; -1: vector kernel
+  const int32_t* row_token;    // [R]
+  const float* row_weight;     // [R]
   const int32_t* token_begin;  // [num_tokens + 1], first entry in token_tiles
   const int32_t* token_tiles;  // rows of x_tiles that hold the token
   bool any_vector;             // some slot uses the vector kernel
@@ -85,8 +85,7 @@ struct FormatKernels {
   void (*gate_up)(const MoeBatch& batch, int slot, int64_t unit_begin, int64_t unit_end,
                   WorkerScratch* scratch);
   // Output columns [32 pair_begin, 32 pair_end) of all tokens: weighted sum over all slots.
-  void (*down)(const MoeBatch& batch, int64_t pair_begin, int64_t pair_end,
-               WorkerScratch* scratch);
+  void (*down)(const MoeBatch& batch, int64_t pair_begin, int64_t pair_end, WorkerScratch* scratch);
   // Rows from which an expert goes to the tile kernel; 0: no tile kernel.
   int min_tile_rows;
 };

@@ -1,6 +1,7 @@
 // Sixteen fp32 lanes in plain C++ (vector extensions): packing, activation quantisation, silu.
-// Included by the files in isa/ only, once per instruction set, with their flags. Every operation is
-// one IEEE operation in a fixed order (no contraction), so all instruction sets give the same bits.
+// Included by the files in isa/ only, once per instruction set, with their flags. Every operation
+// is one IEEE operation in a fixed order (no contraction), so all instruction sets give the same
+// bits.
 #pragma once
 
 #ifndef MOEJET_ISA_NS
@@ -54,7 +55,8 @@ inline F bf16_round(F v) { return (F)(bf16_round_bits(v) << 16); }
 
 inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
-  // Shift exponent and mantissa into place and rescale by 2^112; infinity and NaN need a larger step.
+  // Shift exponent and mantissa into place and rescale by 2^112; infinity and NaN need a larger
+  // step.
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
   float value;
   std::memcpy(&value, &magnitude, sizeof(value));
@@ -108,7 +110,8 @@ inline void store_outputs(const float* src, int n, DType dtype, void* dst) {
   std::memcpy(dst, rounded, n * sizeof(uint16_t));
 }
 
-// exp(x) to 2 ulp on [-87.3, 88]; clamped outside; NaN stays NaN. Range reduction to |r| <= ln2 / 2.
+// exp(x) to 2 ulp on [-87.3, 88]; clamped outside; NaN stays NaN. Range reduction to |r| <= ln2
+// / 2.
 inline F exp_lanes(F x) {
   x = min_lanes(max_lanes(x, splat(-87.3f)), splat(88.f));
   const F shifted = x * 1.44269504f + kRoundMagic;
@@ -216,10 +219,11 @@ inline I int4_codes(F v, F inverse) {
   return round_lanes(min_lanes(max_lanes(v * inverse, splat(-8.f)), splat(7.f)));
 }
 
-// The int4 scale of a group: codes run from -8 to 7, so the sign of the scale is chosen such that the
-// extreme value is negative in code units, and it may lie at -8 (all 16 levels), at -7 (symmetric) or
-// beyond (clipped). A few positions are tried; the best is refined once by least squares. Measured
-// on Gaussian weights: 6 % less error than absmax / 7, for a few operations per weight while loading.
+// The int4 scale of a group: codes run from -8 to 7, so the sign of the scale is chosen such that
+// the extreme value is negative in code units, and it may lie at -8 (all 16 levels), at -7
+// (symmetric) or beyond (clipped). A few positions are tried; the best is refined once by least
+// squares. Measured on Gaussian weights: 6 % less error than absmax / 7, for a few operations per
+// weight while loading.
 inline F int4_scale(const float (*t)[kLanes]) {
   constexpr float kDivisors[] = {7.f, 7.5f, 8.f, 8.5f, 9.f};
   const F ext = extreme<32>(t);
@@ -300,7 +304,8 @@ inline bool pack_bf16(const void* src, DType dtype, int64_t row_stride, int rows
   for (int64_t k0 = 0; k0 < k; k0 += 32, dst += block_stride) {
     load_columns<32>(src, dtype, row_stride, rows, k0, k, t);
     for (int v = 0; v < 16; ++v) {
-      const U even = bf16_round_bits(load<F>(t[2 * v])), odd = bf16_round_bits(load<F>(t[2 * v + 1]));
+      const U even = bf16_round_bits(load<F>(t[2 * v])),
+              odd = bf16_round_bits(load<F>(t[2 * v + 1]));
       store(dst + 64 * v, even | (odd << 16));
     }
   }

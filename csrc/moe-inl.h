@@ -2,9 +2,10 @@
 //
 // A vector microkernel is a struct with
 //   kFormat, kMr               weight format, rows at most in one call
-//   tile<MR>(pair, num_blocks, rows, out, ld)    out[m][0..31] = pair's 32 rows times activation row m
-// It reads int8 activations (integer formats) or fp32 (bf16). The order of floating-point operations
-// for one row does not depend on MR, so a token's result does not depend on its batch.
+//   tile<MR>(pair, num_blocks, rows, out, ld)    out[m][0..31] = pair's 32 rows times activation
+//   row m
+// It reads int8 activations (integer formats) or fp32 (bf16). The order of floating-point
+// operations for one row does not depend on MR, so a token's result does not depend on its batch.
 //
 // A tile microkernel is a struct with
 //   Tiles                      tile registers, real or emulated (tiles-inl.h)
@@ -36,8 +37,8 @@ struct RowRefs {
 };
 
 template <class Mk, int MR>
-inline void tile_of(int mr, const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                    int ld) {
+inline void tile_of(int mr, const uint8_t* pair, int64_t num_blocks, const RowRefs& rows,
+                    float* out, int ld) {
   if constexpr (MR > 1) {
     if (mr < MR) return tile_of<Mk, MR - 1>(mr, pair, num_blocks, rows, out, ld);
   }
@@ -79,8 +80,8 @@ template <class Mk, class TileMk>
 void prepare(const MoeBatch& batch, int64_t t, WorkerScratch* scratch) {
   const int64_t k_padded = batch.gate_up.k_padded;
   const Activations& acts = batch.x_acts;
-  float* row = Mk::kFormat == Format::kBf16 && batch.any_vector ? acts.f32 + t * acts.ld
-                                                                : scratch->row;
+  float* row =
+      Mk::kFormat == Format::kBf16 && batch.any_vector ? acts.f32 + t * acts.ld : scratch->row;
   const uint8_t* x = static_cast<const uint8_t*>(batch.x);
   load_row(x + t * batch.x_stride * dtype_bytes(batch.x_dtype), batch.x_dtype, batch.hidden_size,
            k_padded, row);

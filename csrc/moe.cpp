@@ -7,8 +7,8 @@
 namespace moejet {
 namespace {
 
-// Tokens are processed in chunks so that scratch memory stays bounded: at most this many routed rows
-// (of hidden_size and intermediate_size values each), and this many tokens.
+// Tokens are processed in chunks so that scratch memory stays bounded: at most this many routed
+// rows (of hidden_size and intermediate_size values each), and this many tokens.
 constexpr int64_t kMaxChunkRows = 8192;
 constexpr int64_t kMaxChunkTokens = 1024;
 // A down task's sums should stay in L2.
@@ -40,7 +40,7 @@ Routing route(const ExpertWeights& weights, const MoeCall& call, int min_tile_ro
   for (int64_t i = 0; i < num_pairs; ++i) {
     if (call.topk_ids[i] >= 0) ++count[call.topk_ids[i]];
   }
-  std::vector<int32_t> next(num_experts, 0);       // row of the expert's next token
+  std::vector<int32_t> next(num_experts, 0);        // row of the expert's next token
   std::vector<int32_t> next_tile(num_experts, -1);  // the same among tile rows
   routing.slot_begin.push_back(0);
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -113,8 +113,8 @@ Plan make_plan(const MoeBatch& batch, int num_threads) {
   Plan plan;
   plan.units = batch.gate_up.num_pairs / 2;
   const int64_t all_units = plan.units * std::max(batch.num_slots, 1);
-  plan.units_per_task = std::clamp<int64_t>(
-      ceil_div(all_units, kGateUpTasksPerThread * num_threads), 1, plan.units);
+  plan.units_per_task =
+      std::clamp<int64_t>(ceil_div(all_units, kGateUpTasksPerThread * num_threads), 1, plan.units);
   plan.gate_up_tasks = ceil_div(plan.units, plan.units_per_task) * batch.num_slots;
   const int64_t by_threads = ceil_div(batch.down.num_pairs, kDownTasksPerThread * num_threads);
   const int64_t by_memory = kMaxAccumulatorFloats / (kPairCols * batch.num_tokens);
@@ -135,9 +135,9 @@ void take_scratch(Layout* layout, const Routing& routing, const Plan& plan, MoeB
   for (WorkerScratch& worker : *workers) {
     worker.row = layout->take<float>(x_padded);
     worker.gate_up = layout->take<float>(std::max(kVectorRowBlock, kTileRowBlock) * 2 * kPairCols);
-    worker.accumulator =
-        layout->take<float>(batch->num_tokens * plan.pairs_per_task * kPairCols);
-    worker.unpacked = layout->take<uint16_t>(routing.num_tile_rows > 0 ? kTileChunkK * kPairCols : 0);
+    worker.accumulator = layout->take<float>(batch->num_tokens * plan.pairs_per_task * kPairCols);
+    worker.unpacked =
+        layout->take<uint16_t>(routing.num_tile_rows > 0 ? kTileChunkK * kPairCols : 0);
   }
 }
 
@@ -216,8 +216,8 @@ void moe_forward(const ExpertWeights& weights, const MoeCall& call, ThreadPool* 
                  const KernelTable& table) {
   if (call.num_tokens == 0) return;
   ThreadPool::Lease lease = pool->acquire();
-  const int64_t most = std::clamp<int64_t>(kMaxChunkRows / std::max<int64_t>(call.top_k, 1), 1,
-                                           kMaxChunkTokens);
+  const int64_t most =
+      std::clamp<int64_t>(kMaxChunkRows / std::max<int64_t>(call.top_k, 1), 1, kMaxChunkTokens);
   const int64_t num_chunks = ceil_div(call.num_tokens, most);
   for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
     // Even chunks: a short last one would read all weights for little work.
@@ -225,7 +225,8 @@ void moe_forward(const ExpertWeights& weights, const MoeCall& call, ThreadPool* 
     const int64_t end = call.num_tokens * (chunk + 1) / num_chunks;
     MoeCall part = call;
     part.num_tokens = end - begin;
-    part.x = static_cast<const uint8_t*>(call.x) + begin * call.x_stride * dtype_bytes(call.x_dtype);
+    part.x =
+        static_cast<const uint8_t*>(call.x) + begin * call.x_stride * dtype_bytes(call.x_dtype);
     part.out =
         static_cast<uint8_t*>(call.out) + begin * call.out_stride * dtype_bytes(call.out_dtype);
     part.topk_ids = call.topk_ids + begin * call.top_k;

@@ -14,8 +14,8 @@
 //   bf16, vector v, 16-bit word 2 r + j: row r, input 2 v + j
 //
 // Four inputs of one row in a 32-bit lane is what the 8-bit dot product instructions take, two bf16
-// inputs what an AMX B tile takes: a bf16 panel block is a B tile as it stands. In int4 a mask gives
-// the low nibbles (first scale group) and the complementary mask the high ones (second group,
+// inputs what an AMX B tile takes: a bf16 panel block is a B tile as it stands. In int4 a mask
+// gives the low nibbles (first scale group) and the complementary mask the high ones (second group,
 // times 16), without shuffles. Scales lie inline, so that a panel is one sequential stream.
 //
 // Panels come in pairs that are interleaved block by block:
@@ -28,9 +28,9 @@
 // 32 p .. 32 p + 31. A kernel always streams one pair: one run of memory, two panels in flight,
 // and the two B columns of a 2x2 tile block.
 //
-// Rows are padded to whole units of 32, k to whole blocks. Kernels never let padding reach a result:
-// activations are zero in padded k, and results of padded rows are dropped.
-// One expert: gate-up pairs, then down pairs; it starts on a 4096-byte boundary.
+// Rows are padded to whole units of 32, k to whole blocks. Kernels never let padding reach a
+// result: activations are zero in padded k, and results of padded rows are dropped. One expert:
+// gate-up pairs, then down pairs; it starts on a 4096-byte boundary.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +42,8 @@ constexpr int kNumFormats = 3;
 
 constexpr int kPanelRows = 16;
 constexpr int kPairCols = 2 * kPanelRows;  // outputs of one pair
-constexpr int kUnitCols = 32;              // intermediate channels handled together: one scale group
-constexpr int kActGroup = 32;              // inputs that share an activation scale
+constexpr int kUnitCols = 32;  // intermediate channels handled together: one scale group
+constexpr int kActGroup = 32;  // inputs that share an activation scale
 
 struct BlockShape {
   int k;      // inputs in one block

@@ -38,8 +38,9 @@ struct DlManagedVersioned {
   uint64_t flags;
   DlTensor tensor;
 };
-// What a tensor type offers in its attribute __dlpack_c_exchange_api__ (DLPack 1.3): the same exchange
-// without going through Python. The entries between and after those we use are not declared by type.
+// What a tensor type offers in its attribute __dlpack_c_exchange_api__ (DLPack 1.3): the same
+// exchange without going through Python. The entries between and after those we use are not
+// declared by type.
 struct DlExchange {
   uint32_t major, minor;
   const DlExchange* previous;
@@ -63,19 +64,32 @@ ElementType element_type(DlDataType t) {
 std::string type_text(DlDataType t) {
   const char* kind = "unknown";
   switch (t.code) {
-    case 0: kind = "int"; break;
-    case 1: kind = "uint"; break;
-    case 2: kind = "float"; break;
-    case 4: kind = "bfloat"; break;
-    case 5: kind = "complex"; break;
-    case 6: kind = "bool"; break;
-    default: break;
+    case 0:
+      kind = "int";
+      break;
+    case 1:
+      kind = "uint";
+      break;
+    case 2:
+      kind = "float";
+      break;
+    case 4:
+      kind = "bfloat";
+      break;
+    case 5:
+      kind = "complex";
+      break;
+    case 6:
+      kind = "bool";
+      break;
+    default:
+      break;
   }
   return kind + std::to_string(t.bits);
 }
 
-// The exchange functions of the object's type, or null. The last type is remembered: in practice all
-// arguments are torch tensors, and looking the attribute up costs more than the exchange.
+// The exchange functions of the object's type, or null. The last type is remembered: in practice
+// all arguments are torch tensors, and looking the attribute up costs more than the exchange.
 const DlExchange* exchange_of(const py::object& object) {
   static PyTypeObject* last_type = nullptr;  // holds a reference, so its address is not reused
   static const DlExchange* last_exchange = nullptr;
@@ -85,8 +99,8 @@ const DlExchange* exchange_of(const py::object& object) {
   const py::object capsule = py::getattr(py::handle(reinterpret_cast<PyObject*>(type)),
                                          "__dlpack_c_exchange_api__", py::none());
   if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
-    exchange = static_cast<const DlExchange*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    exchange =
+        static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (exchange != nullptr && exchange->major != 1) exchange = nullptr;
   }
   Py_INCREF(reinterpret_cast<PyObject*>(type));
@@ -106,15 +120,15 @@ py::object export_capsule(const py::object& object, const std::string& name) {
     return object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) {
-      throw py::value_error(name + " cannot be read as a CPU tensor: " +
-                            std::string(py::str(error.value())));
+      throw py::value_error(
+          name + " cannot be read as a CPU tensor: " + std::string(py::str(error.value())));
     }
   }
   try {
     return object.attr("__dlpack__")();
   } catch (py::error_already_set& error) {
-    throw py::value_error(name + " cannot be read as a CPU tensor: " +
-                          std::string(py::str(error.value())));
+    throw py::value_error(
+        name + " cannot be read as a CPU tensor: " + std::string(py::str(error.value())));
   }
 }
 
@@ -122,23 +136,28 @@ py::object export_capsule(const py::object& object, const std::string& name) {
 
 const char* element_type_name(ElementType type) {
   switch (type) {
-    case ElementType::kF32: return "float32";
-    case ElementType::kBf16: return "bfloat16";
-    case ElementType::kF16: return "float16";
-    case ElementType::kI32: return "int32";
-    case ElementType::kI64: return "int64";
-    default: return "other";
+    case ElementType::kF32:
+      return "float32";
+    case ElementType::kBf16:
+      return "bfloat16";
+    case ElementType::kF16:
+      return "float16";
+    case ElementType::kI32:
+      return "int32";
+    case ElementType::kI64:
+      return "int64";
+    default:
+      return "other";
   }
 }
 
-Tensor::Tensor(const py::object& object, std::string name, bool writable)
-    : name_(std::move(name)) {
+Tensor::Tensor(const py::object& object, std::string name, bool writable) : name_(std::move(name)) {
   if (const DlExchange* exchange = exchange_of(object)) {
     DlManagedVersioned* managed = nullptr;
     if (exchange->from_py_object(object.ptr(), &managed) != 0) {
       const py::error_already_set error;
-      throw py::value_error(name_ + " cannot be read as a CPU tensor: " +
-                            std::string(py::str(error.value())));
+      throw py::value_error(
+          name_ + " cannot be read as a CPU tensor: " + std::string(py::str(error.value())));
     }
     managed_.reset(managed, /*versioned=*/true);
   } else {
@@ -219,7 +238,8 @@ void Tensor::expect_shape(std::initializer_list<Dim> dims) const {
     if (dim.size >= 0) wanted += "=" + std::to_string(dim.size);
     ++i;
   }
-  if (!ok) throw py::value_error(name_ + " has shape " + shape_text() + ", expected " + wanted + "]");
+  if (!ok)
+    throw py::value_error(name_ + " has shape " + shape_text() + ", expected " + wanted + "]");
 }
 
 void Tensor::expect_rows() const {
@@ -251,9 +271,12 @@ int64_t Tensor::row_stride() const { return dim(0) > 1 ? strides_[0] : dim(1); }
 
 DType Tensor::dtype() const {
   switch (type_) {
-    case ElementType::kF32: return DType::kF32;
-    case ElementType::kBf16: return DType::kBf16;
-    default: return DType::kF16;
+    case ElementType::kF32:
+      return DType::kF32;
+    case ElementType::kBf16:
+      return DType::kBf16;
+    default:
+      return DType::kF16;
   }
 }
 

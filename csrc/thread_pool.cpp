@@ -118,7 +118,9 @@ struct ThreadPool::State {
     // the new epoch before it sleeps, or we see the sleeper and wake it.
     epoch.fetch_add(1);
     if (sleepers.load() > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_mutex); }
+      {
+        std::lock_guard<std::mutex> lock(sleep_mutex);
+      }
       wake.notify_all();
     }
   }

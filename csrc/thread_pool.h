@@ -1,8 +1,8 @@
 // A pool of pinned threads for short parallel regions.
 //
-// The caller works as worker 0, the pool owns the other num_threads - 1 threads: a caller that waits
-// would need a wake-up per region and would compete with a worker for its CPU. A region has phases
-// with a barrier after each. Workers spin for a short time after a region, then sleep.
+// The caller works as worker 0, the pool owns the other num_threads - 1 threads: a caller that
+// waits would need a wake-up per region and would compete with a worker for its CPU. A region has
+// phases with a barrier after each. Workers spin for a short time after a region, then sleep.
 //
 // One caller at a time: further callers wait. A pool does not survive fork: in the child every use
 // throws, because its threads do not exist there.
@@ -25,8 +25,8 @@ namespace moejet {
 
 class ThreadPool {
  public:
-  // One worker per entry of cpus (distinct logical CPU numbers). With pin, worker i runs on cpus[i];
-  // worker 0, the caller, is only moved away from CPUs that belong to other workers.
+  // One worker per entry of cpus (distinct logical CPU numbers). With pin, worker i runs on
+  // cpus[i]; worker 0, the caller, is only moved away from CPUs that belong to other workers.
   // Throws std::invalid_argument if a CPU may not be used by this process.
   ThreadPool(std::vector<int> cpus, bool pin);
   ~ThreadPool();
@@ -41,8 +41,8 @@ class ThreadPool {
   // The right to use the pool, held from acquire() until destruction.
   class Lease {
    public:
-    // Runs body(phase, worker) for phase 0 .. num_phases - 1 on all workers. If a worker throws, the
-    // later phases are skipped and the first exception is thrown here.
+    // Runs body(phase, worker) for phase 0 .. num_phases - 1 on all workers. If a worker throws,
+    // the later phases are skipped and the first exception is thrown here.
     template <class Body>
     void run(int num_phases, Body&& body) {
       pool_->run_region(
@@ -62,8 +62,8 @@ class ThreadPool {
     std::unique_lock<std::mutex> lock_;
   };
 
-  // Waits until no other caller uses the pool. Throws std::runtime_error if it is closed, or if this
-  // process was forked after the pool was made.
+  // Waits until no other caller uses the pool. Throws std::runtime_error if it is closed, or if
+  // this process was forked after the pool was made.
   Lease acquire();
 
  private:

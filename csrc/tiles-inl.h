@@ -68,8 +68,8 @@ class EmulatedTiles {
 };
 
 // c[m][0..31] = A B for one pair of panels, m rows of A in tile form (tile_row in moe-inl.h).
-// Writes whole tiles: c has room for m rounded up to 16 rows. k runs in chunks whose B tiles fit into
-// L2; between chunks C lies in memory.
+// Writes whole tiles: c has room for m rounded up to 16 rows. k runs in chunks whose B tiles fit
+// into L2; between chunks C lies in memory.
 template <class TileMk>
 void tile_gemm(typename TileMk::Tiles& tiles, const uint8_t* pair, const PairGeometry& geometry,
                const uint16_t* a, int m, float* c, int ld, uint16_t* unpacked) {
@@ -82,7 +82,8 @@ void tile_gemm(typename TileMk::Tiles& tiles, const uint8_t* pair, const PairGeo
   for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
     const int64_t block = geometry.num_blocks * chunk / num_chunks;
     const int64_t block_end = geometry.num_blocks * (chunk + 1) / num_chunks;
-    const uint16_t* b = TileMk::b_tiles(pair + block * 2 * kBlock.bytes, block_end - block, unpacked);
+    const uint16_t* b =
+        TileMk::b_tiles(pair + block * 2 * kBlock.bytes, block_end - block, unpacked);
     const int64_t kt_begin = block * kBlock.k / kTileK;
     const int64_t count = (block_end - block) * kBlock.k / kTileK;
     for (int mt = 0; mt < row_tiles; mt += 2) {

@@ -17,7 +17,8 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  // At least `bytes` bytes on a 2 MB boundary, valid until the next call. Earlier contents are lost.
+  // At least `bytes` bytes on a 2 MB boundary, valid until the next call. Earlier contents are
+  // lost.
   uint8_t* reserve(size_t bytes) {
     if (bytes <= capacity_) return data_;
     release();

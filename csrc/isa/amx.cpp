@@ -6,9 +6,10 @@ namespace moejet {
 namespace amx {
 namespace {
 
-// Own assembly instead of compiler intrinsics, for two reasons. GCC 12's _tile_loadconfig declares 8 of
-// the 64 bytes that the instruction reads, and its tile loads and stores do not declare memory at all,
-// so the compiler may drop or move the writes that feed them. The "memory" clobber orders them.
+// Own assembly instead of compiler intrinsics, for two reasons. GCC 12's _tile_loadconfig declares
+// 8 of the 64 bytes that the instruction reads, and its tile loads and stores do not declare memory
+// at all, so the compiler may drop or move the writes that feed them. The "memory" clobber orders
+// them.
 class AmxTiles {
  public:
   AmxTiles() {
@@ -41,10 +42,10 @@ class AmxTiles {
 
 }  // namespace
 
-extern const KernelTable table = {Isa::kAmx,
-                                  {format_kernels<Int4, Int4Tiles<AmxTiles>>(),
-                                   format_kernels<Int8, Int8Tiles<AmxTiles>>(),
-                                   format_kernels<Bf16, Bf16Tiles<AmxTiles>>()}};
+extern const KernelTable table = {
+    Isa::kAmx,
+    {format_kernels<Int4, Int4Tiles<AmxTiles>>(), format_kernels<Int8, Int8Tiles<AmxTiles>>(),
+     format_kernels<Bf16, Bf16Tiles<AmxTiles>>()}};
 
 }  // namespace amx
 }  // namespace moejet

@@ -1,5 +1,5 @@
-// Kernels for AVX2 + FMA. 8-bit products come from vpmaddubsw (unsigned x signed, pairs summed to 16
-// bits with saturation), whose operands are kept so small that nothing saturates:
+// Kernels for AVX2 + FMA. 8-bit products come from vpmaddubsw (unsigned x signed, pairs summed to
+// 16 bits with saturation), whose operands are kept so small that nothing saturates:
 //   int4: codes 0..15 times -127..127; eight such pairs of products stay below 2^15, so a whole
 //         group of 32 is summed in 16 bits and widened once;
 //   int8: |w| <= 127 times x with w's sign, pairs of products below 2^15, widened at once.
@@ -18,9 +18,7 @@ constexpr int64_t kPrefetchBytes = 2048;
 inline void prefetch(const uint8_t* line) {
   _mm_prefetch(reinterpret_cast<const char*>(line + kPrefetchBytes), _MM_HINT_T0);
 }
-inline __m256i load256(const void* p) {
-  return _mm256_load_si256(static_cast<const __m256i*>(p));
-}
+inline __m256i load256(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 inline __m256i broadcast_quad(const int8_t* p) {
   int32_t quad;
   std::memcpy(&quad, p, sizeof(quad));
@@ -31,7 +29,8 @@ inline __m256 high_halves(__m256i v) {
 }
 inline __m256 low_halves(__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
 
-// All panel halves use the same activation quads: load them again rather than spill other registers.
+// All panel halves use the same activation quads: load them again rather than spill other
+// registers.
 inline void reload_activations() { __asm__ volatile("" : : : "memory"); }
 
 struct Int4 {
@@ -40,8 +39,8 @@ struct Int4 {
 
   // Adds one group: 16-bit sums, their zero point, and both scales.
   static __m256 add_group(__m256 sum, __m256i sum16, int32_t offset, __m256 scale, float x_scale) {
-    const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(sum16, _mm256_set1_epi16(1)),
-                                         _mm256_set1_epi32(offset));
+    const __m256i dot =
+        _mm256_add_epi32(_mm256_madd_epi16(sum16, _mm256_set1_epi16(1)), _mm256_set1_epi32(offset));
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(scale, _mm256_set1_ps(x_scale)),
                            sum);
   }
@@ -159,17 +158,23 @@ struct Bf16 {
       for (int i = 0; i < 4; ++i) sum[m][i] = _mm256_setzero_ps();
     }
     const uint8_t* block = pair;
-    for (int64_t b = 0; b < num_blocks; ++b, block += 2048) {
-      for (int v = 0; v < 16; ++v) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          if (i % 2 == 0) prefetch(block + 1024 * (i / 2) + 64 * v);
-          const __m256i w = load256(block + 1024 * (i / 2) + 64 * v + 32 * (i % 2));
-          const __m256 even = low_halves(w), odd = high_halves(w);
-          for (int m = 0; m < MR; ++m) {
-            const float* x = rows.f32[m] + 32 * b + 2 * v;
-            sum[m][i] = _mm256_fmadd_ps(even, _mm256_set1_ps(x[0]), sum[m][i]);
-            sum[m][i] = _mm256_fmadd_ps(odd, _mm256_set1_ps(x[1]), sum[m][i]);
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      // Panel after panel, in memory order: alternating between the two halves the rate from DRAM.
+#pragma GCC unroll 2
+      for (int panel = 0; panel < 2; ++panel, block += 1024) {
+        reload_activations();
+        for (int v = 0; v < 16; ++v) {
+          prefetch(block + 64 * v);
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            const __m256i w = load256(block + 64 * v + 32 * half);
+            const __m256 even = low_halves(w), odd = high_halves(w);
+            for (int m = 0; m < MR; ++m) {
+              const float* x = rows.f32[m] + 32 * b + 2 * v;
+              __m256& s = sum[m][2 * panel + half];
+              s = _mm256_fmadd_ps(even, _mm256_set1_ps(x[0]), s);
+              s = _mm256_fmadd_ps(odd, _mm256_set1_ps(x[1]), s);
+            }
           }
         }
       }
@@ -182,10 +187,9 @@ struct Bf16 {
 
 }  // namespace
 
-extern const KernelTable table = {
-    Isa::kAvx2,
-    {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-     format_kernels<Bf16, NoTiles>()}};
+extern const KernelTable table = {Isa::kAvx2,
+                                  {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
+                                   format_kernels<Bf16, NoTiles>()}};
 
 }  // namespace avx2
 }  // namespace moejet

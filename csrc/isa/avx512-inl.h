@@ -1,8 +1,9 @@
-// Vector microkernels for AVX-512 with VNNI; included by avx512.cpp and, for experts with few rows, by
-// the tile sources.
+// Vector microkernels for AVX-512 with VNNI; included by avx512.cpp and, for experts with few rows,
+// by the tile sources.
 //
 // vpdpbusd multiplies unsigned by signed bytes and sums four products per 32-bit lane:
-//   int4: codes 0..15 are unsigned already; the zero point enters as the sum's start value -8 sum(x).
+//   int4: codes 0..15 are unsigned already; the zero point enters as the sum's start value -8
+//   sum(x).
 //         High nibbles stay where they are: their sums are 16 times too large, exactly, until one
 //         arithmetic shift per group.
 //   int8: flipping the sign bit makes w + 128; the start value is -128 sum(x) = 16 * offset.
@@ -37,8 +38,8 @@ inline __m512 high_halves(__m512i v) {
 }
 inline __m512 low_halves(__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
 
-// Both panels use the same activation quads. Loading them again is free (they are operands in memory);
-// keeping all of them in registers, as the compiler would, spills everything else.
+// Both panels use the same activation quads. Loading them again is free (they are operands in
+// memory); keeping all of them in registers, as the compiler would, spills everything else.
 inline void reload_activations() { __asm__ volatile("" : : : "memory"); }
 
 struct Int4 {

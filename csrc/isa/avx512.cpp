@@ -1,15 +1,14 @@
-// Kernels for AVX-512 F, BW, DQ, VL and VNNI. AVX512_BF16 is not needed: its dot product runs at half
-// the rate of fp32 multiply-adds on the processors measured, and rounds the activations.
+// Kernels for AVX-512 F, BW, DQ, VL and VNNI. AVX512_BF16 is not needed: its dot product runs at
+// half the rate of fp32 multiply-adds on the processors measured, and rounds the activations.
 #define MOEJET_ISA_NS avx512
 #include "avx512-inl.h"
 
 namespace moejet {
 namespace avx512 {
 
-extern const KernelTable table = {
-    Isa::kAvx512,
-    {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-     format_kernels<Bf16, NoTiles>()}};
+extern const KernelTable table = {Isa::kAvx512,
+                                  {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
+                                   format_kernels<Bf16, NoTiles>()}};
 
 }  // namespace avx512
 }  // namespace moejet

@@ -101,10 +101,9 @@ struct Bf16 {
 
 }  // namespace
 
-extern const KernelTable table = {
-    Isa::kScalar,
-    {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-     format_kernels<Bf16, NoTiles>()}};
+extern const KernelTable table = {Isa::kScalar,
+                                  {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
+                                   format_kernels<Bf16, NoTiles>()}};
 
 }  // namespace scalar
 }  // namespace moejet

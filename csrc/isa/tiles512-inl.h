@@ -1,5 +1,6 @@
-// Tile microkernels: unpacking of integer weights to bf16 B tiles with AVX-512, for real and emulated
-// tiles. The dequantised weight (u4 - 8) scale has up to 12 significant bits and is rounded to bf16.
+// Tile microkernels: unpacking of integer weights to bf16 B tiles with AVX-512, for real and
+// emulated tiles. The dequantised weight (u4 - 8) scale has up to 12 significant bits and is
+// rounded to bf16.
 #pragma once
 
 #ifndef MOEJET_ISA_NS
@@ -12,8 +13,9 @@ namespace moejet {
 namespace MOEJET_ISA_NS {
 
 // Rows from which an expert goes to tiles. A tile multiply costs the same for 1 to 16 rows and the
-// unpacking comes on top; the vector kernels' time grows with the rows and meets it near 6 to 8 rows
-// in int4 and int8. bf16 weights need no unpacking, and their vector kernel reads 2 bytes per product.
+// unpacking comes on top; the vector kernels' time grows with the rows and meets it near 6 to 8
+// rows in int4 and int8. bf16 weights need no unpacking, and their vector kernel reads 2 bytes per
+// product.
 constexpr int kMinTileRowsInt = 8;
 constexpr int kMinTileRowsBf16 = 4;
 

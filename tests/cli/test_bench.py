@@ -20,8 +20,10 @@ class FakeLLM:
             expert_format=engine_options.get("expert_format", "int4_g32"), dense_dtype="bf16"
         )
         self.model_config = SimpleNamespace(model_type="deepseek_v3")
-        self.num_threads = engine_options.get("num_threads", 2)
-        self.isa = "avx2"
+        pool = SimpleNamespace(num_threads=engine_options.get("num_threads", 2))
+        layer = SimpleNamespace(experts=SimpleNamespace(isa="avx2", pool=pool))
+        model = SimpleNamespace(moe_layers=[layer])
+        self.engine = SimpleNamespace(runner=SimpleNamespace(model=model))
         self.calls = []
 
     def __enter__(self):

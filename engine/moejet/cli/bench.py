@@ -122,9 +122,7 @@ def open_llm(args: argparse.Namespace, engine_options: dict[str, Any]) -> "LLM":
     """Load the model to measure, or make a synthetic one."""
     if args.synthetic is None:
         return options.open_llm(args.model or options.DEFAULT_MODEL, engine_options)
-    from moejet.llm import LLM
-
-    return LLM.synthetic(args.synthetic, **engine_options)
+    return options.engine_class().synthetic(args.synthetic, **engine_options)
 
 
 def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
@@ -182,14 +180,18 @@ def measure(llm: "LLM", tests: list[Case], repetitions: int, common: Row) -> Ite
 
 
 def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
+    moe_layers = llm.engine.runner.model.moe_layers
+    if not moe_layers:
+        raise ValueError(f"{args.synthetic} has dense layers only: raise layers=N")
+    experts = moe_layers[0].experts
     return {
         "model": args.synthetic or args.model or options.DEFAULT_MODEL,
         "synthetic": args.synthetic is not None,
         "model_type": llm.model_config.model_type,
         "format": llm.config.expert_format,
         "dense": llm.config.dense_dtype,
-        "threads": llm.num_threads,
-        "isa": llm.isa,
+        "threads": experts.pool.num_threads,
+        "isa": experts.isa,
     }
 
 
@@ -259,7 +261,7 @@ def _rate(row: Row) -> str:
 
 
 def _percent(fraction: float | None) -> str:
-    return "" if fraction is None or not math.isfinite(fraction) else f"{fraction:.0%}"
+    return "" if fraction is None or not math.isfinite(fraction) else f"{fraction:.1%}"
 
 
 def _write_md(rows: Iterator[Row]) -> None:

@@ -1,6 +1,7 @@
 """Options that several commands share, and how they become SamplingParams and an LLM."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -90,9 +91,20 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def open_llm(model: str, options: dict[str, Any]) -> "LLM":
     """Load a model. The one place where commands that generate text import the engine."""
+    return engine_class()(model, **options)
+
+
+def engine_class() -> "type[LLM]":
+    """Import LLM, and torch with it, in the state that suits a program of our own.
+
+    torch's OpenMP threads spin after each operation unless told otherwise before torch is loaded.
+    They would spin on the CPUs that our expert threads need next; on a busy machine that costs a
+    factor of ten.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from moejet.llm import LLM
 
-    return LLM(model, **options)
+    return LLM
 
 
 def sampling_params(args: argparse.Namespace, llm: "LLM") -> "SamplingParams":

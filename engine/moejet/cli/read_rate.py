@@ -27,10 +27,12 @@ def measure_read_rate(num_threads: int, num_bytes: int) -> float:
     The best pass counts, because other programs can only make a pass slower. numpy's reductions
     release the interpreter lock and are vectorised, so the memory is what limits them.
     """
-    data = np.ones(num_bytes // 8, dtype=np.int64)  # ones, not zeros: every page is really there
+    data = np.empty(num_bytes // 8, dtype=np.int64)
     parts = np.array_split(data, num_threads)
     best_s = float("inf")
     with ThreadPoolExecutor(num_threads) as pool:
+        # Written by all threads, so that the pages exist and lie on the nodes of their threads.
+        list(pool.map(lambda part: part.fill(1), parts))
         for _ in range(_REPETITIONS + 1):  # the first pass starts the threads
             start = time.perf_counter()
             list(pool.map(np.bitwise_or.reduce, parts))

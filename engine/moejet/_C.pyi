@@ -1,0 +1,108 @@
+"""CPU kernels. A tensor is any object with __dlpack__ in CPU memory (torch, numpy).
+
+Instruction sets, narrow to wide: scalar, avx2, avx512, amx; and amx_emulated, the AMX code over
+tiles in memory, which tests use. "auto" is the widest usable one and never amx_emulated.
+Errors: ValueError (shapes, ranges, names), TypeError (dtypes), MemoryError, RuntimeError (pool).
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+class _Tensor(Protocol):
+    def __dlpack__(self) -> object: ...
+
+def cpu_info() -> dict[str, Any]:
+    """What this processor and this build can do.
+
+    {"features": [str], "isas": {name: {"compiled": bool, "usable": bool, "reason": str}},
+    "amx_permission": bool}; `reason` says why a set is not usable.
+    """
+
+def resolve_isa(name: str = "auto", max_isa: str | None = None) -> str:
+    """The set to use. A name that is unknown, unusable or above max_isa raises ValueError."""
+
+def min_tile_rows(format: str, isa: str = "auto") -> int:
+    """Rows of one expert from which AMX tiles (bf16 arithmetic) compute it; 0: never."""
+
+class ThreadPool:
+    """Workers on the given CPUs. The calling thread works as worker 0; callers take turns."""
+
+    def __init__(self, cpus: list[int], pin: bool = True) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+    def close(self) -> None:
+        """Ends the threads; idempotent. Later use raises RuntimeError, as does use after fork."""
+
+    def probe(self, fail_worker: int | None = None) -> list[int]:
+        """The CPU that each worker runs on. Worker `fail_worker` raises RuntimeError instead."""
+
+class ExpertWeights:
+    """Packed experts of one layer: E experts, gate and up [I, D], down [D, I].
+
+    Memory becomes resident when written; experts that were never set contribute zero.
+    """
+
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, format: str
+    ) -> None: ...
+    def set_projection(
+        self,
+        expert: int,
+        projection: str,
+        w: _Tensor,
+        pool: ThreadPool | None = None,
+        isa: str = "auto",
+    ) -> None:
+        """Quantises and packs one matrix (fp32, bf16 or fp16). The result does not depend on isa.
+
+        NaN or infinity in an integer format raises ValueError; the projection is then undefined.
+        """
+
+    def set_expert(
+        self,
+        expert: int,
+        gate: _Tensor,
+        up: _Tensor,
+        down: _Tensor,
+        pool: ThreadPool | None = None,
+        isa: str = "auto",
+    ) -> None: ...
+    def dequantize(
+        self, expert: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """(gate, up, down): the values that the kernels compute with."""
+
+    def fill_random(self, seed: int = 0, pool: ThreadPool | None = None) -> None: ...
+    def checksum(self, pool: ThreadPool | None = None) -> int:
+        """Sum of all 64-bit words modulo 2^64: reads every packed byte once, at memory speed."""
+
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def expert_nbytes(self) -> int: ...
+
+def moe_forward(
+    weights: ExpertWeights,
+    x: _Tensor,
+    topk_ids: _Tensor,
+    topk_weights: _Tensor,
+    out: _Tensor,
+    pool: ThreadPool,
+    isa: str = "auto",
+) -> str:
+    """out[t] = sum_k topk_weights[t, k] * down_e(silu(gate_e x_t) * up_e x_t), e = topk_ids[t, k].
+
+    x [T, D] fp32 or bf16, out [T, D] fp32 or bf16 (rows may be apart) · topk_ids [T, K] i32 or i64,
+    -1 skips · topk_weights [T, K] fp32. Returns the instruction set used. The result is the same
+    for every number of threads; on vector instruction sets it is also the same for every batch.
+    """

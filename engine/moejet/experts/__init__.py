@@ -1,0 +1,1 @@
+"""Where routed experts live and who computes them."""

@@ -1,0 +1,131 @@
+"""Routed experts of one layer in packed form on the CPU, and the thread pool that computes them.
+
+This is the only user of the extension's MoE kernels. The extension is imported on first use, so
+that configuration and planning work without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from torch import Tensor, from_numpy
+
+from moejet import topology
+from moejet.config import ModelConfig, env_max_isa, env_num_threads
+from moejet.ops.experts import moe_experts
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from moejet._C import ThreadPool
+
+logger = logging.getLogger(__name__)
+
+
+def load_extension() -> ModuleType:
+    """The module moejet._C. Raises ImportError with a remedy if it is not built."""
+    try:
+        from moejet import _C
+    except ImportError as error:
+        raise ImportError(
+            f"the compiled kernels moejet._C cannot be loaded ({error}): install moejet again with "
+            "`pip install .` (needs a C++17 compiler and CMake)"
+        ) from error
+    return _C
+
+
+def available_cpus() -> tuple[int, ...]:
+    """CPUs for workers: one per physical core that the affinity mask allows, cut to the CPU quota.
+
+    Two threads on one core share its vector units and its cache, so the kernels gain nothing from
+    the second one.
+    """
+    cores = topology.physical_cores(topology.allowed_cpus())
+    quota = topology.cgroup_limits().cpu_quota
+    count = len(cores) if quota is None else max(1, min(len(cores), int(quota)))
+    return tuple(core[0] for core in cores[:count])
+
+
+def create_pool(num_threads: int | None = None, *, pin: bool = True) -> ThreadPool:
+    """A pool of workers, each pinned to a CPU.
+
+    num_threads: None takes MOEJET_NUM_THREADS, or else one worker per `available_cpus()`. More
+    than those are allowed up to the number of logical CPUs in the affinity mask; beyond that
+    ValueError.
+    """
+    if num_threads is None:
+        num_threads = env_num_threads()
+    cpus = available_cpus()
+    if num_threads is not None:
+        cores = topology.physical_cores(topology.allowed_cpus())
+        # First one CPU of every core, then the second ones, and so on.
+        depth = max(len(core) for core in cores)
+        ordered = [core[i] for i in range(depth) for core in cores if i < len(core)]
+        if not 1 <= num_threads <= len(ordered):
+            raise ValueError(
+                f"num_threads={num_threads} must be between 1 and {len(ordered)}, the CPUs that "
+                "this process may use: lower it, or widen the affinity mask"
+            )
+        if num_threads > len(cpus):
+            logger.warning(
+                "num_threads=%d is more than the %d cores available: workers will share cores",
+                num_threads,
+                len(cpus),
+            )
+        cpus = tuple(ordered[:num_threads])
+    pool: ThreadPool = load_extension().ThreadPool(list(cpus), pin)
+    return pool
+
+
+class CpuExperts:
+    """The routed experts of one layer, E experts of inner size I over hidden size D."""
+
+    def __init__(
+        self, config: ModelConfig, *, format: str, pool: ThreadPool, isa: str = "auto"
+    ) -> None:
+        """Reserves memory for all experts; it becomes resident when weights are set.
+
+        format: "int4_g32", "int8" or "bf16". isa: "auto" (the widest usable one, at most
+        MOEJET_MAX_ISA) or a name; a name that cannot run here raises ValueError. Too little
+        address space raises MemoryError.
+        """
+        self._C = load_extension()
+        self.isa: str = self._C.resolve_isa(isa, env_max_isa())
+        self.pool = pool
+        self.weights = self._C.ExpertWeights(
+            config.num_experts, config.hidden_size, config.moe_intermediate_size, format
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the packed weights, padding included."""
+        return int(self.weights.nbytes)
+
+    @property
+    def format(self) -> str:
+        return str(self.weights.format)
+
+    def set_projection(self, expert: int, projection: str, w: Tensor) -> None:
+        """Quantises and packs one matrix: gate or up [I, D], down [D, I]; fp32, bf16 or fp16."""
+        self.weights.set_projection(expert, projection, w, self.pool, self.isa)
+
+    def fill_random(self, seed: int) -> None:
+        """Random weights of plausible size, the same for the same seed."""
+        self.weights.fill_random(seed, self.pool)
+
+    def dequantize(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(gate [I, D], up [I, D], down [D, I]) in fp32: the values the kernels compute with."""
+        gate, up, down = self.weights.dequantize(expert)
+        return from_numpy(gate), from_numpy(up), from_numpy(down)
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts; see `moejet.ops.experts.moe_experts`."""
+        return moe_experts(x, topk_ids, topk_weights, self)
+
+    def run_kernels(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor) -> None:
+        """Runs the C++ kernels into `out`, [T, D]. Wrong arguments raise ValueError or TypeError."""
+        used = self._C.moe_forward(
+            self.weights, x, topk_ids, topk_weights, out, self.pool, self.isa
+        )
+        assert used == self.isa, f"{used=} {self.isa=}"

@@ -1,0 +1,32 @@
+"""Options and fixtures shared by all tests."""
+
+from collections.abc import Callable
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require",
+        action="append",
+        default=[],
+        metavar="ISA",
+        help="fail instead of skip where this instruction set cannot run (repeatable)",
+    )
+
+
+@pytest.fixture(scope="session")
+def usable_isa(pytestconfig: pytest.Config) -> Callable[[str], str]:
+    """Returns an instruction set's name if it can run here; else skips, or fails under --require."""
+
+    def check(name: str) -> str:
+        from moejet import _C
+
+        state = _C.cpu_info()["isas"][name]
+        if not state["usable"]:
+            if name in pytestconfig.getoption("--require"):
+                pytest.fail(f"{name} is required here, but {state['reason']}")
+            pytest.skip(f"{name}: {state['reason']}")
+        return name
+
+    return check

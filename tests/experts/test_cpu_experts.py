@@ -1,0 +1,144 @@
+"""CpuExperts, moe_experts and the choice of worker CPUs."""
+
+import dataclasses
+import logging
+import os
+import sys
+
+import pytest
+import torch
+
+from moejet import topology
+from moejet.experts import cpu_experts
+from moejet.experts.cpu_experts import CpuExperts, available_cpus, create_pool, load_extension
+from moejet.ops.experts import moe_experts, moe_experts_ref
+from moejet.presets import PRESETS
+
+CONFIG = dataclasses.replace(
+    PRESETS["deepseek-v2-lite"],
+    hidden_size=96,
+    moe_intermediate_size=80,
+    num_experts=6,
+    num_experts_per_tok=2,
+)
+
+
+def make_experts(format: str) -> CpuExperts:
+    experts = CpuExperts(CONFIG, format=format, pool=create_pool(1))
+    generator = torch.Generator().manual_seed(0)
+    for e in range(6):
+        for name, shape in (("gate", (80, 96)), ("up", (80, 96)), ("down", (96, 80))):
+            w = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+            experts.set_projection(e, name, w.bfloat16())
+    return experts
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(10, 96, generator=generator).to(dtype)
+    ids = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(10)])
+    ids[2, 1] = -1
+    return x, ids, torch.rand(10, 2, generator=generator)
+
+
+@pytest.mark.parametrize("format", ["int4_g32", "int8", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_agree_with_the_reference(format: str, dtype: torch.dtype) -> None:
+    experts = make_experts(format)
+    x, ids, mix = inputs(dtype)
+    result = experts.forward(x, ids, mix)
+    reference = moe_experts_ref(x, ids, mix, experts)
+    assert result.dtype == reference.dtype == dtype
+    assert (result - reference).norm() / reference.norm() < 0.02
+    assert torch.equal(result, moe_experts(x, ids, mix, experts))
+
+
+def test_reference_mode_swaps_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = make_experts("int8")
+    x, ids, mix = inputs(torch.float32)
+    monkeypatch.setenv("MOEJET_REF", "1")
+    monkeypatch.setattr(experts, "run_kernels", None)
+    assert torch.equal(experts.forward(x, ids, mix), moe_experts_ref(x, ids, mix, experts))
+
+
+def test_reference_is_the_formula() -> None:
+    experts = make_experts("bf16")
+    x, ids, mix = inputs(torch.float32)
+    expected = torch.zeros(10, 96, dtype=torch.float64)
+    for t in range(10):
+        for k in range(2):
+            if ids[t, k] >= 0:
+                gate, up, down = (w.double() for w in experts.dequantize(int(ids[t, k])))
+                g, u = gate @ x[t].double(), up @ x[t].double()
+                expected[t] += mix[t, k].double() * (down @ (g * torch.sigmoid(g) * u))
+    torch.testing.assert_close(moe_experts_ref(x, ids, mix, experts), expected.float())
+
+
+def test_isa_obeys_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEJET_MAX_ISA", "scalar")
+    pool = create_pool(1)
+    assert CpuExperts(CONFIG, format="int8", pool=pool).isa == "scalar"
+    with pytest.raises(ValueError, match="above max_isa"):
+        CpuExperts(CONFIG, format="int8", pool=pool, isa="avx2")
+
+
+def test_sizes_and_random_fill() -> None:
+    experts = CpuExperts(CONFIG, format="int4_g32", pool=create_pool(1))
+    assert experts.nbytes >= 6 * 3 * 96 * 80 * 9 // 16
+    assert experts.format == "int4_g32"
+    experts.fill_random(3)
+    assert experts.dequantize(5)[0].std() > 0
+
+
+def test_available_cpus_are_one_per_core_within_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(quota: float | None) -> None:
+        cores = ((0, 4), (1, 5), (2, 6), (3, 7))
+        monkeypatch.setattr(topology, "allowed_cpus", lambda: tuple(range(8)))
+        monkeypatch.setattr(topology, "physical_cores", lambda cpus: cores)
+        limits = topology.CgroupLimits(2, quota, None, None)
+        monkeypatch.setattr(topology, "cgroup_limits", lambda: limits)
+
+    for quota, expected in ((None, (0, 1, 2, 3)), (2.5, (0, 1)), (0.5, (0,)), (64.0, (0, 1, 2, 3))):
+        pretend(quota)
+        assert available_cpus() == expected
+
+
+def test_create_pool_takes_second_threads_last(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class FakeExtension:
+        @staticmethod
+        def ThreadPool(cpus: list[int], pin: bool) -> list[int]:
+            return cpus
+
+    monkeypatch.setattr(cpu_experts, "load_extension", lambda: FakeExtension)
+    monkeypatch.setattr(topology, "allowed_cpus", lambda: (0, 1, 2, 3))
+    monkeypatch.setattr(topology, "physical_cores", lambda cpus: ((0, 2), (1, 3)))
+    monkeypatch.setattr(
+        topology, "cgroup_limits", lambda: topology.CgroupLimits(None, None, None, None)
+    )
+    monkeypatch.delenv("MOEJET_NUM_THREADS", raising=False)
+    assert create_pool() == [0, 1]
+    assert create_pool(1) == [0]
+    with caplog.at_level(logging.WARNING):
+        assert create_pool(3) == [0, 1, 2]
+    assert "more than the 2 cores" in caplog.text
+    monkeypatch.setenv("MOEJET_NUM_THREADS", "4")
+    assert create_pool() == [0, 1, 2, 3]
+    for bad in (0, 5):
+        with pytest.raises(ValueError, match=f"num_threads={bad} must be between 1 and 4"):
+            create_pool(bad)
+
+
+def test_real_pool_stays_within_the_affinity_mask() -> None:
+    pool = create_pool()
+    assert set(available_cpus()) <= os.sched_getaffinity(0)
+    assert pool.num_threads <= len(os.sched_getaffinity(0))
+    pool.close()
+
+
+def test_missing_extension_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "moejet._C", None)
+    monkeypatch.delattr("moejet._C", raising=False)
+    with pytest.raises(ImportError, match="install moejet again"):
+        load_extension()
