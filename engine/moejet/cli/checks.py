@@ -160,6 +160,9 @@ def _check_cpu(report: Report, root: Path) -> None:
         )
     else:
         report.add(name, "quota", f"{limits.cpu_quota:g} CPUs (cgroup)")
+    workers = _default_threads()
+    if workers is not None:
+        report.add(name, "threads", f"{workers} by default")
     shown = ", ".join(f"node {n.node}: {len(n.cpus)} CPUs, {_gib(n.total_bytes)}" for n in nodes)
     report.add(name, "numa", shown or "one node")
     cache = topology.last_level_cache_bytes(root)
@@ -172,9 +175,18 @@ def _check_cpu(report: Report, root: Path) -> None:
         "allowed_physical_cores": len(allowed_cores),
         "allowed_logical_cpus": len(allowed),
         "cgroup_quota_cpus": limits.cpu_quota,
+        "default_threads": workers,
         "last_level_cache_bytes": cache,
         "numa_nodes": [asdict(node) for node in nodes],
     }
+
+
+def _default_threads() -> int | None:
+    try:
+        from moejet.experts.cpu_experts import available_cpus
+    except ImportError:
+        return None  # needs torch, whose absence is already reported
+    return len(available_cpus())
 
 
 def _check_memory(report: Report, root: Path) -> None:
