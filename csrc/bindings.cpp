@@ -13,6 +13,7 @@
 #include "expert_weights.h"
 #include "isa.h"
 #include "kernels.h"
+#include "linear.h"
 #include "moe.h"
 #include "tensor.h"
 #include "thread_pool.h"
@@ -53,6 +54,10 @@ py::dict cpu_info_dict() {
                   py::arg("amx_permission") = info.amx_permission);
 }
 
+SourceMatrix source_of(const Tensor& w) {
+  return {w.data(), w.dtype(), w.row_stride(), w.dim(0), w.dim(1)};
+}
+
 void check_expert(const ExpertWeights& weights, int64_t expert) {
   if (expert < 0 || expert >= weights.num_experts()) {
     throw py::value_error("expert=" + std::to_string(expert) + " must be between 0 and " +
@@ -72,8 +77,7 @@ void set_projection(ExpertWeights* weights, int64_t expert, Projection projectio
                        {down ? "I" : "D", weights->cols(projection)}});
   tensor.expect_rows();
   const py::gil_scoped_release release;
-  weights->set_projection(expert, projection, tensor.data(), tensor.dtype(), tensor.row_stride(),
-                          table, pool);
+  weights->set_projection(expert, projection, source_of(tensor), table, pool);
 }
 
 py::array_t<float> dequantize(const ExpertWeights& weights, int64_t expert, Projection projection) {
@@ -151,6 +155,90 @@ std::string moe_forward_py(const ExpertWeights& weights, const py::object& x,
     moe_forward(weights, call, &pool, table);
   }
   return isa_name(table.isa);
+}
+
+std::string linear_forward_py(const LinearWeights& weights, const py::object& x,
+                              const py::object& out, ThreadPool& pool, const std::string& isa) {
+  const KernelTable& table = table_of(isa);
+  const int64_t num_matrices = weights.num_matrices();
+  const Tensor xt(x, "x"), result(out, "out", /*writable=*/true);
+  xt.expect_type({ElementType::kF32, ElementType::kBf16});
+  const bool shared = xt.num_dims() == 2;
+  if (shared) {
+    xt.expect_shape({{"T", -1}, {"cols", weights.cols()}});
+  } else {
+    xt.expect_shape({{"T", -1}, {"G", num_matrices}, {"cols", weights.cols()}});
+  }
+  xt.expect_adjacent();
+  result.expect_type({ElementType::kF32, ElementType::kBf16});
+  if (num_matrices == 1 && result.num_dims() == 2) {
+    result.expect_shape({{"T", xt.dim(0)}, {"rows", weights.rows()}});
+  } else {
+    result.expect_shape({{"T", xt.dim(0)}, {"G", num_matrices}, {"rows", weights.rows()}});
+  }
+  result.expect_contiguous();
+  LinearCall call{};
+  call.num_tokens = xt.dim(0);
+  call.x = xt.data();
+  call.x_dtype = xt.dtype();
+  call.x_stride = xt.stride(0);
+  call.x_matrix_stride = shared || num_matrices == 1 ? 0 : xt.stride(1);
+  call.out = result.data();
+  call.out_dtype = result.dtype();
+  call.out_stride = num_matrices * weights.rows();
+  call.out_matrix_stride = weights.rows();
+  {
+    const py::gil_scoped_release release;
+    linear_forward(weights, call, &pool, table);
+  }
+  return isa_name(table.isa);
+}
+
+void set_matrix(LinearWeights& weights, int64_t matrix, const py::object& w, ThreadPool* pool,
+                const std::string& isa) {
+  const KernelTable& table = table_of(isa);
+  if (matrix < 0 || matrix >= weights.num_matrices()) {
+    throw py::value_error("matrix=" + std::to_string(matrix) + " must be between 0 and " +
+                          std::to_string(weights.num_matrices() - 1));
+  }
+  const Tensor tensor(w, "w");
+  tensor.expect_type({ElementType::kF32, ElementType::kBf16, ElementType::kF16});
+  tensor.expect_shape({{"rows", weights.rows()}, {"cols", weights.cols()}});
+  tensor.expect_rows();
+  const py::gil_scoped_release release;
+  weights.set(matrix, source_of(tensor), table, pool);
+}
+
+void register_linear(py::module_& m) {
+  py::class_<LinearWeights>(m, "LinearWeights", "G packed matrices [rows, cols] of one shape.")
+      .def(
+          py::init([](int64_t num_matrices, int64_t rows, int64_t cols, const std::string& format) {
+            return std::make_unique<LinearWeights>(num_matrices, rows, cols, parse_format(format));
+          }),
+          py::arg("num_matrices"), py::arg("rows"), py::arg("cols"), py::arg("format"))
+      .def("set", &set_matrix, py::arg("matrix"), py::arg("w"), py::arg("pool") = py::none(),
+           py::arg("isa") = "auto", "Quantises and packs one matrix; fp32, bf16 or fp16.")
+      .def(
+          "dequantize",
+          [](const LinearWeights& self, int64_t matrix) {
+            if (matrix < 0 || matrix >= self.num_matrices()) {
+              throw py::value_error("matrix=" + std::to_string(matrix) + " is out of range");
+            }
+            py::array_t<float> out({self.rows(), self.cols()});
+            self.dequantize(matrix, out.mutable_data());
+            return out;
+          },
+          py::arg("matrix"), "The values the kernels compute with, fp32 [rows, cols].")
+      .def("fill_random", &LinearWeights::fill_random, py::arg("seed") = 0,
+           py::arg("pool") = py::none(), py::call_guard<py::gil_scoped_release>(),
+           "Plausible random weights, written in packed form.")
+      .def_property_readonly("num_matrices", &LinearWeights::num_matrices)
+      .def_property_readonly("rows", &LinearWeights::rows)
+      .def_property_readonly("cols", &LinearWeights::cols)
+      .def_property_readonly(
+          "format",
+          [](const LinearWeights& self) { return kFormatNames[static_cast<int>(self.format())]; })
+      .def_property_readonly("nbytes", &LinearWeights::bytes);
 }
 
 std::vector<int> probe(ThreadPool& pool, std::optional<int> fail_worker) {
@@ -255,6 +343,11 @@ PYBIND11_MODULE(_C, m) {
       "Rows of one expert from which tiles (bf16 arithmetic) compute it; 0: never.");
   register_pool(m);
   register_weights(m);
+  register_linear(m);
+  m.def("linear_forward", &linear_forward_py, py::arg("weights"), py::arg("x"), py::arg("out"),
+        py::arg("pool"), py::arg("isa") = "auto",
+        "out[t, g] = W_g x[t, g] (x [T, cols]: all matrices read the same row); returns the "
+        "instruction set used.");
   m.def("moe_forward", &moe_forward_py, py::arg("weights"), py::arg("x"), py::arg("topk_ids"),
         py::arg("topk_weights"), py::arg("out"), py::arg("pool"), py::arg("isa") = "auto",
         "out[t] = sum_k topk_weights[t, k] * down(silu(gate x[t]) * up x[t]); returns the "

@@ -1,12 +1,12 @@
 // The packed routed experts of one MoE layer, in huge-page backed memory of their own.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <string>
 
 #include "kernels.h"
 #include "pack.h"
+#include "packed_memory.h"
+#include "packing.h"
 #include "thread_pool.h"
 
 namespace moejet {
@@ -19,14 +19,10 @@ class ExpertWeights {
   // have zero scales, so unset experts contribute zero. Throws std::invalid_argument for sizes out
   // of range and OutOfMemory if the address space cannot be had.
   ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Format format);
-  ~ExpertWeights();
-  ExpertWeights(const ExpertWeights&) = delete;
-  ExpertWeights& operator=(const ExpertWeights&) = delete;
 
-  // Packs w, [rows(projection), cols(projection)] with rows row_stride elements apart. Throws
-  // std::invalid_argument if a value cannot be represented; the projection is then undefined.
-  void set_projection(int64_t expert, Projection projection, const void* w, DType dtype,
-                      int64_t row_stride, const KernelTable& table, ThreadPool* pool);
+  // Packs a [rows(projection), cols(projection)] matrix; see pack_matrix.
+  void set_projection(int64_t expert, Projection projection, const SourceMatrix& source,
+                      const KernelTable& table, ThreadPool* pool);
   // The values that the kernels compute with, fp32 [rows, cols].
   void dequantize(int64_t expert, Projection projection, float* out) const;
   // Random weights of a size that keeps outputs near the inputs' size.
@@ -47,32 +43,16 @@ class ExpertWeights {
   int64_t down_offset() const { return gate_up_.num_pairs * gate_up_.pair_bytes; }
   int64_t expert_bytes() const { return expert_bytes_; }
   int64_t bytes() const { return num_experts_ * expert_bytes_; }
-  const uint8_t* expert(int64_t e) const { return data_ + e * expert_bytes_; }
+  const uint8_t* expert(int64_t e) const { return memory_.data() + e * expert_bytes_; }
 
  private:
-  // First block of a panel (16 rows) of a projection; its blocks are 2 * block bytes apart.
-  uint8_t* panel(int64_t expert, Projection projection, int64_t index) const;
-  const PairGeometry& geometry(Projection p) const {
-    return p == Projection::kDown ? down_ : gate_up_;
-  }
+  PanelLayout layout(int64_t expert, Projection projection) const;
 
   const int64_t num_experts_, hidden_, intermediate_;
   const Format format_;
-  PairGeometry gate_up_{}, down_{};
-  int64_t expert_bytes_ = 0;
-  void* mapping_ = nullptr;
-  size_t mapping_bytes_ = 0;
-  uint8_t* data_ = nullptr;
-};
-
-// Becomes MemoryError with this message.
-class OutOfMemory : public std::bad_alloc {
- public:
-  explicit OutOfMemory(std::string message) : message_(std::move(message)) {}
-  const char* what() const noexcept override { return message_.c_str(); }
-
- private:
-  std::string message_;
+  const PairGeometry gate_up_, down_;
+  const int64_t expert_bytes_;
+  PackedMemory memory_;
 };
 
 }  // namespace moejet

@@ -65,6 +65,28 @@ struct MoeBatch {
   uint16_t* h_tiles;
 };
 
+// One call on a chunk of tokens of G matrices of one shape, each with inputs of its own or all with
+// the same. Row g * num_tokens + t of acts is token t's input of matrix g; in a_tiles each matrix
+// begins at a multiple of 16 rows. Shared inputs exist once, as matrix 0's.
+struct LinearBatch {
+  Format format;
+  int64_t num_tokens, num_matrices, rows, cols;  // a matrix is [rows, cols]
+  PairGeometry geometry;
+  const uint8_t* weights;
+  int64_t matrix_bytes;
+
+  const void* x;  // [num_tokens, G, cols]
+  DType x_dtype;
+  int64_t x_stride, x_matrix_stride;  // elements between tokens, between matrices (0: shared)
+  void* out;                          // [num_tokens, G, rows]
+  DType out_dtype;
+  int64_t out_stride, out_matrix_stride;
+
+  bool tiles;  // the tile kernel computes this call
+  Activations acts;
+  uint16_t* a_tiles;
+};
+
 // Memory of one worker; sizes in moe.cpp.
 struct WorkerScratch {
   float* row;          // [max k_padded], one activation row
@@ -86,6 +108,11 @@ struct FormatKernels {
                   WorkerScratch* scratch);
   // Output columns [32 pair_begin, 32 pair_end) of all tokens: weighted sum over all slots.
   void (*down)(const MoeBatch& batch, int64_t pair_begin, int64_t pair_end, WorkerScratch* scratch);
+  // Brings input `row` (matrix * num_tokens + token) into the form that linear reads.
+  void (*linear_prepare)(const LinearBatch& batch, int64_t row, WorkerScratch* scratch);
+  // Outputs [32 pair_begin, 32 pair_end) of one matrix for all tokens.
+  void (*linear)(const LinearBatch& batch, int64_t matrix, int64_t pair_begin, int64_t pair_end,
+                 WorkerScratch* scratch);
   // Rows from which an expert goes to the tile kernel; 0: no tile kernel.
   int min_tile_rows;
 };

@@ -283,11 +283,94 @@ void down(const MoeBatch& batch, int64_t pair_begin, int64_t pair_end, WorkerScr
 }
 
 template <class Mk, class TileMk>
+void linear_prepare(const LinearBatch& batch, int64_t row, WorkerScratch* scratch) {
+  const int64_t matrix = row / batch.num_tokens, token = row % batch.num_tokens;
+  const int64_t k_padded = batch.geometry.k_padded;
+  const Activations& acts = batch.acts;
+  float* wide =
+      Mk::kFormat == Format::kBf16 && !batch.tiles ? acts.f32 + row * acts.ld : scratch->row;
+  const int64_t offset = token * batch.x_stride + matrix * batch.x_matrix_stride;
+  load_row(static_cast<const uint8_t*>(batch.x) + offset * dtype_bytes(batch.x_dtype),
+           batch.x_dtype, batch.cols, k_padded, wide);
+  if constexpr (TileMk::kMinRows > 0) {
+    if (batch.tiles) {
+      const int64_t first = matrix * round_up(batch.num_tokens, kTileRows);
+      for (int64_t kt = 0; kt < k_padded / kTileK; ++kt) {
+        uint16_t* dst = tile_row(batch.a_tiles, k_padded, first + token, kt);
+        store_bf16(load<F>(wide + kt * kTileK), dst);
+        store_bf16(load<F>(wide + kt * kTileK + kLanes), dst + kLanes);
+      }
+      return;
+    }
+  }
+  if constexpr (Mk::kFormat != Format::kBf16) {
+    quantize_row(wide, k_padded, acts.q + row * acts.ld, acts.scale + row * acts.ld_groups,
+                 acts.offset + row * acts.ld_groups);
+  }
+}
+
+// Rows [first, first + m) of results, 32 wide, to output columns from 32 pair on.
+inline void store_linear(const LinearBatch& batch, int64_t matrix, int64_t first, int m,
+                         int64_t pair, const float* results) {
+  const int64_t column = pair * kPairCols;
+  const int n = static_cast<int>(smaller(kPairCols, batch.rows - column));
+  uint8_t* out = static_cast<uint8_t*>(batch.out);
+  for (int i = 0; i < m; ++i) {
+    const int64_t offset =
+        (first + i) * batch.out_stride + matrix * batch.out_matrix_stride + column;
+    store_outputs(results + i * kPairCols, n, batch.out_dtype,
+                  out + offset * dtype_bytes(batch.out_dtype));
+  }
+}
+
+template <class TileMk>
+void linear_tiles(const LinearBatch& batch, int64_t matrix, int64_t pair_begin, int64_t pair_end,
+                  WorkerScratch* scratch) {
+  typename TileMk::Tiles tiles;
+  const uint8_t* weights = batch.weights + matrix * batch.matrix_bytes;
+  const int64_t input = batch.x_matrix_stride == 0 ? 0 : matrix;
+  const int64_t first = input * round_up(batch.num_tokens, kTileRows);
+  for (int64_t p = pair_begin; p < pair_end; ++p) {
+    for (int64_t row = 0; row < batch.num_tokens; row += kTileRowBlock) {
+      const int m = static_cast<int>(smaller(kTileRowBlock, batch.num_tokens - row));
+      tile_gemm<TileMk>(tiles, weights + p * batch.geometry.pair_bytes, batch.geometry,
+                        tile_row(batch.a_tiles, batch.geometry.k_padded, first + row, 0), m,
+                        scratch->gate_up, kPairCols, scratch->unpacked);
+      store_linear(batch, matrix, row, m, p, scratch->gate_up);
+    }
+  }
+}
+
+template <class Mk, class TileMk>
+void linear(const LinearBatch& batch, int64_t matrix, int64_t pair_begin, int64_t pair_end,
+            WorkerScratch* scratch) {
+  if constexpr (TileMk::kMinRows > 0) {
+    if (batch.tiles) return linear_tiles<TileMk>(batch, matrix, pair_begin, pair_end, scratch);
+  }
+  const uint8_t* weights = batch.weights + matrix * batch.matrix_bytes;
+  const int64_t first = batch.x_matrix_stride == 0 ? 0 : matrix * batch.num_tokens;
+  for (int64_t p = pair_begin; p < pair_end; ++p) {
+    for (int64_t row = 0; row < batch.num_tokens; row += kVectorRowBlock) {
+      const int m = static_cast<int>(smaller(kVectorRowBlock, batch.num_tokens - row));
+      vector_gemm<Mk>(weights + p * batch.geometry.pair_bytes, batch.geometry.num_blocks,
+                      batch.acts, nullptr, first + row, m, scratch->gate_up, kPairCols);
+      store_linear(batch, matrix, row, m, p, scratch->gate_up);
+    }
+  }
+}
+
+template <class Mk, class TileMk>
 constexpr FormatKernels format_kernels() {
   constexpr auto pack = Mk::kFormat == Format::kInt4G32 ? pack_int4
                         : Mk::kFormat == Format::kInt8  ? pack_int8
                                                         : pack_bf16;
-  return {pack, prepare<Mk, TileMk>, gate_up<Mk, TileMk>, down<Mk, TileMk>, TileMk::kMinRows};
+  return {pack,
+          prepare<Mk, TileMk>,
+          gate_up<Mk, TileMk>,
+          down<Mk, TileMk>,
+          linear_prepare<Mk, TileMk>,
+          linear<Mk, TileMk>,
+          TileMk::kMinRows};
 }
 
 }  // namespace MOEJET_ISA_NS

@@ -254,6 +254,16 @@ void Tensor::expect_rows() const {
   }
 }
 
+void Tensor::expect_adjacent() const {
+  bool ok = !shape_.empty() && (shape_.back() <= 1 || strides_.back() == 1);
+  for (size_t i = 0; i < shape_.size(); ++i) ok = ok && (shape_[i] <= 1 || strides_[i] >= 0);
+  if (!ok) {
+    throw py::value_error(name_ +
+                          " has elements that are not adjacent in its last dimension: pass " +
+                          name_ + ".contiguous()");
+  }
+}
+
 void Tensor::expect_contiguous() const {
   int64_t stride = 1;
   bool contiguous = true;

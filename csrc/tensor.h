@@ -36,8 +36,12 @@ class Tensor {
   // Two-dimensional: elements of a row adjacent, rows in order and not overlapping.
   void expect_rows() const;
   void expect_contiguous() const;
+  // Any shape: elements of the innermost dimension adjacent, no negative strides.
+  void expect_adjacent() const;
 
   int64_t dim(int i) const { return shape_[i]; }
+  int num_dims() const { return static_cast<int>(shape_.size()); }
+  int64_t stride(int i) const { return strides_[i]; }
   int64_t row_stride() const;
   void* data() const { return data_; }
   ElementType type() const { return type_; }

@@ -167,7 +167,7 @@ def test_unknown_engine_option_gets_a_hint():
     ("options", "words"),
     [
         ({"expert_format": "int4"}, "expert_format='int4'"),
-        ({"dense_dtype": "fp16"}, "dense_dtype='fp16'"),
+        ({"dense_format": "fp16"}, "dense_format='fp16'"),
         ({"max_context": 0}, "max_context=0"),
         ({"num_threads": -1}, "num_threads=-1"),
         ({"block_size": 2.5}, "block_size=2.5"),

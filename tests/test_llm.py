@@ -12,7 +12,7 @@ from moejet.testing.checkpoints import tiny_checkpoint
 
 OPTIONS = {
     "expert_format": "bf16",
-    "dense_dtype": "fp32",
+    "dense_format": "fp32",
     "cache_dtype": "fp32",
     "max_context": 128,
 }

@@ -91,6 +91,39 @@ class ExpertWeights:
     @property
     def expert_nbytes(self) -> int: ...
 
+class LinearWeights:
+    """G packed matrices [rows, cols] of one shape; those never set are zero."""
+
+    def __init__(self, num_matrices: int, rows: int, cols: int, format: str) -> None: ...
+    def set(
+        self, matrix: int, w: _Tensor, pool: ThreadPool | None = None, isa: str = "auto"
+    ) -> None:
+        """Quantises and packs one matrix (fp32, bf16 or fp16), as ExpertWeights does."""
+
+    def dequantize(self, matrix: int) -> NDArray[np.float32]:
+        """[rows, cols]: the values that the kernels compute with."""
+
+    def fill_random(self, seed: int = 0, pool: ThreadPool | None = None) -> None: ...
+    @property
+    def num_matrices(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def linear_forward(
+    weights: LinearWeights, x: _Tensor, out: _Tensor, pool: ThreadPool, isa: str = "auto"
+) -> str:
+    """out[t, g] = W_g x[t, g]; with x [T, cols], all matrices read the same row.
+
+    x [T, G, cols] or [T, cols], last dimension adjacent · out [T, G, rows] contiguous, or [T, rows]
+    for one matrix; fp32 or bf16. Returns the instruction set used; thread counts do not matter.
+    """
+
 def moe_forward(
     weights: ExpertWeights,
     x: _Tensor,

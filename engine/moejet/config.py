@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 ExpertFormat = Literal["int4_g32", "int8", "bf16"]
-DenseDtype = Literal["bf16", "fp32"]
+DenseFormat = Literal["int8", "int4_g32", "bf16", "fp32"]
+CacheDtype = Literal["bf16", "fp32"]
 EXPERT_FORMATS: tuple[str, ...] = get_args(ExpertFormat)
-DENSE_DTYPES: tuple[str, ...] = get_args(DenseDtype)
+DENSE_FORMATS: tuple[str, ...] = get_args(DenseFormat)
+CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
+# Bits per weight, scales included.
+FORMAT_BITS = {"int4_g32": 4.5, "int8": 8.25, "bf16": 16.0, "fp32": 32.0}
 ISAS = ("scalar", "avx2", "avx512", "amx")
 
 # model_type -> (scoring_func, topk_method) where the file does not say.
@@ -379,19 +383,21 @@ def _require_positive(name: str, value: Any) -> None:
 class EngineConfig:
     """How to run a model.
 
-    model: alias, directory or hub id · expert_format: packed form of routed experts · dense_dtype: everything else ·
-    cache_dtype: latent cache · max_context: tokens per request (None: the model's, at most 32768) ·
-    max_batch_tokens: tokens per step, so also the prefill chunk · cache_tokens: capacity of the latent cache
-    (None: max_context, or 8192 if that is more) · block_size: tokens per cache block ·
-    num_threads: CPU workers (None: physical cores that this process may use) ·
-    isa: "auto" or the instruction set to use at most · seed: base of requests without one.
+    model: alias, directory or hub id · expert_format: packed form of routed experts
+    dense_format: all other matrices, packed as well, or exact in torch as fp32 · cache_dtype: latent cache
+    max_context: tokens per request (None: the model's, at most 32768) · max_num_requests: that run together
+    max_batch_tokens: tokens per step, so also the prefill chunk · block_size: tokens per cache block
+    cache_tokens: capacity of the latent cache (None: max_context, or 8192 if that is more)
+    num_threads: CPU workers (None: physical cores that this process may use)
+    isa: "auto" or the instruction set to use · seed: base of requests that bring none of their own
+    show_progress: a bar while loading (None: if stderr is a terminal)
     """
 
     model: str
     revision: str | None = None
     expert_format: ExpertFormat = "int4_g32"
-    dense_dtype: DenseDtype = "bf16"
-    cache_dtype: DenseDtype = "bf16"
+    dense_format: DenseFormat = "int8"
+    cache_dtype: CacheDtype = "bf16"
     max_context: int | None = None
     max_num_requests: int = 64
     max_batch_tokens: int = 512
@@ -417,8 +423,8 @@ class EngineConfig:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model={self.model!r} must be an alias, a directory or a hub id")
         _require_choice("expert_format", self.expert_format, EXPERT_FORMATS)
-        _require_choice("dense_dtype", self.dense_dtype, DENSE_DTYPES)
-        _require_choice("cache_dtype", self.cache_dtype, DENSE_DTYPES)
+        _require_choice("dense_format", self.dense_format, DENSE_FORMATS)
+        _require_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         _require_choice("isa", self.isa, ("auto", *ISAS, "amx_emulated"))
         for name in ("max_num_requests", "max_batch_tokens", "block_size"):
             _require_positive(name, getattr(self, name))

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 
 from moejet.batch import Batch
-from moejet.config import EngineConfig, ModelConfig
+from moejet.config import FORMAT_BITS, EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.loading import build_engine, load_engine
 from moejet.presets import PRESETS
@@ -138,16 +138,19 @@ class LLM:
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of all weights, of those that one decoded token reads, and of one cached token."""
-        model, config = self.engine.runner.model, self.model_config
-        experts = [layer.experts for layer in model.moe_layers]
+        config = self.model_config
+        experts = [layer.experts for layer in self.engine.runner.model.moe_layers]
         routed = sum(e.nbytes for e in experts)
         active = sum(e.nbytes // config.num_experts * config.num_experts_per_tok for e in experts)
+        bits = FORMAT_BITS[self.config.dense_format]
+        dense = int(config.num_dense_parameters * bits / 8)
+        # Decoding reads one row of the embedding table, unless it also is the output projection.
+        table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
         cache = self.engine.runner.latent_cache
-        latent = config.num_hidden_layers * config.latent_dim * cache.element_size()
         return {
-            "total": model.dense_bytes() + routed,
-            "active_per_token": model.dense_bytes_per_token() + active,
-            "latent_per_token": latent,
+            "total": dense + routed,
+            "active_per_token": dense - int(table * bits / 8) + active,
+            "latent_per_token": config.num_hidden_layers * config.latent_dim * cache.itemsize,
         }
 
     def bench_prefill(self, num_tokens: int, depth: int = 0) -> float:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moejet.block_pool import BlockPool
-from moejet.config import EngineConfig, ModelConfig
+from moejet.config import FORMAT_BITS, EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.experts.cpu_experts import CpuExperts, create_pool
+from moejet.layers.linear import DenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.request import SamplingParams
 from moejet.runner import DTYPES, ModelRunner
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_MAX_CONTEXT = 32768
 _DEFAULT_CACHE_TOKENS = 8192
-_EXPERT_BITS = {"int4_g32": 4.5, "int8": 8.25, "bf16": 16.0}
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -70,14 +70,18 @@ def _create_engine(
 ) -> Engine:
     max_context, num_blocks = plan_cache(config, model_config)
     check_memory(config, model_config, num_blocks * config.block_size)
-    dtype = DTYPES[config.dense_dtype]
     pool = create_pool(config.num_threads)
     model = DeepseekForCausalLM(
         model_config,
         make_experts=lambda: CpuExperts(
-            model_config, format=config.expert_format, pool=pool, isa=config.isa
+            model_config.num_experts,
+            model_config.hidden_size,
+            model_config.moe_intermediate_size,
+            format=config.expert_format,
+            pool=pool,
+            isa=config.isa,
         ),
-        dtype=dtype,
+        dense=DenseWeights(config.dense_format, pool, config.isa),
         max_context=max_context,
     )
     runner = ModelRunner(model, model_config, config, num_blocks=num_blocks)
@@ -113,15 +117,15 @@ def plan_cache(config: EngineConfig, model_config: ModelConfig) -> tuple[int, in
 
 def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: int) -> None:
     """Raises ValueError if weights and cache exceed the memory available now, before anything is allocated."""
-    expert_bytes = int(model_config.num_expert_parameters * _EXPERT_BITS[config.expert_format] / 8)
-    dense_bytes = model_config.num_dense_parameters * DTYPES[config.dense_dtype].itemsize
+    expert_bytes = int(model_config.num_expert_parameters * FORMAT_BITS[config.expert_format] / 8)
+    dense_bytes = int(model_config.num_dense_parameters * FORMAT_BITS[config.dense_format] / 8)
     row = model_config.num_hidden_layers * model_config.latent_dim
     cache_bytes = cache_tokens * row * DTYPES[config.cache_dtype].itemsize
     needed, available = expert_bytes + dense_bytes + cache_bytes, _available_bytes()
     if available is not None and needed > available:
         raise ValueError(
             f"the model needs {needed / 2**30:.1f} GiB (experts as {config.expert_format} "
-            f"{expert_bytes / 2**30:.1f}, dense weights as {config.dense_dtype} "
+            f"{expert_bytes / 2**30:.1f}, dense weights as {config.dense_format} "
             f"{dense_bytes / 2**30:.1f}, cache for {cache_tokens} tokens {cache_bytes / 2**30:.1f}), "
             f"and {available / 2**30:.1f} GiB are available: choose a smaller expert_format, "
             "max_context or model"

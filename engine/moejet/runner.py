@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,8 +12,7 @@ from moejet.batch import Batch
 from moejet.config import EngineConfig, ModelConfig
 from moejet.models.deepseek import DeepseekForCausalLM
 
-logger = logging.getLogger(__name__)
-
+_MIN_TOKENS_FOR_TORCH_THREADS = 32
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -37,15 +37,27 @@ class ModelRunner:
         # Untouched pages cost nothing, and rows beyond a request's context are never read.
         self.latent_cache = torch.empty(shape, dtype=DTYPES[config.cache_dtype])
 
-    @torch.inference_mode()
+    @contextmanager
+    def _computing(self, batch: Batch) -> Iterator[None]:
+        """Inference mode; torch's threads only where its share is worth them.
+
+        After a parallel operation torch's workers spin for a while on the CPUs that our own pool needs next. A step of
+        few tokens gives torch only small operations, so it gets one thread.
+        """
+        before = torch.get_num_threads()
+        if batch.num_tokens < _MIN_TOKENS_FOR_TORCH_THREADS and before > 1:
+            torch.set_num_threads(1)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)
+
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 of the rows batch.logits_indices; the batch's latents are in the cache afterwards."""
-        hidden = self.model.forward(batch, self.latent_cache)
-        if batch.logits_indices.numel() == 0:
-            return hidden.new_empty((0, 0), dtype=torch.float32)
-        return self.model.compute_logits(hidden[batch.logits_indices])
-
-    @torch.inference_mode()
-    def execute_hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [T, D] of all tokens of the batch."""
-        return self.model.forward(batch, self.latent_cache)
+        with self._computing(batch):
+            hidden = self.model.forward(batch, self.latent_cache)
+            if batch.logits_indices.numel() == 0:
+                return hidden.new_empty((0, 0), dtype=torch.float32)
+            return self.model.compute_logits(hidden[batch.logits_indices])

@@ -17,7 +17,7 @@ class FakeLLM:
     def __init__(self, model, engine_options):
         self.model, self.options = model, engine_options
         self.config = SimpleNamespace(
-            expert_format=engine_options.get("expert_format", "int4_g32"), dense_dtype="bf16"
+            expert_format=engine_options.get("expert_format", "int4_g32"), dense_format="bf16"
         )
         self.model_config = SimpleNamespace(model_type="deepseek_v3")
         pool = SimpleNamespace(num_threads=engine_options.get("num_threads", 2))

@@ -146,7 +146,7 @@ def test_every_option_reaches_the_engine(moejet, llm):
     words = [w for k, v in sampling.items() for w in (f"--{k.replace('_', '-')}", str(v))]
     words += ["--stop", "A", "--stop", "B", "--ignore-eos", "--stop-in-reasoning"]
     words += ["-n", "2", "--json", "--logprobs", "3", "--expert-format", "int8"]
-    words += ["--dense-dtype", "fp32", "--max-context", "512", "--threads", "2", "--isa", "avx2"]
+    words += ["--dense-format", "fp32", "--max-context", "512", "--threads", "2", "--isa", "avx2"]
     assert moejet("run", "x", *words).code == 0
     assert llm.calls[0][2] == SamplingParams(
         **sampling,
@@ -156,7 +156,7 @@ def test_every_option_reaches_the_engine(moejet, llm):
         n=2,
         logprobs=3,
     )
-    engine = {"expert_format": "int8", "dense_dtype": "fp32", "max_context": 512}
+    engine = {"expert_format": "int8", "dense_format": "fp32", "max_context": 512}
     assert llm.opened[0][1] == {**engine, "num_threads": 2, "isa": "avx2"}
 
 

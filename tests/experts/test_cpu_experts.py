@@ -1,6 +1,5 @@
 """CpuExperts, moe_experts and the choice of worker CPUs."""
 
-import dataclasses
 import logging
 import os
 import sys
@@ -10,21 +9,15 @@ import torch
 
 from moejet import topology
 from moejet.experts import cpu_experts
-from moejet.experts.cpu_experts import CpuExperts, available_cpus, create_pool, load_extension
+from moejet.experts.cpu_experts import CpuExperts, available_cpus, create_pool
+from moejet.extension import load_extension
 from moejet.ops.experts import moe_experts, moe_experts_ref
-from moejet.presets import PRESETS
 
-CONFIG = dataclasses.replace(
-    PRESETS["deepseek-v2-lite"],
-    hidden_size=96,
-    moe_intermediate_size=80,
-    num_experts=6,
-    num_experts_per_tok=2,
-)
+SIZES = (6, 96, 80)  # experts, hidden, intermediate
 
 
 def make_experts(format: str) -> CpuExperts:
-    experts = CpuExperts(CONFIG, format=format, pool=create_pool(1))
+    experts = CpuExperts(*SIZES, format=format, pool=create_pool(1))
     generator = torch.Generator().manual_seed(0)
     for e in range(6):
         for name, shape in (("gate", (80, 96)), ("up", (80, 96)), ("down", (96, 80))):
@@ -77,13 +70,13 @@ def test_reference_is_the_formula() -> None:
 def test_isa_obeys_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEJET_MAX_ISA", "scalar")
     pool = create_pool(1)
-    assert CpuExperts(CONFIG, format="int8", pool=pool).isa == "scalar"
+    assert CpuExperts(*SIZES, format="int8", pool=pool).isa == "scalar"
     with pytest.raises(ValueError, match="above max_isa"):
-        CpuExperts(CONFIG, format="int8", pool=pool, isa="avx2")
+        CpuExperts(*SIZES, format="int8", pool=pool, isa="avx2")
 
 
 def test_sizes_and_random_fill() -> None:
-    experts = CpuExperts(CONFIG, format="int4_g32", pool=create_pool(1))
+    experts = CpuExperts(*SIZES, format="int4_g32", pool=create_pool(1))
     assert experts.nbytes >= 6 * 3 * 96 * 80 * 9 // 16
     assert experts.format == "int4_g32"
     experts.fill_random(3)

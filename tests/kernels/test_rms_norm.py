@@ -40,9 +40,10 @@ def test_interpreter_matches_the_reference():
 
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_compiles_for_every_architecture(arch):
-    from moejet.kernels.rms_norm import _rms_norm_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from moejet.kernels.rms_norm import _rms_norm_kernel
 
     signature = {
         "x_ptr": "*bf16",

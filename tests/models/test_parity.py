@@ -12,7 +12,7 @@ from moejet.testing.checkpoints import FAMILIES, reference_greedy, reference_log
 from moejet.testing.tolerances import LOGPROB_LIMITS, logprob_error
 
 NUM_GREEDY = 64
-EXACT = {"expert_format": "bf16", "dense_dtype": "fp32", "cache_dtype": "fp32", "max_context": 256}
+EXACT = {"expert_format": "bf16", "dense_format": "fp32", "cache_dtype": "fp32", "max_context": 256}
 
 
 @pytest.fixture(scope="module")

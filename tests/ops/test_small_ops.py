@@ -69,7 +69,7 @@ def test_store_latent_writes_only_its_slots():
 def _router_config(**changes) -> ModelConfig:
     from dataclasses import replace
 
-    base = dict(num_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2)
+    base = {"num_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2}
     return replace(PRESETS["deepseek-v3"], **{**base, **changes})
 
 

@@ -25,7 +25,7 @@ import moejet
 from moejet import topology
 from moejet.cli import options
 from moejet.cli.terminal import note
-from moejet.config import DENSE_DTYPES, EXPERT_FORMATS
+from moejet.config import DENSE_FORMATS, EXPERT_FORMATS
 from moejet.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", type=_formats, metavar="F,..", help=f"of {', '.join(EXPERT_FORMATS)}"
     )
-    parser.add_argument("--dense-dtype", choices=DENSE_DTYPES, help="type of all other weights")
+    parser.add_argument("--dense-format", choices=DENSE_FORMATS, help="type of all other weights")
     options.add_isa_option(parser)
     parser.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md")
 
@@ -135,7 +135,7 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
             given = {
                 "expert_format": weight_format,
                 "num_threads": num_threads,
-                "dense_dtype": args.dense_dtype,
+                "dense_format": args.dense_format,
                 "isa": args.isa,
                 "max_context": context,
             }
@@ -189,7 +189,7 @@ def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
         "synthetic": args.synthetic is not None,
         "model_type": llm.model_config.model_type,
         "format": llm.config.expert_format,
-        "dense": llm.config.dense_dtype,
+        "dense": llm.config.dense_format,
         "threads": experts.pool.num_threads,
         "isa": experts.isa,
     }

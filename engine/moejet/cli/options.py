@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moejet.config import DENSE_DTYPES, EXPERT_FORMATS, ISAS
+from moejet.config import DENSE_FORMATS, EXPERT_FORMATS, ISAS
 
 if TYPE_CHECKING:
     from moejet.llm import LLM
@@ -60,7 +60,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="how routed experts are kept in memory (default int4_g32)",
     )
     group.add_argument(
-        "--dense-dtype", choices=DENSE_DTYPES, help="type of all other weights (default bf16)"
+        "--dense-format", choices=DENSE_FORMATS, help="type of all other weights (default int8)"
     )
     group.add_argument(
         "--max-context", type=int, metavar="N", help="room for prompt and answer, in tokens"
@@ -85,7 +85,7 @@ def add_isa_option(group: argparse._ActionsContainer) -> None:
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The engine options that were given, as keyword arguments for LLM."""
-    names = ("expert_format", "dense_dtype", "max_context", "num_threads", "isa", "revision")
+    names = ("expert_format", "dense_format", "max_context", "num_threads", "isa", "revision")
     return {n: v for n in names if (v := getattr(args, n, None)) is not None}
 
 

@@ -1,7 +1,6 @@
 """Routed experts of one layer in packed form on the CPU, and the thread pool that computes them.
 
-This is the only user of the extension's MoE kernels. The extension is imported on first use, so
-that configuration and planning work without it.
+This is the only user of the extension's MoE kernels.
 """
 
 from __future__ import annotations
@@ -12,27 +11,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, from_numpy
 
 from moejet import topology
-from moejet.config import ModelConfig, env_max_isa, env_num_threads
+from moejet.config import env_max_isa, env_num_threads
+from moejet.extension import load_extension
 from moejet.ops.experts import moe_experts
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from moejet._C import ThreadPool
 
 logger = logging.getLogger(__name__)
-
-
-def load_extension() -> ModuleType:
-    """The module moejet._C. Raises ImportError with a remedy if it is not built."""
-    try:
-        from moejet import _C
-    except ImportError as error:
-        raise ImportError(
-            f"the compiled kernels moejet._C cannot be loaded ({error}): install moejet again with "
-            "`pip install .` (needs a C++17 compiler and CMake)"
-        ) from error
-    return _C
 
 
 def available_cpus() -> tuple[int, ...]:
@@ -82,7 +68,14 @@ class CpuExperts:
     """The routed experts of one layer, E experts of inner size I over hidden size D."""
 
     def __init__(
-        self, config: ModelConfig, *, format: str, pool: ThreadPool, isa: str = "auto"
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        format: str,
+        pool: ThreadPool,
+        isa: str = "auto",
     ) -> None:
         """Reserves memory for all experts; it becomes resident when weights are set.
 
@@ -93,9 +86,7 @@ class CpuExperts:
         self._C = load_extension()
         self.isa: str = self._C.resolve_isa(isa, env_max_isa())
         self.pool = pool
-        self.weights = self._C.ExpertWeights(
-            config.num_experts, config.hidden_size, config.moe_intermediate_size, format
-        )
+        self.weights = self._C.ExpertWeights(num_experts, hidden_size, intermediate_size, format)
 
     @property
     def nbytes(self) -> int:

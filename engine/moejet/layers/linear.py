@@ -1,52 +1,95 @@
-"""Dense projections, embedding and norm: a weight, its checkpoint name, one call into ops."""
+"""Dense projections, gated MLP, embedding and norm.
+
+Matrices live packed and are computed by our kernels (`DenseWeights.format` int8, int4_g32 or bf16), or stay fp32 torch
+tensors ("fp32": the exact mode). Activations between operations are fp32 either way.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moejet.experts.cpu_experts import CpuExperts
+from moejet.ops.linear import PackedMatrices, linear
 from moejet.ops.rms_norm import rms_norm
 from moejet.ops.silu_mul import silu_mul
 from moejet.weights.spec import TensorSpec
 
+if TYPE_CHECKING:
+    from moejet._C import ThreadPool
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeights:
+    """How a model's dense matrices are held: packed in `format` on the pool's workers, or "fp32" in torch."""
+
+    format: str
+    pool: ThreadPool
+    isa: str = "auto"
+
+    @property
+    def is_packed(self) -> bool:
+        return self.format != "fp32"
+
+    def matrices(self, num: int, rows: int, cols: int) -> PackedMatrices:
+        return PackedMatrices(num, rows, cols, format=self.format, pool=self.pool, isa=self.isa)
+
 
 class Linear:
-    """y = x W^T + b with W [out, in] in `dtype`; x is cast to it."""
+    """y = x W^T + b with W [out, in]; x [T, in] to y [T, out], both fp32."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, dtype: torch.dtype, bias: bool = False
+        self, in_features: int, out_features: int, *, dense: DenseWeights, bias: bool = False
     ):
-        self.weight = torch.empty(out_features, in_features, dtype=dtype)
-        self.bias = torch.empty(out_features, dtype=dtype) if bias else None
+        self.shape = (out_features, in_features)
+        self.bias = torch.empty(out_features) if bias else None
+        self.packed: PackedMatrices | None = None
+        if dense.is_packed:
+            self.packed = dense.matrices(1, out_features, in_features)
+        else:
+            self.weight = torch.empty(self.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        out = linear(x, self.packed)
+        return out if self.bias is None else out + self.bias
+
+    def load(self, weight: Tensor) -> None:
+        if self.packed is None:
+            self.weight.copy_(weight)
+        else:
+            self.packed.set(0, weight)
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
-        specs = {f"{prefix}.weight": TensorSpec.copy_into(self.weight)}
+        specs = {f"{prefix}.weight": TensorSpec(self.shape, self.load)}
         if self.bias is not None:
             specs[f"{prefix}.bias"] = TensorSpec.copy_into(self.bias)
         return specs
 
 
 class RMSNorm:
-    """Root-mean-square norm of `dim` values; the weight stays fp32."""
+    """Root-mean-square norm of `dim` values, fp32."""
 
-    def __init__(self, dim: int, eps: float, *, out_dtype: torch.dtype):
-        self.weight = torch.empty(dim, dtype=torch.float32)
+    def __init__(self, dim: int, eps: float):
+        self.weight = torch.empty(dim)
         self.eps = eps
-        self.out_dtype = out_dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, out_dtype=self.out_dtype)
+        return rms_norm(x, self.weight, self.eps, out_dtype=torch.float32)
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
         return {f"{prefix}.weight": TensorSpec.copy_into(self.weight)}
 
 
 class Embedding:
-    """Token embedding [V, D]; rows come out as fp32 hidden states."""
+    """Token embedding [V, D], bf16 or fp32; rows come out as fp32 hidden states."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype):
         self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype)
@@ -59,20 +102,47 @@ class Embedding:
 
 
 class GatedMLP:
-    """down(silu(gate(x)) * up(x)): dense layers and shared experts. gate and up are one matrix [2I, D]."""
+    """down(silu(gate(x)) * up(x)): dense layers and shared experts. x [T, D] fp32 to [T, D].
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: torch.dtype):
-        self.intermediate_size = intermediate_size
-        self.gate_up = Linear(hidden_size, 2 * intermediate_size, dtype=dtype)
-        self.down = Linear(intermediate_size, hidden_size, dtype=dtype)
+    Packed, it is the expert kernel with one expert that every token goes to: one call for all three matrices.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, dense: DenseWeights):
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.packed: CpuExperts | None = None
+        if dense.is_packed:
+            self.packed = CpuExperts(
+                1,
+                hidden_size,
+                intermediate_size,
+                format=dense.format,
+                pool=dense.pool,
+                isa=dense.isa,
+            )
+        else:
+            self.gate_up = torch.empty(2 * intermediate_size, hidden_size)
+            self.down = torch.empty(hidden_size, intermediate_size)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(silu_mul(self.gate_up(x)))
+        if self.packed is None:
+            return F.linear(silu_mul(F.linear(x, self.gate_up)), self.down)
+        num_tokens = x.shape[0]
+        everyone = torch.zeros(num_tokens, 1, dtype=torch.int32)
+        return self.packed.forward(x, everyone, torch.ones(num_tokens, 1))
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
-        weight, split = self.gate_up.weight, self.intermediate_size
+        inner = (self.intermediate_size, self.hidden_size)
+        shapes = {"gate": inner, "up": inner, "down": inner[::-1]}
+        loads: dict[str, Callable[[Tensor], object]]
+        if self.packed is None:
+            split = self.intermediate_size
+            loads = {
+                "gate": self.gate_up[:split].copy_,
+                "up": self.gate_up[split:].copy_,
+                "down": self.down.copy_,
+            }
+        else:
+            loads = {name: partial(self.packed.set_projection, 0, name) for name in shapes}
         return {
-            f"{prefix}.gate_proj.weight": TensorSpec.copy_into(weight[:split]),
-            f"{prefix}.up_proj.weight": TensorSpec.copy_into(weight[split:]),
-            f"{prefix}.down_proj.weight": TensorSpec.copy_into(self.down.weight),
+            f"{prefix}.{name}_proj.weight": TensorSpec(shapes[name], loads[name]) for name in shapes
         }

@@ -1,7 +1,7 @@
 """Multi-head latent attention with weight absorption (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-The cache keeps [c_kv | k_pe] per token and nothing else. kv_b_proj of the checkpoint, rows [H, N + V], is stored once
-as w_uk [H, N, C] and w_uv [H, C, V], ready for both forms of `moejet.ops.mla_attention`.
+The cache keeps [c_kv | k_pe] per token and nothing else. kv_b_proj of the checkpoint, rows [H, N + V], becomes the
+up-projections of `LatentUp`, ready for both forms of `moejet.ops.mla_attention`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moejet.batch import Batch
 from moejet.config import ModelConfig
-from moejet.layers.linear import Linear, RMSNorm
+from moejet.layers.linear import DenseWeights, Linear, RMSNorm
+from moejet.ops.linear import linear
 from moejet.ops.mla_attention import mla_attention
 from moejet.ops.rope import apply_rope
 from moejet.ops.store_latent import store_latent
@@ -21,25 +22,87 @@ from moejet.weights.spec import TensorSpec
 _LATENT_NORM_EPS = 1e-6
 
 
+class LatentUp:
+    """W_UK [H, N, C] and W_UV [H, V, C], in torch fp32.
+
+    Shapes: T query tokens, S context tokens, H heads, N nope, V value dims, C latent rank; all fp32.
+    """
+
+    def __init__(self, config: ModelConfig):
+        self.heads, self.nope = config.num_attention_heads, config.qk_nope_head_dim
+        self.w_uk = torch.empty(self.heads, self.nope, config.kv_lora_rank)
+        self.w_uv = torch.empty(self.heads, config.v_head_dim, config.kv_lora_rank)
+
+    def load(self, kv_b: Tensor) -> None:
+        """kv_b [H * (N + V), C] as the checkpoint has it."""
+        w_uk, w_uv = _split_heads(kv_b, self.heads, self.nope)
+        self.w_uk.copy_(w_uk)
+        self.w_uv.copy_(w_uv)
+
+    def absorb_query(self, q_nope: Tensor) -> Tensor:
+        """W_UK^T q: [T, H, N] to [T, H, C]."""
+        return torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
+
+    def value(self, mixed: Tensor) -> Tensor:
+        """W_UV c per head: [T, H, C] to [T, H, V]."""
+        return torch.bmm(mixed.transpose(0, 1), self.w_uv.transpose(1, 2)).transpose(0, 1)
+
+    def expand(self, c_kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [S, H, N] and values [S, H, V] of latents [S, C]."""
+        keys = torch.einsum("sc,hnc->shn", c_kv, self.w_uk)
+        return keys, torch.einsum("sc,hvc->shv", c_kv, self.w_uv)
+
+
+class PackedLatentUp:
+    """The same with packed weights. W_UK is held twice, because both of its sides serve as inputs."""
+
+    def __init__(self, config: ModelConfig, dense: DenseWeights):
+        self.heads, self.nope = config.num_attention_heads, config.qk_nope_head_dim
+        rank = config.kv_lora_rank
+        self.w_uk = dense.matrices(self.heads, self.nope, rank)
+        self.w_uk_transposed = dense.matrices(self.heads, rank, self.nope)
+        self.w_uv = dense.matrices(self.heads, config.v_head_dim, rank)
+
+    def load(self, kv_b: Tensor) -> None:
+        w_uk, w_uv = _split_heads(kv_b, self.heads, self.nope)
+        for head in range(self.heads):
+            self.w_uk.set(head, w_uk[head])
+            self.w_uk_transposed.set(head, w_uk[head].T.contiguous())
+            self.w_uv.set(head, w_uv[head])
+
+    def absorb_query(self, q_nope: Tensor) -> Tensor:
+        return linear(q_nope, self.w_uk_transposed)
+
+    def value(self, mixed: Tensor) -> Tensor:
+        return linear(mixed, self.w_uv)
+
+    def expand(self, c_kv: Tensor) -> tuple[Tensor, Tensor]:
+        return linear(c_kv, self.w_uk), linear(c_kv, self.w_uv)
+
+
+def _split_heads(kv_b: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:
+    per_head = kv_b.view(heads, -1, kv_b.shape[1])
+    return per_head[:, :nope], per_head[:, nope:]
+
+
 class MLA:
     """One attention layer."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, *, dense: DenseWeights):
         self.config = config
         heads, hidden = config.num_attention_heads, config.hidden_size
         rank, bias = config.kv_lora_rank, config.attention_bias
         self.q_a_proj: Linear | None = None
         if config.q_lora_rank is None:
-            self.q_proj = Linear(hidden, heads * config.qk_head_dim, dtype=dtype)
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim, dense=dense)
         else:
-            self.q_a_proj = Linear(hidden, config.q_lora_rank, dtype=dtype, bias=bias)
-            self.q_a_norm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS, out_dtype=dtype)
-            self.q_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, dtype=dtype)
-        self.kv_a_proj = Linear(hidden, config.latent_dim, dtype=dtype, bias=bias)
-        self.kv_a_norm = RMSNorm(rank, _LATENT_NORM_EPS, out_dtype=dtype)
-        self.w_uk = torch.empty(heads, config.qk_nope_head_dim, rank, dtype=dtype)
-        self.w_uv = torch.empty(heads, rank, config.v_head_dim, dtype=dtype)
-        self.o_proj = Linear(heads * config.v_head_dim, hidden, dtype=dtype, bias=bias)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, dense=dense, bias=bias)
+            self.q_a_norm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, dense=dense)
+        self.kv_a_proj = Linear(hidden, config.latent_dim, dense=dense, bias=bias)
+        self.kv_a_norm = RMSNorm(rank, _LATENT_NORM_EPS)
+        self.up = PackedLatentUp(config, dense) if dense.is_packed else LatentUp(config)
+        self.o_proj = Linear(heads * config.v_head_dim, hidden, dense=dense, bias=bias)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch) -> Tensor:
         """x [T, D], cos_sin [T, R], this layer's latent_cache [N, S, C + R]. Returns [T, D]."""
@@ -56,12 +119,12 @@ class MLA:
         mixed = mla_attention(
             q_nope,
             q_pe,
-            self.w_uk,
-            self.w_uv,
+            self.up,
             latent_cache,
             batch.block_tables,
             query_lens=batch.query_lens,
             context_lens=batch.context_lens,
+            v_head_dim=config.v_head_dim,
             scale=config.softmax_scale,
         )
         return self.o_proj(mixed.flatten(1))
@@ -78,13 +141,5 @@ class MLA:
         specs |= self.kv_a_proj.tensor_specs(f"{prefix}.kv_a_proj_with_mqa")
         specs |= self.kv_a_norm.tensor_specs(f"{prefix}.kv_a_layernorm")
         rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
-        specs[f"{prefix}.kv_b_proj.weight"] = TensorSpec(
-            (rows, config.kv_lora_rank), self._load_kv_b
-        )
+        specs[f"{prefix}.kv_b_proj.weight"] = TensorSpec((rows, config.kv_lora_rank), self.up.load)
         return specs | self.o_proj.tensor_specs(f"{prefix}.o_proj")
-
-    def _load_kv_b(self, weight: Tensor) -> None:
-        heads = weight.view(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
-        nope = self.config.qk_nope_head_dim
-        self.w_uk.copy_(heads[:, :nope])
-        self.w_uv.copy_(heads[:, nope:].transpose(1, 2))

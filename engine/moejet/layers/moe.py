@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moejet.config import ModelConfig
 from moejet.experts.cpu_experts import CpuExperts
-from moejet.layers.linear import GatedMLP
+from moejet.layers.linear import DenseWeights, GatedMLP
 from moejet.ops.router_topk import router_topk
 from moejet.weights.spec import TensorSpec
 
@@ -38,14 +38,14 @@ class Router:
 class MoE:
     """shared(x) + sum over the chosen experts of weight * expert(x)."""
 
-    def __init__(self, config: ModelConfig, experts: CpuExperts, *, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, experts: CpuExperts, *, dense: DenseWeights):
         self.config = config
         self.router = Router(config)
         self.experts = experts
         self.shared_experts: GatedMLP | None = None
         if config.num_shared_experts:
             width = config.num_shared_experts * config.moe_intermediate_size
-            self.shared_experts = GatedMLP(config.hidden_size, width, dtype=dtype)
+            self.shared_experts = GatedMLP(config.hidden_size, width, dense=dense)
 
     def __call__(self, x: Tensor) -> Tensor:
         topk_ids, topk_weights = self.router(x)

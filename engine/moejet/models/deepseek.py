@@ -8,7 +8,6 @@ structure and differ in dimensions and router, both in ModelConfig.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from moejet.batch import Batch
 from moejet.config import ModelConfig
 from moejet.experts.cpu_experts import CpuExperts
-from moejet.layers.linear import Embedding, GatedMLP, Linear, RMSNorm
+from moejet.layers.linear import DenseWeights, Embedding, GatedMLP, Linear, RMSNorm
 from moejet.layers.mla import MLA
 from moejet.layers.moe import MoE
 from moejet.ops.rope import rope_table
@@ -33,17 +32,17 @@ class DecoderLayer:
         layer: int,
         *,
         make_experts: Callable[[], CpuExperts],
-        dtype: torch.dtype,
+        dense: DenseWeights,
     ):
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.input_norm = RMSNorm(hidden, eps, out_dtype=dtype)
-        self.attention = MLA(config, dtype=dtype)
-        self.post_attention_norm = RMSNorm(hidden, eps, out_dtype=dtype)
+        self.input_norm = RMSNorm(hidden, eps)
+        self.attention = MLA(config, dense=dense)
+        self.post_attention_norm = RMSNorm(hidden, eps)
         self.mlp: MoE | GatedMLP
         if config.is_moe_layer(layer):
-            self.mlp = MoE(config, make_experts(), dtype=dtype)
+            self.mlp = MoE(config, make_experts(), dense=dense)
         else:
-            self.mlp = GatedMLP(hidden, config.intermediate_size, dtype=dtype)
+            self.mlp = GatedMLP(hidden, config.intermediate_size, dense=dense)
 
     def __call__(
         self, hidden: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch
@@ -68,20 +67,21 @@ class DeepseekForCausalLM:
         config: ModelConfig,
         *,
         make_experts: Callable[[], CpuExperts],
-        dtype: torch.dtype,
+        dense: DenseWeights,
         max_context: int,
     ):
         self.config = config
-        self.dtype = dtype
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed_tokens = Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=torch.bfloat16 if dense.is_packed else torch.float32,
+        )
         self.layers = [
-            DecoderLayer(config, layer, make_experts=make_experts, dtype=dtype)
+            DecoderLayer(config, layer, make_experts=make_experts, dense=dense)
             for layer in range(config.num_hidden_layers)
         ]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, out_dtype=dtype)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, dense=dense)
         self.rope = rope_table(config.rope, config.qk_rope_head_dim, max_context)
 
     @property
@@ -98,26 +98,21 @@ class DeepseekForCausalLM:
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [L, D] to logits [L, V], fp32."""
-        return self.lm_head(hidden).float()
+        return self.lm_head(hidden)
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
         """Checkpoint tensors by Hugging Face name, with the shape that each must have."""
-        specs = self.embed_tokens.tensor_specs("model.embed_tokens")
+        embedding = self.embed_tokens.tensor_specs("model.embed_tokens")
+        specs = dict(embedding)
         for i, layer in enumerate(self.layers):
             specs |= layer.tensor_specs(f"model.layers.{i}")
         specs |= self.norm.tensor_specs("model.norm")
         if not self.config.tie_word_embeddings:
-            specs |= self.lm_head.tensor_specs("lm_head")
-        return specs
+            return specs | self.lm_head.tensor_specs("lm_head")
+        [(name, spec)] = embedding.items()
 
-    def dense_bytes(self) -> int:
-        """Bytes of everything but routed experts."""
-        dense = (spec for name, spec in self.tensor_specs().items() if ".experts." not in name)
-        return sum(math.prod(spec.shape) for spec in dense) * self.dtype.itemsize
+        def load_both(weight: Tensor) -> None:
+            spec.load(weight)
+            self.lm_head.load(weight)
 
-    def dense_bytes_per_token(self) -> int:
-        """Bytes of dense weights that one decoded token reads: of an untied embedding table only one row."""
-        if self.config.tie_word_embeddings:
-            return self.dense_bytes()
-        table = self.config.vocab_size * self.config.hidden_size
-        return self.dense_bytes() - table * self.dtype.itemsize
+        return specs | {name: TensorSpec(spec.shape, load_both)}

@@ -12,6 +12,8 @@ Few queries (decode) favour absorbed, long chunks of prefill expanded; `prefers_
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -34,42 +36,81 @@ def prefers_expanded(
     return expanded < absorbed
 
 
+class UpProjections(Protocol):
+    """W_UK and W_UV of all heads; `moejet.layers.mla` has them in torch and packed."""
+
+    def absorb_query(self, q_nope: Tensor) -> Tensor:
+        """[T, H, N] to [T, H, C]."""
+
+    def value(self, mixed: Tensor) -> Tensor:
+        """[T, H, C] to [T, H, V]."""
+
+    def expand(self, c_kv: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, C] to keys [S, H, N] and values [S, H, V]."""
+
+
 def mla_attention(
     q_nope: Tensor,
     q_pe: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
+    up: UpProjections,
     latent_cache: Tensor,
     block_tables: Tensor,
     *,
     query_lens: list[int],
     context_lens: list[int],
+    v_head_dim: int,
     scale: float,
 ) -> Tensor:
     """Causal attention of each request's last query_lens[i] tokens over its context.
 
     Shapes: T query tokens of B requests, H heads, N nope, R rope, V value dims, C latent rank, blocks of S tokens.
-      q_nope [T, H, N], q_pe [T, H, R] · w_uk [H, N, C] · w_uv [H, C, V], all of one dtype
-      latent_cache [blocks, S, C + R] · block_tables [B, max_blocks] i64, -1 padded
-    Returns [T, H, V] in q_nope's dtype. Softmax runs in fp32.
+      q_nope [T, H, N], q_pe [T, H, R] fp32 · latent_cache [blocks, S, C + R], fp32 or bf16
+      block_tables [B, max_blocks] i64, -1 padded
+    Returns [T, H, V] fp32.
     """
-    heads, nope = q_nope.shape[1], q_nope.shape[2]
-    rank, v_dim = w_uv.shape[1], w_uv.shape[2]
-    out = q_nope.new_empty(q_nope.shape[0], heads, v_dim)
+    query_len_total, heads, nope = q_nope.shape
+    rope = q_pe.shape[2]
+    rank = latent_cache.shape[2] - rope
+    # Requests with few queries share one absorption and one value projection: fewer, larger calls.
+    out = q_nope.new_empty(query_len_total, heads, v_head_dim)
+    absorbed_rows: list[int] = []
+    mixed: list[Tensor] = []
+    queries: Tensor | None = None
     start = 0
-    for i, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
-        rows = slice(start, start + query_len)
-        start += query_len
-        latent = gather_latent(latent_cache, block_tables[i], context_len).to(q_nope.dtype)
+    spans = []
+    for query_len, context_len in zip(query_lens, context_lens, strict=True):
         expanded = prefers_expanded(
             query_len,
             kv_lora_rank=rank,
             qk_nope_head_dim=nope,
-            qk_rope_head_dim=q_pe.shape[2],
-            v_head_dim=v_dim,
+            qk_rope_head_dim=rope,
+            v_head_dim=v_head_dim,
         )
-        attend = _attend_expanded if expanded else _attend_absorbed
-        out[rows] = attend(q_nope[rows], q_pe[rows], w_uk, w_uv, latent, scale=scale)
+        spans.append((start, start + query_len, context_len, expanded))
+        if not expanded:
+            absorbed_rows += range(start, start + query_len)
+        start += query_len
+    everything = len(absorbed_rows) == query_len_total
+    if absorbed_rows:
+        chosen = q_nope if everything else q_nope[absorbed_rows]
+        queries = up.absorb_query(chosen)
+    done = 0
+    for i, (low, high, context_len, expanded) in enumerate(spans):
+        latent = gather_latent(latent_cache, block_tables[i], context_len).to(q_nope.dtype)
+        if expanded:
+            out[low:high] = _attend_expanded(
+                q_nope[low:high], q_pe[low:high], up, latent, rank=rank, scale=scale
+            )
+            continue
+        assert queries is not None
+        part = queries[done : done + high - low]
+        done += high - low
+        mixed.append(_attend_absorbed(part, q_pe[low:high], latent, rank=rank, scale=scale))
+    if absorbed_rows:
+        values = up.value(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
+        if everything:
+            return values
+        out[absorbed_rows] = values
     return out
 
 
@@ -81,78 +122,76 @@ def gather_latent(latent_cache: Tensor, block_table: Tensor, context_len: int) -
 
 
 def _attend_absorbed(
-    q_nope: Tensor, q_pe: Tensor, w_uk: Tensor, w_uv: Tensor, latent: Tensor, *, scale: float
+    q_latent: Tensor, q_pe: Tensor, latent: Tensor, *, rank: int, scale: float
 ) -> Tensor:
-    query_len, heads = q_nope.shape[:2]
-    rank = w_uv.shape[1]
-    q_latent = torch.bmm(q_nope.transpose(0, 1), w_uk)  # [H, T, C]
-    query = torch.cat((q_latent, q_pe.transpose(0, 1)), dim=-1)  # [H, T, C + R]
-    out = q_nope.new_empty(heads, query_len, w_uv.shape[2])
+    """Mixed latents [T, H, C] of queries [T, H, C] and [T, H, R] over latent [S, C + R]."""
+    query_len, heads = q_latent.shape[:2]
     context_len = latent.shape[0]
+    query = torch.cat((q_latent, q_pe), dim=-1)  # [T, H, C + R]
+    out = q_latent.new_empty(query_len, heads, rank)
     block = max(1, _MAX_SCORE_BYTES // (4 * heads * context_len))
     for low in range(0, query_len, block):
         high = min(low + block, query_len)
-        part = query[:, low:high].reshape(-1, query.shape[-1])
-        scores = (part @ latent.T).view(heads, high - low, context_len)
-        probs = _causal_softmax(scores, context_len - query_len + low, scale)
-        mixed = probs.view(-1, context_len) @ latent[:, :rank]
-        out[:, low:high] = torch.bmm(mixed.view(heads, high - low, rank), w_uv)
-    return out.transpose(0, 1)
+        scores = query[low:high].reshape(-1, query.shape[-1]) @ latent.T
+        scores = scores.view(high - low, heads, context_len)
+        probs = _causal_softmax(scores, context_len - query_len + low, scale, query_dim=0)
+        out[low:high] = (probs.view(-1, context_len) @ latent[:, :rank]).view(-1, heads, rank)
+    return out
 
 
 def _attend_expanded(
-    q_nope: Tensor, q_pe: Tensor, w_uk: Tensor, w_uv: Tensor, latent: Tensor, *, scale: float
+    q_nope: Tensor, q_pe: Tensor, up: UpProjections, latent: Tensor, *, rank: int, scale: float
 ) -> Tensor:
     query_len, heads = q_nope.shape[:2]
-    rank, context_len = w_uv.shape[1], latent.shape[0]
-    c_kv, k_pe = latent[:, :rank], latent[:, rank:]
-    keys = torch.matmul(w_uk, c_kv.T)  # [H, N, context]
-    values = torch.matmul(c_kv, w_uv)  # [H, context, V]
-    out = q_nope.new_empty(heads, query_len, w_uv.shape[2])
+    context_len = latent.shape[0]
+    keys, values = up.expand(latent[:, :rank].contiguous())
+    keys, values = keys.permute(1, 2, 0), values.transpose(0, 1)  # [H, N, S], [H, S, V]
+    k_pe = latent[:, rank:]
+    out = q_nope.new_empty(query_len, heads, values.shape[2])
     block = max(1, _MAX_SCORE_BYTES // (4 * heads * context_len))
     for low in range(0, query_len, block):
         high = min(low + block, query_len)
         scores = torch.bmm(q_nope[low:high].transpose(0, 1), keys)
-        scores = scores + torch.matmul(q_pe[low:high].transpose(0, 1), k_pe.T)
-        probs = _causal_softmax(scores, context_len - query_len + low, scale)
-        out[:, low:high] = torch.bmm(probs, values)
-    return out.transpose(0, 1)
+        scores += torch.matmul(q_pe[low:high].transpose(0, 1), k_pe.T)
+        probs = _causal_softmax(scores, context_len - query_len + low, scale, query_dim=1)
+        out[low:high] = torch.bmm(probs, values).transpose(0, 1)
+    return out
 
 
-def _causal_softmax(scores: Tensor, first_position: int, scale: float) -> Tensor:
-    """softmax(scores * scale) of scores [H, T, context], row t seeing keys up to first_position + t."""
-    wide = scores.float() * scale
-    rows, context_len = wide.shape[1:]
+def _causal_softmax(scores: Tensor, first_position: int, scale: float, *, query_dim: int) -> Tensor:
+    """softmax(scores * scale) over the last dimension, query t seeing keys up to first_position + t; in place."""
+    rows, context_len = scores.shape[query_dim], scores.shape[2]
+    scores *= scale
     if first_position < context_len - 1:
-        visible = torch.arange(context_len) <= first_position + torch.arange(rows).unsqueeze(1)
-        wide.masked_fill_(~visible, float("-inf"))
-    return torch.softmax(wide, dim=-1).to(scores.dtype)
+        limits = first_position + torch.arange(rows)
+        hidden = torch.arange(context_len) > limits.view(-1, 1, 1)  # [rows, 1, context]
+        scores.masked_fill_(hidden.transpose(0, query_dim), float("-inf"))
+    return torch.softmax(scores, dim=-1)
 
 
 def mla_attention_ref(
     q_nope: Tensor,
     q_pe: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
+    up: UpProjections,
     latent_cache: Tensor,
     block_tables: Tensor,
     *,
     query_lens: list[int],
     context_lens: list[int],
+    v_head_dim: int,
     scale: float,
 ) -> Tensor:
     """Reference of `mla_attention`: token by token, keys and values rebuilt, in float64."""
-    out = q_nope.new_empty(q_nope.shape[0], q_nope.shape[1], w_uv.shape[2])
-    rank, token = w_uv.shape[1], 0
+    out = q_nope.new_empty(*q_nope.shape[:2], v_head_dim)
+    rank, token = latent_cache.shape[2] - q_pe.shape[2], 0
     for i, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
-        latent = gather_latent(latent_cache, block_tables[i], context_len).double()
-        for position in range(context_len - query_len, context_len):
-            c_kv, k_pe = latent[: position + 1, :rank], latent[: position + 1, rank:]
-            keys = torch.einsum("hnc,sc->shn", w_uk.double(), c_kv)
-            values = torch.einsum("hcv,sc->shv", w_uv.double(), c_kv)
-            scores = torch.einsum("hn,shn->hs", q_nope[token].double(), keys)
-            scores = scores + q_pe[token].double() @ k_pe.T
+        latent = gather_latent(latent_cache, block_tables[i], context_len).float()
+        keys, values = (t.double() for t in up.expand(latent[:, :rank].contiguous()))
+        k_pe = latent[:, rank:].double()
+        for end in range(context_len - query_len + 1, context_len + 1):
+            scores = torch.einsum("hn,shn->hs", q_nope[token].double(), keys[:end])
+            scores = scores + q_pe[token].double() @ k_pe[:end].T
             probs = torch.softmax(scores * scale, dim=-1)
-            out[token] = torch.einsum("hs,shv->hv", probs, values).to(out.dtype)
+            out[token] = torch.einsum("hs,shv->hv", probs, values[:end]).to(out.dtype)
             token += 1
     return out

@@ -1,0 +1,62 @@
+// Packing, reading back and random filling of whole matrices; the layout is in pack.h.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "kernels.h"
+#include "pack.h"
+#include "thread_pool.h"
+
+namespace moejet {
+
+// A source matrix [rows, cols], rows row_stride elements apart.
+struct SourceMatrix {
+  const void* data;
+  DType dtype;
+  int64_t row_stride, rows, cols;
+};
+
+// Throws std::invalid_argument, naming the value, unless 1 <= value <= 2^20 (or limit).
+void check_size(const char* name, int64_t value, int64_t limit = int64_t{1} << 20);
+
+// body(i) for i in [0, count) on the pool's workers, or here if pool is null.
+template <class Body>
+void for_each_index(int64_t count, ThreadPool* pool, const Body& body) {
+  if (pool == nullptr) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  pool->acquire().run(1, [&](int, int) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+  });
+}
+
+// Where the panels of a matrix lie: panel p starts at base + p / per_group * group_bytes + p %
+// per_group * panel_bytes; its blocks are 2 * block bytes apart.
+struct PanelLayout {
+  uint8_t* base;
+  int64_t num_panels;
+  int64_t per_group, group_bytes, panel_bytes;
+  uint8_t* panel(int64_t p) const {
+    return base + p / per_group * group_bytes + p % per_group * panel_bytes;
+  }
+};
+// Both panels of each pair belong to the matrix.
+PanelLayout whole_pairs(uint8_t* base, Format format, const PairGeometry& geometry);
+// The matrix has one panel (0 or 1) of each pair.
+PanelLayout half_pairs(uint8_t* base, Format format, const PairGeometry& geometry, int which);
+
+// Quantises and packs; panels beyond the source's rows become zero. Throws std::invalid_argument if
+// a value cannot be represented; the packed matrix is then undefined.
+void pack_matrix(Format format, const SourceMatrix& source, const PanelLayout& layout,
+                 const KernelTable& table, ThreadPool* pool);
+// The values that the kernels compute with, fp32 [rows, cols].
+void unpack_matrix(Format format, const PanelLayout& layout, int64_t rows, int64_t cols,
+                   float* out);
+// Random weights with a standard deviation of about sigma for one pair.
+void fill_pair(Format format, const PairGeometry& geometry, uint64_t seed, float sigma,
+               uint8_t* pair);
+
+}  // namespace moejet

@@ -1,0 +1,73 @@
+"""Dense projections with packed weights on the CPU: G matrices of one shape, applied side by side.
+
+out[t, g] = W_g x[t, g], or W_g x[t] where all matrices read the same input.
+
+G = 1 is an ordinary linear layer; MLA's absorbed projections are one matrix per head. Packing and arithmetic are those
+of the experts: integer formats quantise activations to int8 per 32 inputs (bf16 tiles on AMX), bf16 weights multiply
+fp32 activations.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, from_numpy
+
+from moejet.config import env_max_isa, use_reference
+from moejet.extension import load_extension
+
+if TYPE_CHECKING:
+    from moejet._C import ThreadPool
+
+
+class PackedMatrices:
+    """G packed matrices [rows, cols]; those never set are zero."""
+
+    def __init__(
+        self, num: int, rows: int, cols: int, *, format: str, pool: ThreadPool, isa: str = "auto"
+    ):
+        self._C = load_extension()
+        self.isa: str = self._C.resolve_isa(isa, env_max_isa())
+        self.pool = pool
+        self.weights = self._C.LinearWeights(num, rows, cols, format)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the packed weights, padding included."""
+        return int(self.weights.nbytes)
+
+    def set(self, matrix: int, w: Tensor) -> None:
+        """Quantises and packs w [rows, cols], fp32, bf16 or fp16."""
+        self.weights.set(matrix, w, self.pool, self.isa)
+
+    def dequantize(self, matrix: int) -> Tensor:
+        """The values that the kernels compute with, fp32 [rows, cols]."""
+        return from_numpy(self.weights.dequantize(matrix))
+
+
+def linear(x: Tensor, matrices: PackedMatrices) -> Tensor:
+    """Applies the matrices to x [T, cols] (shared) or [T, G, cols], fp32 or bf16, last dimension adjacent.
+
+    Returns fp32 [T, rows] for one matrix and 2-D x, else [T, G, rows].
+    """
+    if use_reference():
+        return linear_ref(x, matrices)
+    weights = matrices.weights
+    shape: tuple[int, ...] = (x.shape[0], weights.num_matrices, weights.rows)
+    if weights.num_matrices == 1 and x.dim() == 2:
+        shape = (x.shape[0], weights.rows)
+    out = torch.empty(shape, dtype=torch.float32)
+    used = matrices._C.linear_forward(weights, x, out, matrices.pool, matrices.isa)
+    assert used == matrices.isa, f"{used=} {matrices.isa=}"
+    return out
+
+
+def linear_ref(x: Tensor, matrices: PackedMatrices) -> Tensor:
+    """Torch reference of `linear` in float64, on the dequantised weights."""
+    count = matrices.weights.num_matrices
+    stacked = torch.stack([matrices.dequantize(g) for g in range(count)]).double()
+    if x.dim() == 2:
+        out = torch.einsum("tc,grc->tgr", x.double(), stacked).float()
+        return out.squeeze(1) if count == 1 else out
+    return torch.einsum("tgc,grc->tgr", x.double(), stacked).float()
