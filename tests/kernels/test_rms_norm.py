@@ -1,4 +1,4 @@
-"""The Triton RMSNorm: in Triton's interpreter on the CPU, compiled ahead of time for every architecture, and on a GPU."""
+"""The Triton RMSNorm: interpreted on the CPU, compiled ahead of time for every architecture, run on a GPU."""
 
 import os
 import subprocess
