@@ -26,7 +26,8 @@ def _rms_norm_kernel(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight. x [..., D] with unit stride in D, weight [D] contiguous."""
-    assert weight.is_contiguous() and weight.shape == x.shape[-1:], f"{weight.shape=} {x.shape=}"
+    assert weight.is_contiguous(), f"{weight.stride()=}"
+    assert weight.shape == x.shape[-1:], f"{weight.shape=} {x.shape=}"
     rows = x.reshape(-1, x.shape[-1])
     assert rows.stride(1) == 1, f"{x.stride()=}"
     out = torch.empty(rows.shape, dtype=out_dtype, device=x.device)
