@@ -98,6 +98,10 @@ def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Pat
     )
 
     at = f" at revision {revision!r}" if revision else ""
+    # Its retries are logged line by line; what matters of them ends up in our one-line error.
+    hub_logger = logging.getLogger("huggingface_hub")
+    level = hub_logger.level
+    hub_logger.setLevel(logging.ERROR)
     try:
         config = hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache_dir)
         ModelConfig.from_hf(config)
@@ -139,4 +143,6 @@ def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Pat
             f"model={repo_id!r}{at} could not be downloaded ({reason[0]}); run the command again to "
             "resume, or give a local directory"
         ) from error
+    finally:
+        hub_logger.setLevel(level)
     return Path(root)
