@@ -118,7 +118,11 @@ def plan_cache(config: EngineConfig, model_config: ModelConfig) -> tuple[int, in
 def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: int) -> None:
     """Raises ValueError if weights and cache exceed the memory available now, before anything is allocated."""
     expert_bytes = int(model_config.num_expert_parameters * FORMAT_BITS[config.expert_format] / 8)
-    dense_bytes = int(model_config.num_dense_parameters * FORMAT_BITS[config.dense_format] / 8)
+    dense = model_config.num_dense_parameters
+    if config.dense_format != "fp32":  # packed attention holds W_UK in both orientations
+        w_uk = model_config.qk_nope_head_dim * model_config.kv_lora_rank
+        dense += model_config.num_hidden_layers * model_config.num_attention_heads * w_uk
+    dense_bytes = int(dense * FORMAT_BITS[config.dense_format] / 8)
     row = model_config.num_hidden_layers * model_config.latent_dim
     cache_bytes = cache_tokens * row * DTYPES[config.cache_dtype].itemsize
     needed, available = expert_bytes + dense_bytes + cache_bytes, _available_bytes()
