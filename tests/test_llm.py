@@ -85,6 +85,20 @@ def test_seeded_samples_do_not_depend_on_the_batch(llm):
     assert _ids(batch[0]) != alone
 
 
+def test_twenty_seeded_requests_equal_each_alone(path):
+    """More rows than the micro-kernels take at once, so every width of them is used."""
+    options = {**OPTIONS, "expert_format": "int4_g32", "dense_format": "int8", "isa": "avx2"}
+    with LLM(path, **options) as llm:
+        prompts = [f"prompt number {i}" * (1 + i % 3) for i in range(20)]
+        params = [
+            SamplingParams(temperature=1.0, seed=i, max_tokens=10, ignore_eos=True)
+            for i in range(20)
+        ]
+        together = [_ids(r) for r in llm.generate(prompts, params)]
+        alone = [_ids(llm.generate(p, q)[0]) for p, q in zip(prompts, params, strict=True)]
+    assert together == alone
+
+
 def test_n_samples_differ_and_keep_their_order(llm):
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=12, n=4, ignore_eos=True)
     result = llm.generate("abc", params)[0]
@@ -166,6 +180,67 @@ def test_one_bad_prompt_leaves_nothing_behind(llm):
         llm.generate("a", [SamplingParams(), SamplingParams()])
     with pytest.raises(ValueError, match="at least 2 tokens"):
         llm.score([1])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.generate(5), "prompts must be text"),
+        (lambda m: m.generate([None]), "a prompt must be text"),
+        (lambda m: m.generate("ab", {"temperature": 0}), "sampling_params must be SamplingParams"),
+        (lambda m: m.generate("ab", 5), "sampling_params must be SamplingParams"),
+        (lambda m: m.chat("hi"), "messages must be a list"),
+        (lambda m: m.chat([1]), r"messages\[0\] must be a dict"),
+        (
+            lambda m: m.chat([{"role": "user", "content": "a"}], add_generation_prompt=False),
+            "reply",
+        ),
+    ],
+)
+def test_wrong_types_are_named(llm, call, words):
+    with pytest.raises(ValueError, match=words):
+        call(llm)
+
+
+def test_broken_logits_end_their_request_only(llm, monkeypatch):
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    expected = _ids(llm.generate("abc", params)[0])
+    execute = llm.engine.runner.execute
+
+    def spoil(batch):
+        logits = execute(batch).clone()
+        for row, request in zip(logits, batch.sampled, strict=True):
+            if len(request.token_ids) > 10:
+                row[0] = float("nan")
+        return logits
+
+    good = llm.stream("abc", params)
+    got = list(next(good).token_ids)
+    bad = llm.stream("a much longer prompt than the other one", params)
+    monkeypatch.setattr(llm.engine.runner, "execute", spoil)
+    with pytest.raises(FloatingPointError, match="NaN or infinite logits"):
+        list(bad)
+    monkeypatch.undo()
+    got += [t for d in good for t in d.token_ids]
+    assert got == expected
+    assert not llm.engine.has_work
+    llm.engine.scheduler.check_integrity()
+
+
+def test_closing_one_stream_inside_a_step_spares_the_others(llm, monkeypatch):
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    expected = _ids(llm.generate("abc", params)[0])
+    victim = llm.stream("xyz", params)
+    next(victim)
+    execute = llm.engine.runner.execute
+
+    def close_inside(batch):
+        victim.close()
+        return execute(batch)
+
+    monkeypatch.setattr(llm.engine.runner, "execute", close_inside)
+    assert _ids(llm.generate("abc", params)[0]) == expected
+    llm.engine.scheduler.check_integrity()
 
 
 def test_bad_options_and_closed_engine(path):

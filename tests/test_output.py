@@ -71,6 +71,32 @@ def test_a_half_stop_string_at_the_end_is_kept(tokenizer):
     assert result.text == result.content == "abc STO"
 
 
+def test_stop_found_only_at_the_end(tokenizer):
+    """Newlines held back in case a closing tag follows turn out to be the stop string."""
+    result = _run(tokenizer, "a\n\n", thinking=True, stop="\n", stop_in_reasoning=True)
+    assert (result.reasoning, result.text) == ("a", "a")
+
+
+def test_stop_string_that_the_closing_tag_contains(tokenizer):
+    result = _run(tokenizer, "  </think>1 < 2", thinking=True, stop="<")
+    assert result.content == "1 "
+    assert result.text == "  </think>1 "
+
+
+def test_special_think_tags_still_separate(tmp_path):
+    import json
+
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in raw["added_tokens"]:
+        if "think" in token["content"]:
+            token["special"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    result = _run(Tokenizer.from_path(tmp_path), "<think>abc</think>def")
+    assert (result.reasoning, result.content) == ("abc", "def")
+
+
 def test_earliest_of_several_stops_wins():
     matcher = StopMatcher(("bb", "ab"))
     assert matcher.push("xabb") == "x"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moejet.request import Request, SamplingParams
-from moejet.sampler import adjust_logits, choose, derive_seed, sample, uniform
+from moejet.sampler import BadLogitsError, adjust_logits, choose, derive_seed, sample, uniform
 
 
 def _request(params: SamplingParams, prompt=(1, 2), output=(), seed=0) -> Request:
@@ -117,9 +117,22 @@ def test_logprobs_are_those_of_the_raw_logits():
     assert [i for i, _ in token.logprobs.top] == [2, 1]
 
 
-def test_nan_logits_are_an_error_and_name_the_request():
-    with pytest.raises(FloatingPointError, match="r"):
-        sample(torch.tensor([[0.0, float("nan")]]), [_request(SamplingParams())])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_logits_are_an_error_and_name_the_request(bad):
+    requests = [_request(SamplingParams()), _request(SamplingParams())]
+    requests[1].request_id = "broken"
+    with pytest.raises(BadLogitsError, match="broken") as error:
+        sample(torch.tensor([[0.0, 1.0], [0.0, bad]]), requests)
+    assert error.value.request_ids == ["broken"]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-307, 1e-5, 100.0])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_extreme_temperatures(temperature, cut):
+    row = torch.tensor([1.0, 3.0, 2.0, -50.0])
+    params = SamplingParams(temperature=temperature, **cut)
+    chosen = {choose(row, params, u) for u in (0.0, 0.3, 0.999999)}
+    assert chosen == {1} if temperature < 1 else chosen <= {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -144,6 +157,12 @@ def test_nan_logits_are_an_error_and_name_the_request():
         ("stop", ("",)),
         ("stop_token_ids", (-1,)),
         ("logit_bias", {1: float("inf")}),
+        ("logit_bias", [1]),
+        ("stop", 5),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", None),
+        ("temperature", 10**400),
+        ("ignore_eos", "no"),
     ],
 )
 def test_impossible_values_are_refused(field, value):

@@ -504,3 +504,27 @@ def test_truncation_and_padding_of_the_file_are_ignored(broken: Path) -> None:
     raw.enable_padding(length=64)
     raw.save(str(broken / "tokenizer.json"))
     assert len(Tokenizer.from_path(broken).encode("xyzxyzxyz")) == 10
+
+
+def test_tool_calls_keep_a_none_content(tmp_path: Path) -> None:
+    """DeepSeek-V3's template recognises a call by `content is none`."""
+    from moejet.testing.checkpoints import write_tokenizer
+
+    write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}{% if m['content'] is none %}CALL:"
+        "{{ m['tool_calls'][0]['function']['name'] }}{% else %}{{ m['content'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    calls = [{"type": "function", "function": {"name": "get", "arguments": "{}"}}]
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "sunny"},
+    ]
+    rendered = Tokenizer.from_path(tmp_path).apply_chat_template(messages)
+    assert rendered == "weather?CALL:getCALL:getsunny"

@@ -81,7 +81,10 @@ def _check_message(i: int, message: object) -> dict[str, Any]:
         raise ValueError(f"messages[{i}].role={role!r} must be a name such as 'user'")
     if "content" in checked:
         checked["content"] = _text_of(i, checked["content"])
-    elif not checked.get("tool_calls"):
+    elif checked.get("tool_calls"):
+        # Templates of DeepSeek-V3 recognise a call by `content is none`; a missing key would not do.
+        checked["content"] = None
+    else:
         raise ValueError(f"messages[{i}].content is missing: it must be a string")
     return checked
 

@@ -224,7 +224,9 @@ class _HfReader:
         self._refuse_what_changes_the_result()
         scoring, method = _FAMILIES[self.model_type]
         quantization = self._quantization()
-        n_group = self._int("n_group", 1) or 1
+        # Only V2 files leave router keys out; elsewhere a missing key would be a silent guess.
+        is_v2 = self.model_type == "deepseek_v2"
+        n_group = self._int("n_group", 1 if is_v2 else None)
         return ModelConfig(
             model_type=self.model_type,
             vocab_size=self._int("vocab_size"),
@@ -243,19 +245,19 @@ class _HfReader:
             first_k_dense_replace=self._first_moe_layer(),
             q_lora_rank=self._int("q_lora_rank", 0) or None,
             n_group=n_group,
-            topk_group=self._int("topk_group", n_group) or n_group,
+            topk_group=self._int("topk_group", n_group if is_v2 else None),
             scoring_func=self._str("scoring_func", scoring),
             topk_method=self._str("topk_method", method),
             norm_topk_prob=bool(self.raw.get("norm_topk_prob", self.model_type != "deepseek_v2")),
-            routed_scaling_factor=self._float("routed_scaling_factor", 1.0),
-            rms_norm_eps=self._float("rms_norm_eps", 1e-6),
+            routed_scaling_factor=self._float("routed_scaling_factor", 1.0 if is_v2 else None),
+            rms_norm_eps=self._float("rms_norm_eps", None),
             rope=self._rope(),
             rope_interleave=bool(self.raw.get("rope_interleave", True)),
             max_position_embeddings=self._int("max_position_embeddings"),
             tie_word_embeddings=bool(self.raw.get("tie_word_embeddings", False)),
             attention_bias=bool(self.raw.get("attention_bias", False)),
-            bos_token_id=self.raw.get("bos_token_id"),
-            eos_token_ids=_as_ids(self.raw.get("eos_token_id")),
+            bos_token_id=next(iter(self._ids("bos_token_id")), None),
+            eos_token_ids=self._ids("eos_token_id"),
             num_nextn_predict_layers=self._int("num_nextn_predict_layers", 0),
             quantization=quantization,
         )
@@ -288,8 +290,8 @@ class _HfReader:
         if types is None:
             default = 1 if self.model_type == "glm4_moe_lite" else 0
             return min(self._int("first_k_dense_replace", default), layers)
-        first = sum(1 for kind in types if kind == "dense")
-        if list(types) != ["dense"] * first + ["sparse"] * (layers - first):
+        first = list(types).count("dense") if isinstance(types, list | tuple) else -1
+        if first < 0 or list(types) != ["dense"] * first + ["sparse"] * (layers - first):
             raise ValueError(
                 f"mlp_layer_types={types!r} is not supported; supported: dense layers first, "
                 f"then sparse ones, {layers} in total"
@@ -297,9 +299,7 @@ class _HfReader:
         return first
 
     def _rope(self) -> RopeConfig:
-        params = dict(self.raw.get("rope_parameters") or {})
-        scaling = dict(self.raw.get("rope_scaling") or {})
-        merged = {**scaling, **params}
+        merged = {**self._dict("rope_scaling"), **self._dict("rope_parameters")}
         kind = merged.get("rope_type", merged.get("type", "default"))
         theta = merged.get("rope_theta", self.raw.get("rope_theta", 10000.0))
         partial = merged.get("partial_rotary_factor", self.raw.get("partial_rotary_factor", 1.0))
@@ -326,7 +326,7 @@ class _HfReader:
         )
 
     def _quantization(self) -> str | None:
-        spec = self.raw.get("quantization_config") or self.raw.get("compression_config")
+        spec = self._dict("quantization_config") or self._dict("compression_config")
         if not spec:
             return None
         method = spec.get("quant_method", "unknown")
@@ -348,8 +348,21 @@ class _HfReader:
     def _int(self, key: str, default: int | None = None) -> int:
         return int(self._get(key, (int,), default))
 
-    def _float(self, key: str, default: float) -> float:
-        return float(self._get(key, (float, int), default))
+    def _float(self, key: str, default: float | None) -> float:
+        value = float(self._get(key, (float, int), default))
+        if not math.isfinite(value):
+            raise ValueError(f"config.json: {key}={value!r} must be a finite number")
+        return value
+
+    def _dict(self, key: str) -> dict[str, Any]:
+        return dict(self._get(key, (dict,), {}))
+
+    def _ids(self, key: str) -> tuple[int, ...]:
+        value = self.raw.get(key)
+        ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise ValueError(f"config.json: {key}={value!r} must be a token id or a list of them")
+        return tuple(ids)
 
     def _str(self, key: str, default: str) -> str:
         return str(self._get(key, (str,), default))
@@ -366,12 +379,6 @@ def _read_config_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{file} must hold a JSON object")
     return raw
-
-
-def _as_ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (int(value),)
 
 
 def _require_positive(name: str, value: Any) -> None:

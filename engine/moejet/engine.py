@@ -29,7 +29,7 @@ from moejet.request import (
     Timings,
 )
 from moejet.runner import ModelRunner
-from moejet.sampler import SampledToken, derive_seed, sample
+from moejet.sampler import BadLogitsError, SampledToken, derive_seed, sample
 from moejet.scheduler import Scheduler
 from moejet.tokenizer import Tokenizer
 
@@ -126,7 +126,13 @@ class Engine:
             return []
         # Nothing is recorded before the tokens are known, so a step that raises can simply be run again.
         logits = self.runner.execute(batch)
-        tokens = sample(logits, batch.sampled) if batch.sampled else []
+        try:
+            tokens = sample(logits, batch.sampled) if batch.sampled else []
+        except BadLogitsError as error:
+            # Its neighbours go on with the next step.
+            for request_id in error.request_ids:
+                self.abort(request_id)
+            raise
         self.scheduler.advance(batch)
         return self._commit(batch, tokens)
 
@@ -175,6 +181,8 @@ class Engine:
         deltas: list[StreamDelta] = []
         now = time.perf_counter()
         for request, token in zip(batch.sampled, tokens, strict=True):
+            if request.state is RequestState.FINISHED:  # aborted while the step ran
+                continue
             group = self._groups[request.request_id]
             assembler = group.assemblers[request.index]
             request.token_ids.append(token.token_id)

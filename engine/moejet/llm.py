@@ -25,6 +25,7 @@ from moejet.engine import Engine
 from moejet.loading import build_engine, load_engine
 from moejet.presets import PRESETS
 from moejet.request import Request, RequestOutput, SamplingParams, StreamDelta
+from moejet.sampler import BadLogitsError
 from moejet.tokenizer import Tokenizer
 
 TINY_REASONER = "tiny-reasoner"
@@ -46,6 +47,7 @@ class LLM:
     def _setup(self, engine: Engine) -> None:
         self.engine = engine
         self._mail: dict[str, deque[StreamDelta]] = {}
+        self._errors: dict[str, BadLogitsError] = {}
         self._lock = threading.RLock()
         self._closed = False
 
@@ -106,7 +108,13 @@ class LLM:
 
         template_kwargs go to the template, e.g. enable_thinking=False where it knows that.
         """
-        many = bool(messages) and not isinstance(messages[0], Mapping)
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise ValueError(f"messages must be a list of messages, not {_kind(messages)}")
+        many = (
+            bool(messages)
+            and isinstance(messages[0], Sequence)
+            and not isinstance(messages[0], str)
+        )
         conversations = messages if many else [messages]
         prompts = [
             self._render(cast(Sequence[Message], conversation), template_kwargs)
@@ -162,7 +170,7 @@ class LLM:
         return self._bench(max(depth, 1), num_tokens, one_by_one=True)
 
     def close(self) -> None:
-        """Aborts what runs and frees threads and memory. Calling it twice is harmless."""
+        """Aborts what runs and ends the threads; weights go with the object. Calling it twice is harmless."""
         if self._closed:
             return
         with self._lock:
@@ -185,6 +193,10 @@ class LLM:
     def _as_prompts(self, prompts: Any) -> list[Any]:
         if isinstance(prompts, str):
             return [prompts]
+        if not isinstance(prompts, Sequence):
+            raise ValueError(
+                f"prompts must be text, a list of texts, or lists of token ids, not {_kind(prompts)}"
+            )
         items = list(prompts)
         if not items:
             raise ValueError("no prompts given: the list is empty")
@@ -192,12 +204,14 @@ class LLM:
             return [items]
         return items
 
-    def _tokenise(self, prompt: str | Sequence[int]) -> tuple[str | None, list[int]]:
+    def _tokenise(self, prompt: Any) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError("the prompt is empty: it needs at least one token")
             return prompt, self.tokenizer.encode(prompt)
-        ids = list(prompt)
+        if not isinstance(prompt, Sequence):
+            raise ValueError(f"a prompt must be text or a list of token ids, not {_kind(prompt)}")
+        ids: list[int] = list(prompt)
         bad = next((t for t in ids if not isinstance(t, int) or isinstance(t, bool)), None)
         if bad is not None:
             raise ValueError(f"prompt token {bad!r} is not an integer: pass text or token ids")
@@ -206,8 +220,12 @@ class LLM:
     def _render(
         self, messages: Sequence[Message], template_kwargs: dict[str, Any]
     ) -> tuple[str | None, list[int]]:
+        if "add_generation_prompt" in template_kwargs:
+            raise ValueError(
+                "add_generation_prompt cannot be set here: chat always asks for a reply"
+            )
         text = self.tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=True, **template_kwargs
+            messages, add_generation_prompt=True, **template_kwargs
         )
         return text, self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -220,6 +238,12 @@ class LLM:
             sampling_params = self.default_sampling()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, Sequence) or not all(
+            isinstance(p, SamplingParams) for p in sampling_params
+        ):
+            raise ValueError(
+                f"sampling_params must be SamplingParams or a list of them, not {_kind(sampling_params)}"
+            )
         if len(sampling_params) != len(prompts):
             raise ValueError(
                 f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts: "
@@ -239,6 +263,7 @@ class LLM:
             finally:
                 for request_id in ids:
                     self._mail.pop(request_id, None)
+                    self._errors.pop(request_id, None)
 
     def _wait(self, request_id: str) -> RequestOutput:
         while True:
@@ -247,10 +272,23 @@ class LLM:
                 if delta.output is not None:
                     return delta.output
             self._step()
+            self._raise_error_of(request_id)
+
+    def _raise_error_of(self, request_id: str) -> None:
+        error = self._errors.pop(request_id, None)
+        if error is not None:
+            raise error
 
     def _step(self) -> None:
         """One engine step; its deltas go to whoever waits for them, here or in an open stream."""
-        for delta in self.engine.step():
+        try:
+            deltas = self.engine.step()
+        except BadLogitsError as error:
+            # The next step computes the others' tokens again; who asked for the broken ones hears of it.
+            for broken in error.request_ids:
+                self._errors[broken] = error
+            return
+        for delta in deltas:
             if delta.request_id in self._mail:
                 self._mail[delta.request_id].append(delta)
 
@@ -275,12 +313,14 @@ class LLM:
                 with self._exclusive():
                     while not mail:
                         self._step()
+                        self._raise_error_of(request_id)
                     delta = mail.popleft()
                 finished = delta.output is not None
                 yield delta
         finally:
             with self._lock:
                 self._mail.pop(request_id, None)
+                self._errors.pop(request_id, None)
                 if not finished and not self._closed:
                     self.engine.abort(request_id)
 
@@ -333,6 +373,10 @@ class LLM:
             batch.logits_indices = torch.tensor([step - 1])
             self.engine.runner.execute(batch)
             request.num_computed_tokens += step
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
 
 
 def parse_preset(text: str) -> ModelConfig:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moejet import topology
 from moejet.block_pool import BlockPool
 from moejet.config import FORMAT_BITS, EngineConfig, ModelConfig
 from moejet.engine import Engine
@@ -118,11 +119,7 @@ def plan_cache(config: EngineConfig, model_config: ModelConfig) -> tuple[int, in
 def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: int) -> None:
     """Raises ValueError if weights and cache exceed the memory available now, before anything is allocated."""
     expert_bytes = int(model_config.num_expert_parameters * FORMAT_BITS[config.expert_format] / 8)
-    dense = model_config.num_dense_parameters
-    if config.dense_format != "fp32":  # packed attention holds W_UK in both orientations
-        w_uk = model_config.qk_nope_head_dim * model_config.kv_lora_rank
-        dense += model_config.num_hidden_layers * model_config.num_attention_heads * w_uk
-    dense_bytes = int(dense * FORMAT_BITS[config.dense_format] / 8)
+    dense_bytes = _dense_bytes(config, model_config)
     row = model_config.num_hidden_layers * model_config.latent_dim
     cache_bytes = cache_tokens * row * DTYPES[config.cache_dtype].itemsize
     needed, available = expert_bytes + dense_bytes + cache_bytes, _available_bytes()
@@ -136,15 +133,29 @@ def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: 
         )
 
 
+def _dense_bytes(config: EngineConfig, model_config: ModelConfig) -> int:
+    """Everything but routed experts, as it is held: see `moejet.layers`."""
+    table = model_config.vocab_size * model_config.hidden_size
+    router = model_config.num_moe_layers * model_config.num_experts * model_config.hidden_size
+    packed = model_config.num_dense_parameters - table - router
+    if model_config.tie_word_embeddings:
+        packed += table  # the output projection is a packed copy
+    if config.dense_format == "fp32":
+        return 4 * (packed + table + router)
+    # Packed attention holds W_UK in both orientations.
+    w_uk = model_config.qk_nope_head_dim * model_config.kv_lora_rank
+    packed += model_config.num_hidden_layers * model_config.num_attention_heads * w_uk
+    return int(packed * FORMAT_BITS[config.dense_format] / 8) + 2 * table + 4 * router
+
+
 def _available_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    """Memory that this process may still take: of the machine, or less if a control group limits it."""
+    candidates = [topology.memory().available_bytes]
+    limits = topology.cgroup_limits()
+    if limits.memory_limit_bytes is not None:
+        candidates.append(limits.memory_limit_bytes - (limits.memory_used_bytes or 0))
+    known = [c for c in candidates if c is not None]
+    return min(known) if known else None
 
 
 def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

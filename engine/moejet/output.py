@@ -18,6 +18,7 @@ class StopMatcher:
         self.stop = stop
         self.found: str | None = None
         self.held = ""
+        self.num_cut = 0  # characters from the match to the end of the text then known
 
     def push(self, text: str) -> str:
         """Returns what is safe to hand out; after a match, what came before it."""
@@ -28,6 +29,7 @@ class StopMatcher:
         if hits:
             at, self.found = min(hits, key=lambda hit: hit[0])
             self.held = ""
+            self.num_cut = len(buffer) - at
             return buffer[:at]
         keep = held_back(buffer, self.stop)
         self.held = buffer[len(buffer) - keep :]
@@ -119,17 +121,18 @@ class OutputAssembler:
 
     def _feed(self, piece: str) -> tuple[str, str]:
         self._raw += piece
-        split = self._parser.push(piece) if self._parser is not None else ("", piece)
-        result = self._split(*split)
-        if self.stopped_by is not None:
-            # What has been shown cannot be part of the match: it would have been held back.
-            at = self._raw.find(self.stopped_by, self._num_taken)
-            self._raw = self._raw[: max(at, self._num_taken)]
-        return result
+        return self._split(*(self._parser.push(piece) if self._parser is not None else ("", piece)))
 
     def _split(self, reasoning: str, content: str) -> tuple[str, str]:
         reasoning = self._reasoning_stop.push(reasoning)
         content = "" if self._reasoning_stop.found else self._content_stop.push(content)
         self._reasoning += reasoning
         self.content += content
+        if self._content_stop.found is not None:
+            # Content is the end of the raw text, character for character.
+            self._raw = self._raw[: len(self._raw) - self._content_stop.num_cut]
+        elif self._reasoning_stop.found is not None:
+            # Tags and dropped newlines may follow; what has been shown cannot be part of the match.
+            at = self._raw.find(self._reasoning_stop.found, self._num_taken)
+            self._raw = self._raw[: max(at, self._num_taken)]
         return reasoning, content

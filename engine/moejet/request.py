@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,9 @@ class SamplingParams:
 
     Order: penalties and logit_bias, temperature, top_k, top_p, min_p. temperature=0 is greedy. top_k=0 and top_p=1
     are off. max_tokens=None: as many as the context holds. Log-probabilities come from the raw logits.
-    Randomness depends on (seed, sample index, position) only: a seeded result is the same alone and in any batch.
+    Randomness depends on (seed, sample index, position) only, never on what else is in the batch. The logits it is
+    applied to are the same up to rounding: kernels choose their arithmetic by the number of rows, on AMX between int8
+    and bf16 activations, so an unlikely tie may fall differently in another batch.
     Stop strings end the answer; inside the thinking they count only with stop_in_reasoning=True.
     """
 
@@ -59,7 +60,14 @@ class SamplingParams:
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         object.__setattr__(self, "stop", _as_strings(self.stop))
+        if not isinstance(self.stop_token_ids, list | tuple | set | frozenset):
+            raise ValueError(f"stop_token_ids={self.stop_token_ids!r} must be a list of token ids")
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to biases")
+        for name in ("ignore_eos", "stop_in_reasoning"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, None)
         for token_id, bias in (self.logit_bias or {}).items():
@@ -77,7 +85,7 @@ class SamplingParams:
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not is_number or not low <= value <= high:  # NaN fails every comparison
         raise ValueError(f"{name}={value!r} must be a number between {low:g} and {high:g}")
 
 
@@ -89,6 +97,8 @@ def _check_int(name: str, value: Any, low: int, high: int | None, hint: str = ""
 
 
 def _as_strings(stop: Any) -> tuple[str, ...]:
+    if stop is not None and not isinstance(stop, str | list | tuple | set | frozenset):
+        raise ValueError(f"stop={stop!r} must be a string or a list of strings")
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for item in strings:
         if not isinstance(item, str) or not item:

@@ -17,6 +17,17 @@ from moejet.request import Request, SamplingParams, TokenLogprobs
 _MASK64 = (1 << 64) - 1
 
 
+class BadLogitsError(FloatingPointError):
+    """The model produced NaN or infinite logits for `request_ids`: its weights or its input are broken."""
+
+    def __init__(self, request_ids: list[str]):
+        super().__init__(
+            f"the model produced NaN or infinite logits for {', '.join(request_ids)}: check the "
+            "checkpoint (MOEJET_REF=1 tells whether a kernel is at fault)"
+        )
+        self.request_ids = request_ids
+
+
 @dataclass(frozen=True, slots=True)
 class SampledToken:
     token_id: int
@@ -26,12 +37,12 @@ class SampledToken:
 def sample(logits: Tensor, requests: list[Request]) -> list[SampledToken]:
     """Chooses the next token of each request.
 
-    logits [B, V] any float dtype, row i belongs to requests[i]. Raises FloatingPointError if a row holds NaN.
+    logits [B, V] any float dtype, row i belongs to requests[i]. Raises `BadLogitsError` if a row holds NaN or +inf.
     """
     logits = logits.float()
-    if bool(torch.isnan(logits).any()):
-        bad = [r.request_id for r, row in zip(requests, logits, strict=True) if row.isnan().any()]
-        raise FloatingPointError(f"the model produced NaN logits for {', '.join(bad)}")
+    broken = (torch.isnan(logits) | torch.isposinf(logits)).any(dim=-1)
+    if bool(broken.any()):
+        raise BadLogitsError([requests[i].request_id for i in torch.nonzero(broken)[:, 0].tolist()])
     wants_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
     logprobs = {i: torch.log_softmax(logits[i], dim=-1) for i in wants_logprobs}
     greedy = torch.argmax(logits, dim=-1).tolist()
@@ -75,7 +86,9 @@ def adjust_logits(row: Tensor, request: Request) -> Tensor:
 
 def choose(row: Tensor, params: SamplingParams, u: float) -> int:
     """Draws one token from the cut-off, tempered distribution of row [V] by inverse transform with u in [0, 1)."""
-    probs = torch.softmax(row.double() / params.temperature, dim=-1)
+    # Shifted first: a tiny temperature would send the quotients to infinity.
+    wide = row.double()
+    probs = torch.softmax((wide - wide.max()) / params.temperature, dim=-1)
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
         return _inverse_transform(probs, u)
     k = min(params.top_k or probs.numel(), probs.numel())

@@ -95,10 +95,12 @@ class Scheduler:
         )
 
     def _make_room(self, request: Request, num_tokens: int, scheduled: list[Request]) -> bool:
-        """Extends the request's blocks, preempting younger requests; False if it had to be preempted itself."""
+        """Extends the request's blocks, preempting younger requests; False if it has to wait."""
         while not self.pool.extend(request.block_table, num_tokens):
             victim = next((r for r in reversed(self.running) if r not in scheduled), None)
             assert victim is not None, f"{num_tokens=} exceed the cache"
+            if victim is request and scheduled:
+                return False  # what is scheduled will free its blocks; the work done so far is kept
             self._preempt(victim)
             if victim is request:
                 return False

@@ -110,6 +110,12 @@ class Tokenizer:
         return frozenset(i for i, token in added.items() if token.special)
 
     @cached_property
+    def hidden_token_ids(self) -> frozenset[int]:
+        """Ids without text in a reply: the special ones, except thinking tags, which tell reasoning from content."""
+        tags = {self.token_to_id(tag) for tag in self.think_tags or ()}
+        return self.special_token_ids - tags
+
+    @cached_property
     def think_tags(self) -> tuple[str, str] | None:
         """The (open, close) tags around this model's reasoning, or None."""
         return detect_think_tags(self)
@@ -201,7 +207,7 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
         self._raw = tokenizer.raw
-        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.hidden_token_ids if skip_special_tokens else frozenset()
         self._is_byte_level = _is_byte_level(self._raw)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._context: list[int] = []

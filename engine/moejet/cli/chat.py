@@ -174,6 +174,8 @@ class Conversation:
             self._explain_limit(output)
         if stopped:
             note("stopped" if answer else "stopped; this turn is left out of the conversation")
+        elif not answer:
+            note("there was no answer; this turn is left out of the conversation")
         if answer:
             self.messages = [*messages, {"role": "assistant", "content": answer}]
 

@@ -121,7 +121,7 @@ def _dispatch(arguments: list[str]) -> int:
         args = build_parser(command).parse(rest)
         code: int = import_module(COMMANDS[command][0]).execute(args)
         return code
-    except (ValueError, ImportError, MemoryError, OSError) as error:
+    except (ValueError, ImportError, MemoryError, OSError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError):
             raise
         logging.getLogger(__name__).debug("the command failed", exc_info=True)

@@ -47,7 +47,10 @@ def router_topk_ref(
 
 
 def _mask_groups(choice: Tensor, config: ModelConfig) -> Tensor:
-    """Sets the scores of experts outside the best topk_group groups to -inf."""
+    """Sets the scores of experts outside the best topk_group groups to -inf.
+
+    Biased scores may be negative, so a zero there could win over an expert of a chosen group.
+    """
     grouped = choice.view(choice.shape[0], config.n_group, -1)
     if config.topk_method == "noaux_tc":
         best = min(2, grouped.shape[-1])

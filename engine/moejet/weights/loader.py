@@ -89,6 +89,9 @@ def load_weights(
             for piece, tensor in stream:
                 try:
                     piece.spec.load(tensor)
+                except ValueError as error:
+                    where = f"{piece.name} in {piece.source.file.name}"
+                    raise ValueError(f"{where} cannot be packed: {error}") from error
                 except Exception as error:
                     error.add_note(f"while loading {piece.name} from {piece.source.file}")
                     raise

@@ -9,12 +9,14 @@ import re
 from pathlib import Path
 
 from moejet.config import ModelConfig
+from moejet.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 TINY_REASONER = "tiny-reasoner"
 # Top-level files only: repositories keep other formats in subdirectories.
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]
+_WANTED = [*_SMALL, "*.safetensors"]
 _UNWANTED = ["*/*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -105,13 +107,15 @@ def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Pat
     try:
         config = hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache_dir)
         ModelConfig.from_hf(config)
-        root = snapshot_download(
-            repo_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
-        )
+        for wanted in (_SMALL, _WANTED):
+            root = snapshot_download(
+                repo_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=wanted,
+                ignore_patterns=_UNWANTED,
+            )
+            Tokenizer.from_path(root)  # refused before hundreds of gigabytes arrive, not after
     except GatedRepoError as error:
         raise ValueError(
             f"model={repo_id!r} is gated: accept its terms on the hub, then set HF_TOKEN or run "
