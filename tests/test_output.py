@@ -97,10 +97,13 @@ def test_special_think_tags_still_separate(tmp_path):
     assert (result.reasoning, result.content) == ("abc", "def")
 
 
-def test_earliest_of_several_stops_wins():
+def test_the_stop_string_that_is_complete_first_wins():
     matcher = StopMatcher(("bb", "ab"))
     assert matcher.push("xabb") == "x"
     assert matcher.found == "ab"
+    matcher = StopMatcher(("\naa", "a"))
+    assert matcher.push("\naa") == "\n"
+    assert matcher.found == "a"
 
 
 @given(
@@ -119,8 +122,8 @@ def test_pieces_do_not_matter(text, stop, cuts):
         start = cut
     got += "" if pieces.found else pieces.flush()
     assert got == expected
-    hits = [at for s in stop if (at := text.find(s)) >= 0]
-    assert got == (text[: min(hits)] if hits else text) or len(hits) > 1
+    ends = [(at + len(s), at) for s in stop if (at := text.find(s)) >= 0]
+    assert got == (text[: min(ends)[1]] if ends else text)
 
 
 def test_held_back_is_the_longest_possible_beginning():

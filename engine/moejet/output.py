@@ -12,7 +12,7 @@ from moejet.tokenizer import IncrementalDecoder, Tokenizer
 
 
 class StopMatcher:
-    """Finds the first of some stop strings in text that arrives in pieces."""
+    """Finds the stop string that is complete first, in text that arrives in pieces."""
 
     def __init__(self, stop: tuple[str, ...]):
         self.stop = stop
@@ -27,7 +27,7 @@ class StopMatcher:
         buffer = self.held + text
         hits = [(at, s) for s in self.stop if (at := buffer.find(s)) >= 0]
         if hits:
-            at, self.found = min(hits, key=lambda hit: hit[0])
+            at, self.found = min(hits, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             self.held = ""
             self.num_cut = len(buffer) - at
             return buffer[:at]
