@@ -1,8 +1,14 @@
 """Options and fixtures shared by all tests."""
 
+import os
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
+
+# A loaded machine makes any example slow; in CI the same examples come every time.
+settings.register_profile("moejet", deadline=None, derandomize=os.environ.get("CI") == "true")
+settings.load_profile("moejet")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
