@@ -55,6 +55,7 @@ def generate(
     samples = [Sample() for _ in prompts]
     rows = torch.arange(len(prompts))
     waits_left = torch.full((len(prompts),), waits)
+    alive = torch.ones(len(prompts), dtype=torch.bool)
     columns = torch.arange(ids.shape[1] + max_new)
     length = ids.shape[1]
     causal = columns[:length] <= columns[:length, None]
@@ -78,23 +79,22 @@ def generate(
         waits_left -= forced.long()
         token = torch.where(forced, wait, token)
         logprobs = torch.log_softmax(logits, dim=-1).gather(1, token[:, None])[:, 0].tolist()
-        for row, t, lp, was_forced in zip(
-            rows.tolist(), token.tolist(), logprobs, forced.tolist(), strict=True
+        for row, t, lp, was_forced, was_alive in zip(
+            rows.tolist(), token.tolist(), logprobs, forced.tolist(), alive.tolist(), strict=True
         ):
             samples[row].ids.append(t)
-            samples[row].logprob += 0.0 if was_forced else lp
-        alive = token != eos
+            samples[row].logprob += 0.0 if was_forced or not was_alive else lp
+        alive &= token != eos
         if first_pass_only:
             alive &= (token != end_think) & (token != wait)
         if not alive.any():
             break
-        if int(alive.sum()) < 0.8 * len(alive):
+        if int(alive.sum()) < 0.9 * len(alive):
+            # Finished rows go on until enough have gathered; what they add is cut off below.
             keep = alive.nonzero()[:, 0]
             cache.keep(keep)
             rows, waits_left, pads, token = rows[keep], waits_left[keep], pads[keep], token[keep]
-        elif not alive.all():
-            # Dead rows go on until the next pruning; what they add is cut off below.
-            pass
+            alive = alive[keep]
         ids = token[:, None]
         mask = (columns[: cache.filled + 1] >= pads[:, None])[:, None, None]
     for sample in samples:
