@@ -1,9 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <vector>
 
 #include "scratch.h"
 
@@ -37,67 +35,6 @@ void take_scratch(Layout* layout, int64_t input_rows, int64_t input_tile_rows, L
   }
 }
 
-void forward_chunk(const LinearWeights& weights, const LinearCall& call, ThreadPool::Lease* lease,
-                   const FormatKernels& kernels) {
-  LinearBatch batch{};
-  batch.format = weights.format();
-  batch.num_tokens = call.num_tokens;
-  batch.num_matrices = weights.num_matrices();
-  batch.rows = weights.rows();
-  batch.cols = weights.cols();
-  batch.geometry = weights.geometry();
-  batch.weights = weights.data();
-  batch.matrix_bytes = weights.matrix_bytes();
-  batch.x = call.x;
-  batch.x_dtype = call.x_dtype;
-  batch.x_stride = call.x_stride;
-  batch.x_matrix_stride = call.x_matrix_stride;
-  batch.out = call.out;
-  batch.out_dtype = call.out_dtype;
-  batch.out_stride = call.out_stride;
-  batch.out_matrix_stride = call.out_matrix_stride;
-  batch.tiles = kernels.min_tile_rows > 0 && call.num_tokens >= kernels.min_tile_rows;
-
-  const int64_t inputs = call.x_matrix_stride == 0 ? 1 : batch.num_matrices;
-  const int64_t input_rows = inputs * batch.num_tokens;
-  const int64_t input_tile_rows = inputs * round_up(batch.num_tokens, kTileRows);
-  std::vector<WorkerScratch> workers(lease->num_threads());
-  Layout sizes(nullptr);
-  take_scratch(&sizes, input_rows, input_tile_rows, &batch, &workers);
-  Layout layout(lease->workspace().reserve(static_cast<size_t>(sizes.bytes())));
-  take_scratch(&layout, input_rows, input_tile_rows, &batch, &workers);
-
-  const int64_t all_pairs = batch.geometry.num_pairs * batch.num_matrices;
-  const int64_t pairs_per_task = std::clamp<int64_t>(
-      ceil_div(all_pairs, kTasksPerThread * lease->num_threads()), 1, batch.geometry.num_pairs);
-  const int64_t tasks_per_matrix = ceil_div(batch.geometry.num_pairs, pairs_per_task);
-  const int64_t num_tasks = tasks_per_matrix * batch.num_matrices;
-
-  const bool serial = input_rows * batch.cols <= kSerialPrepareValues;
-  if (serial) {
-    for (int64_t row = 0; row < input_rows; ++row) kernels.linear_prepare(batch, row, &workers[0]);
-  }
-  std::atomic<int64_t> next_row{0}, next_task{0};
-  const auto take = [](std::atomic<int64_t>* next) {
-    return next->fetch_add(1, std::memory_order_relaxed);
-  };
-  const int first_phase = serial ? 1 : 0;
-  lease->run(2 - first_phase, [&](int phase, int worker) {
-    WorkerScratch* scratch = &workers[worker];
-    if (phase + first_phase == 0) {
-      for (int64_t row; (row = take(&next_row)) < input_rows;) {
-        kernels.linear_prepare(batch, row, scratch);
-      }
-      return;
-    }
-    for (int64_t task; (task = take(&next_task)) < num_tasks;) {
-      const int64_t pair = task % tasks_per_matrix * pairs_per_task;
-      kernels.linear(batch, task / tasks_per_matrix, pair,
-                     std::min(pair + pairs_per_task, batch.geometry.num_pairs), scratch);
-    }
-  });
-}
-
 }  // namespace
 
 LinearWeights::LinearWeights(int64_t num_matrices, int64_t rows, int64_t cols, Format format)
@@ -125,22 +62,104 @@ void LinearWeights::fill_random(uint64_t seed, ThreadPool* pool) {
   });
 }
 
+LinearTask::LinearTask(const LinearWeights& weights, const KernelTable& table, Workspace* workspace,
+                       int num_threads)
+    : weights_(weights),
+      kernels_(table.formats[static_cast<int>(weights.format())]),
+      workspace_(workspace),
+      scratch_(static_cast<size_t>(num_threads)) {
+  batch_.format = weights.format();
+  batch_.num_matrices = weights.num_matrices();
+  batch_.rows = weights.rows();
+  batch_.cols = weights.cols();
+  batch_.geometry = weights.geometry();
+  batch_.weights = weights.data();
+  batch_.matrix_bytes = weights.matrix_bytes();
+}
+
+void LinearTask::begin(const LinearCall& call) {
+  call_ = call;
+  chunk_ = 0;
+  num_chunks_ = ceil_div(call.num_tokens, kMaxChunkTokens);
+  phase_ = Phase::kChunk;
+}
+
+void LinearTask::begin_chunk() {
+  const int64_t begin = call_.num_tokens * chunk_ / num_chunks_;
+  const int64_t end = call_.num_tokens * (chunk_ + 1) / num_chunks_;
+  ++chunk_;
+  batch_.num_tokens = end - begin;
+  batch_.x =
+      static_cast<const uint8_t*>(call_.x) + begin * call_.x_stride * dtype_bytes(call_.x_dtype);
+  batch_.x_dtype = call_.x_dtype;
+  batch_.x_stride = call_.x_stride;
+  batch_.x_matrix_stride = call_.x_matrix_stride;
+  batch_.out =
+      static_cast<uint8_t*>(call_.out) + begin * call_.out_stride * dtype_bytes(call_.out_dtype);
+  batch_.out_dtype = call_.out_dtype;
+  batch_.out_stride = call_.out_stride;
+  batch_.out_matrix_stride = call_.out_matrix_stride;
+  batch_.tiles = kernels_.min_tile_rows > 0 && batch_.num_tokens >= kernels_.min_tile_rows;
+
+  const int64_t inputs = call_.x_matrix_stride == 0 ? 1 : batch_.num_matrices;
+  input_rows_ = inputs * batch_.num_tokens;
+  const int64_t input_tile_rows = inputs * round_up(batch_.num_tokens, kTileRows);
+  Layout sizes(nullptr);
+  take_scratch(&sizes, input_rows_, input_tile_rows, &batch_, &scratch_);
+  Layout layout(workspace_->reserve(static_cast<size_t>(sizes.bytes())));
+  take_scratch(&layout, input_rows_, input_tile_rows, &batch_, &scratch_);
+
+  const int64_t num_threads = static_cast<int64_t>(scratch_.size());
+  const int64_t all_pairs = batch_.geometry.num_pairs * batch_.num_matrices;
+  pairs_per_task_ = std::clamp<int64_t>(ceil_div(all_pairs, kTasksPerThread * num_threads), 1,
+                                        batch_.geometry.num_pairs);
+  tasks_per_matrix_ = ceil_div(batch_.geometry.num_pairs, pairs_per_task_);
+  num_tasks_ = tasks_per_matrix_ * batch_.num_matrices;
+}
+
+bool LinearTask::next() {
+  next_item_.store(0, std::memory_order_relaxed);
+  switch (phase_) {
+    case Phase::kPrepare:
+      phase_ = Phase::kCompute;
+      return true;
+    case Phase::kCompute:
+    case Phase::kChunk:
+      if (chunk_ == num_chunks_) return false;
+      begin_chunk();
+      phase_ = Phase::kPrepare;
+      if (input_rows_ * batch_.cols > kSerialPrepareValues) return true;
+      for (int64_t row = 0; row < input_rows_; ++row) {
+        kernels_.linear_prepare(batch_, row, &scratch_[0]);
+      }
+      phase_ = Phase::kCompute;
+      return true;
+  }
+  return false;
+}
+
+void LinearTask::work(int worker) {
+  WorkerScratch* scratch = &scratch_[static_cast<size_t>(worker)];
+  const auto take = [this] { return next_item_.fetch_add(1, std::memory_order_relaxed); };
+  if (phase_ == Phase::kPrepare) {
+    for (int64_t row; (row = take()) < input_rows_;) {
+      kernels_.linear_prepare(batch_, row, scratch);
+    }
+    return;
+  }
+  for (int64_t task; (task = take()) < num_tasks_;) {
+    const int64_t pair = task % tasks_per_matrix_ * pairs_per_task_;
+    kernels_.linear(batch_, task / tasks_per_matrix_, pair,
+                    std::min(pair + pairs_per_task_, batch_.geometry.num_pairs), scratch);
+  }
+}
+
 void linear_forward(const LinearWeights& weights, const LinearCall& call, ThreadPool* pool,
                     const KernelTable& table) {
-  if (call.num_tokens == 0) return;
   ThreadPool::Lease lease = pool->acquire();
-  const int64_t num_chunks = ceil_div(call.num_tokens, kMaxChunkTokens);
-  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-    const int64_t begin = call.num_tokens * chunk / num_chunks;
-    const int64_t end = call.num_tokens * (chunk + 1) / num_chunks;
-    LinearCall part = call;
-    part.num_tokens = end - begin;
-    part.x =
-        static_cast<const uint8_t*>(call.x) + begin * call.x_stride * dtype_bytes(call.x_dtype);
-    part.out =
-        static_cast<uint8_t*>(call.out) + begin * call.out_stride * dtype_bytes(call.out_dtype);
-    forward_chunk(weights, part, &lease, table.formats[static_cast<int>(weights.format())]);
-  }
+  LinearTask task(weights, table, &lease.workspace(), lease.num_threads());
+  task.begin(call);
+  lease.run(&task);
 }
 
 }  // namespace moejet

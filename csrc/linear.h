@@ -1,12 +1,16 @@
 // Dense projections on the CPU: G packed matrices of one shape, applied side by side.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 #include "packed_memory.h"
 #include "packing.h"
+#include "task.h"
 #include "thread_pool.h"
+#include "workspace.h"
 
 namespace moejet {
 
@@ -49,7 +53,32 @@ struct LinearCall {
   int64_t out_stride, out_matrix_stride;
 };
 
-// out[t, g] = W_g x[t, g]. The result does not depend on the number of threads.
+// out[t, g] = W_g x[t, g] as a task; may be used for one call after another. The result does not
+// depend on the number of threads. Scratch memory comes from `workspace`, which must not serve
+// anything else during a call.
+class LinearTask final : public Task {
+ public:
+  LinearTask(const LinearWeights& weights, const KernelTable& table, Workspace* workspace,
+             int num_threads);
+  void begin(const LinearCall& call);
+  bool next() override;
+  void work(int worker) override;
+
+ private:
+  void begin_chunk();
+
+  const LinearWeights& weights_;
+  const FormatKernels& kernels_;
+  Workspace* workspace_;
+  std::vector<WorkerScratch> scratch_;  // of each worker
+  LinearCall call_{};
+  int64_t chunk_ = 0, num_chunks_ = 0;
+  enum class Phase { kChunk, kPrepare, kCompute } phase_ = Phase::kChunk;
+  LinearBatch batch_{};
+  int64_t input_rows_ = 0, pairs_per_task_ = 0, tasks_per_matrix_ = 0, num_tasks_ = 0;
+  std::atomic<int64_t> next_item_{0};  // of the phase
+};
+
 void linear_forward(const LinearWeights& weights, const LinearCall& call, ThreadPool* pool,
                     const KernelTable& table);
 

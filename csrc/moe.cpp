@@ -1,8 +1,6 @@
 #include "moe.h"
 
 #include <algorithm>
-#include <atomic>
-#include <vector>
 
 #include "scratch.h"
 
@@ -20,79 +18,7 @@ constexpr int64_t kSerialPrepareValues = 32 * 1024;
 constexpr int64_t kGateUpTasksPerThread = 16;
 constexpr int64_t kDownTasksPerThread = 8;
 
-// Routed rows sorted by expert (counting sort, stable in token order).
-struct Routing {
-  std::vector<const uint8_t*> slot_weights;
-  std::vector<int32_t> slot_begin, slot_tile;
-  std::vector<int32_t> row_token;
-  std::vector<float> row_weight;
-  std::vector<int32_t> token_begin, token_tiles;
-  int64_t num_rows = 0;
-  int64_t num_tile_rows = 0;
-  bool any_vector = false;
-};
-
-Routing route(const ExpertWeights& weights, const MoeCall& call, int min_tile_rows) {
-  const int64_t num_pairs = call.num_tokens * call.top_k;
-  const int64_t num_experts = weights.num_experts();
-  Routing routing;
-  std::vector<int32_t> count(num_experts, 0);
-  for (int64_t i = 0; i < num_pairs; ++i) {
-    if (call.topk_ids[i] >= 0) ++count[call.topk_ids[i]];
-  }
-  std::vector<int32_t> next(num_experts, 0);        // row of the expert's next token
-  std::vector<int32_t> next_tile(num_experts, -1);  // the same among tile rows
-  routing.slot_begin.push_back(0);
-  for (int64_t e = 0; e < num_experts; ++e) {
-    if (count[e] == 0) continue;
-    const bool tiles = min_tile_rows > 0 && count[e] >= min_tile_rows;
-    next[e] = static_cast<int32_t>(routing.num_rows);
-    if (tiles) {
-      next_tile[e] = static_cast<int32_t>(routing.num_tile_rows);
-      routing.num_tile_rows += round_up(count[e], kTileRows);
-    }
-    routing.any_vector |= !tiles;
-    routing.slot_weights.push_back(weights.expert(e));
-    routing.slot_tile.push_back(next_tile[e]);
-    routing.num_rows += count[e];
-    routing.slot_begin.push_back(static_cast<int32_t>(routing.num_rows));
-  }
-  routing.row_token.resize(routing.num_rows);
-  routing.row_weight.resize(routing.num_rows);
-  routing.token_begin.push_back(0);
-  for (int64_t t = 0; t < call.num_tokens; ++t) {
-    for (int64_t i = t * call.top_k; i < (t + 1) * call.top_k; ++i) {
-      const int32_t e = call.topk_ids[i];
-      if (e < 0) continue;
-      routing.row_token[next[e]] = static_cast<int32_t>(t);
-      routing.row_weight[next[e]++] = call.topk_weights[i];
-      if (next_tile[e] >= 0) routing.token_tiles.push_back(next_tile[e]++);
-    }
-    routing.token_begin.push_back(static_cast<int32_t>(routing.token_tiles.size()));
-  }
-  return routing;
-}
-
-struct Plan {
-  int64_t units, units_per_task, gate_up_tasks;
-  int64_t pairs_per_task, down_tasks;
-};
-
-Plan make_plan(const MoeBatch& batch, int num_threads) {
-  Plan plan;
-  plan.units = batch.gate_up.num_pairs / 2;
-  const int64_t all_units = plan.units * std::max(batch.num_slots, 1);
-  plan.units_per_task =
-      std::clamp<int64_t>(ceil_div(all_units, kGateUpTasksPerThread * num_threads), 1, plan.units);
-  plan.gate_up_tasks = ceil_div(plan.units, plan.units_per_task) * batch.num_slots;
-  const int64_t by_threads = ceil_div(batch.down.num_pairs, kDownTasksPerThread * num_threads);
-  const int64_t by_memory = kMaxAccumulatorFloats / (kPairCols * batch.num_tokens);
-  plan.pairs_per_task = std::max<int64_t>(1, std::min(by_threads, by_memory));
-  plan.down_tasks = ceil_div(batch.down.num_pairs, plan.pairs_per_task);
-  return plan;
-}
-
-void take_scratch(Layout* layout, const Routing& routing, const Plan& plan, MoeBatch* batch,
+void take_scratch(Layout* layout, const Routing& routing, int64_t pairs_per_task, MoeBatch* batch,
                   std::vector<WorkerScratch>* workers) {
   const int64_t x_padded = batch->gate_up.k_padded, h_padded = batch->down.k_padded;
   if (routing.any_vector) {
@@ -104,104 +30,181 @@ void take_scratch(Layout* layout, const Routing& routing, const Plan& plan, MoeB
   for (WorkerScratch& worker : *workers) {
     worker.row = layout->take<float>(x_padded);
     worker.gate_up = layout->take<float>(std::max(kVectorRowBlock, kTileRowBlock) * 2 * kPairCols);
-    worker.accumulator = layout->take<float>(batch->num_tokens * plan.pairs_per_task * kPairCols);
+    worker.accumulator = layout->take<float>(batch->num_tokens * pairs_per_task * kPairCols);
     worker.unpacked =
         layout->take<uint16_t>(routing.num_tile_rows > 0 ? kTileChunkK * kPairCols : 0);
   }
 }
 
-void forward_chunk(const ExpertWeights& weights, const MoeCall& call, ThreadPool::Lease* lease,
-                   const FormatKernels& kernels) {
-  const Routing routing = route(weights, call, kernels.min_tile_rows);
-  MoeBatch batch{};
-  batch.format = weights.format();
-  batch.num_tokens = call.num_tokens;
-  batch.hidden_size = weights.hidden_size();
-  batch.intermediate_size = weights.intermediate_size();
-  batch.gate_up = weights.gate_up();
-  batch.down = weights.down();
-  batch.x = call.x;
-  batch.x_dtype = call.x_dtype;
-  batch.x_stride = call.x_stride;
-  batch.out = call.out;
-  batch.out_dtype = call.out_dtype;
-  batch.out_stride = call.out_stride;
-  batch.num_slots = static_cast<int>(routing.slot_weights.size());
-  batch.slot_weights = routing.slot_weights.data();
-  batch.down_offset = weights.down_offset();
-  batch.slot_begin = routing.slot_begin.data();
-  batch.slot_tile = routing.slot_tile.data();
-  batch.row_token = routing.row_token.data();
-  batch.row_weight = routing.row_weight.data();
-  batch.token_begin = routing.token_begin.data();
-  batch.token_tiles = routing.token_tiles.data();
-  batch.any_vector = routing.any_vector;
+}  // namespace
 
-  const Plan plan = make_plan(batch, lease->num_threads());
-  std::vector<WorkerScratch> workers(lease->num_threads());
-  Layout sizes(nullptr);
-  take_scratch(&sizes, routing, plan, &batch, &workers);
-  Layout layout(lease->workspace().reserve(static_cast<size_t>(sizes.bytes())));
-  take_scratch(&layout, routing, plan, &batch, &workers);
-
-  const bool serial = batch.num_tokens * batch.hidden_size <= kSerialPrepareValues;
-  if (serial) {
-    for (int64_t t = 0; t < batch.num_tokens; ++t) kernels.prepare(batch, t, &workers[0]);
-  }
-  std::atomic<int64_t> next_token{0}, next_gate_up{0}, next_down{0};
-  const auto take = [](std::atomic<int64_t>* next) {
-    return next->fetch_add(1, std::memory_order_relaxed);
-  };
-  const int first_phase = serial ? 1 : 0;
-  lease->run(3 - first_phase, [&](int phase, int worker) {
-    WorkerScratch* scratch = &workers[worker];
-    switch (phase + first_phase) {
-      case 0:
-        for (int64_t t; (t = take(&next_token)) < batch.num_tokens;) {
-          kernels.prepare(batch, t, scratch);
-        }
-        break;
-      case 1:
-        for (int64_t task; (task = take(&next_gate_up)) < plan.gate_up_tasks;) {
-          const int64_t tasks_per_slot = plan.gate_up_tasks / batch.num_slots;
-          const int64_t unit = task % tasks_per_slot * plan.units_per_task;
-          kernels.gate_up(batch, static_cast<int>(task / tasks_per_slot), unit,
-                          std::min(unit + plan.units_per_task, plan.units), scratch);
-        }
-        break;
-      default:
-        for (int64_t task; (task = take(&next_down)) < plan.down_tasks;) {
-          const int64_t pair = task * plan.pairs_per_task;
-          kernels.down(batch, pair, std::min(pair + plan.pairs_per_task, batch.down.num_pairs),
-                       scratch);
-        }
-    }
-  });
+MoeTask::MoeTask(const ExpertWeights& weights, const KernelTable& table, Workspace* workspace,
+                 int num_threads)
+    : weights_(weights),
+      kernels_(table.formats[static_cast<int>(weights.format())]),
+      workspace_(workspace),
+      scratch_(static_cast<size_t>(num_threads)) {
+  batch_.format = weights.format();
+  batch_.hidden_size = weights.hidden_size();
+  batch_.intermediate_size = weights.intermediate_size();
+  batch_.gate_up = weights.gate_up();
+  batch_.down = weights.down();
+  batch_.down_offset = weights.down_offset();
 }
 
-}  // namespace
+void MoeTask::begin(const MoeCall& call) {
+  call_ = call;
+  const int64_t most =
+      std::clamp<int64_t>(kMaxChunkRows / std::max<int64_t>(call.top_k, 1), 1, kMaxChunkTokens);
+  chunk_ = 0;
+  num_chunks_ = ceil_div(call.num_tokens, most);
+  phase_ = Phase::kChunk;
+}
+
+void MoeTask::begin_chunk() {
+  // Even chunks: a short last one would read all weights for little work.
+  const int64_t begin = call_.num_tokens * chunk_ / num_chunks_;
+  const int64_t end = call_.num_tokens * (chunk_ + 1) / num_chunks_;
+  ++chunk_;
+  MoeCall part = call_;
+  part.num_tokens = end - begin;
+  part.x =
+      static_cast<const uint8_t*>(call_.x) + begin * call_.x_stride * dtype_bytes(call_.x_dtype);
+  part.out =
+      static_cast<uint8_t*>(call_.out) + begin * call_.out_stride * dtype_bytes(call_.out_dtype);
+  part.topk_ids += begin * call_.top_k;
+  part.topk_weights += begin * call_.top_k;
+  route(part);
+  batch_.num_tokens = part.num_tokens;
+  batch_.x = part.x;
+  batch_.x_dtype = part.x_dtype;
+  batch_.x_stride = part.x_stride;
+  batch_.out = part.out;
+  batch_.out_dtype = part.out_dtype;
+  batch_.out_stride = part.out_stride;
+  plan();
+  Layout sizes(nullptr);
+  take_scratch(&sizes, routing_, pairs_per_task_, &batch_, &scratch_);
+  Layout layout(workspace_->reserve(static_cast<size_t>(sizes.bytes())));
+  take_scratch(&layout, routing_, pairs_per_task_, &batch_, &scratch_);
+}
+
+void MoeTask::route(const MoeCall& call) {
+  const int64_t num_pairs = call.num_tokens * call.top_k;
+  const int64_t num_experts = weights_.num_experts();
+  Routing& r = routing_;
+  r.num_rows = r.num_tile_rows = 0;
+  r.any_vector = false;
+  r.slot_weights.clear();
+  r.slot_tile.clear();
+  r.token_tiles.clear();
+  r.slot_begin.assign(1, 0);
+  r.token_begin.assign(1, 0);
+  r.count.assign(static_cast<size_t>(num_experts), 0);
+  r.next.resize(static_cast<size_t>(num_experts));
+  r.next_tile.assign(static_cast<size_t>(num_experts), -1);
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    if (call.topk_ids[i] >= 0) ++r.count[call.topk_ids[i]];
+  }
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const int32_t count = r.count[e];
+    if (count == 0) continue;
+    const bool tiles = kernels_.min_tile_rows > 0 && count >= kernels_.min_tile_rows;
+    r.next[e] = static_cast<int32_t>(r.num_rows);
+    if (tiles) {
+      r.next_tile[e] = static_cast<int32_t>(r.num_tile_rows);
+      r.num_tile_rows += round_up(count, kTileRows);
+    }
+    r.any_vector |= !tiles;
+    r.slot_weights.push_back(weights_.expert(e));
+    r.slot_tile.push_back(r.next_tile[e]);
+    r.num_rows += count;
+    r.slot_begin.push_back(static_cast<int32_t>(r.num_rows));
+  }
+  r.row_token.resize(static_cast<size_t>(r.num_rows));
+  r.row_weight.resize(static_cast<size_t>(r.num_rows));
+  for (int64_t t = 0; t < call.num_tokens; ++t) {
+    for (int64_t i = t * call.top_k; i < (t + 1) * call.top_k; ++i) {
+      const int32_t e = call.topk_ids[i];
+      if (e < 0) continue;
+      r.row_token[r.next[e]] = static_cast<int32_t>(t);
+      r.row_weight[r.next[e]++] = call.topk_weights[i];
+      if (r.next_tile[e] >= 0) r.token_tiles.push_back(r.next_tile[e]++);
+    }
+    r.token_begin.push_back(static_cast<int32_t>(r.token_tiles.size()));
+  }
+  batch_.num_slots = static_cast<int>(r.slot_weights.size());
+  batch_.slot_weights = r.slot_weights.data();
+  batch_.slot_begin = r.slot_begin.data();
+  batch_.slot_tile = r.slot_tile.data();
+  batch_.row_token = r.row_token.data();
+  batch_.row_weight = r.row_weight.data();
+  batch_.token_begin = r.token_begin.data();
+  batch_.token_tiles = r.token_tiles.data();
+  batch_.any_vector = r.any_vector;
+}
+
+void MoeTask::plan() {
+  const int64_t num_threads = static_cast<int64_t>(scratch_.size());
+  units_ = batch_.gate_up.num_pairs / 2;
+  const int64_t all_units = units_ * std::max(batch_.num_slots, 1);
+  units_per_task_ =
+      std::clamp<int64_t>(ceil_div(all_units, kGateUpTasksPerThread * num_threads), 1, units_);
+  gate_up_tasks_ = ceil_div(units_, units_per_task_) * batch_.num_slots;
+  const int64_t by_threads = ceil_div(batch_.down.num_pairs, kDownTasksPerThread * num_threads);
+  const int64_t by_memory = kMaxAccumulatorFloats / (kPairCols * batch_.num_tokens);
+  pairs_per_task_ = std::max<int64_t>(1, std::min(by_threads, by_memory));
+  down_tasks_ = ceil_div(batch_.down.num_pairs, pairs_per_task_);
+}
+
+bool MoeTask::next() {
+  next_item_.store(0, std::memory_order_relaxed);
+  switch (phase_) {
+    case Phase::kPrepare:
+      phase_ = Phase::kGateUp;
+      return true;
+    case Phase::kGateUp:
+      phase_ = Phase::kDown;
+      return true;
+    case Phase::kDown:
+    case Phase::kChunk:
+      if (chunk_ == num_chunks_) return false;
+      begin_chunk();
+      phase_ = Phase::kPrepare;
+      if (batch_.num_tokens * batch_.hidden_size > kSerialPrepareValues) return true;
+      for (int64_t t = 0; t < batch_.num_tokens; ++t) kernels_.prepare(batch_, t, &scratch_[0]);
+      phase_ = Phase::kGateUp;
+      return true;
+  }
+  return false;
+}
+
+void MoeTask::work(int worker) {
+  WorkerScratch* scratch = &scratch_[static_cast<size_t>(worker)];
+  const auto take = [this] { return next_item_.fetch_add(1, std::memory_order_relaxed); };
+  if (phase_ == Phase::kPrepare) {
+    for (int64_t t; (t = take()) < batch_.num_tokens;) kernels_.prepare(batch_, t, scratch);
+  } else if (phase_ == Phase::kGateUp) {
+    for (int64_t task; (task = take()) < gate_up_tasks_;) {
+      const int64_t tasks_per_slot = gate_up_tasks_ / batch_.num_slots;
+      const int64_t unit = task % tasks_per_slot * units_per_task_;
+      kernels_.gate_up(batch_, static_cast<int>(task / tasks_per_slot), unit,
+                       std::min(unit + units_per_task_, units_), scratch);
+    }
+  } else {
+    for (int64_t task; (task = take()) < down_tasks_;) {
+      const int64_t pair = task * pairs_per_task_;
+      kernels_.down(batch_, pair, std::min(pair + pairs_per_task_, batch_.down.num_pairs), scratch);
+    }
+  }
+}
 
 void moe_forward(const ExpertWeights& weights, const MoeCall& call, ThreadPool* pool,
                  const KernelTable& table) {
-  if (call.num_tokens == 0) return;
   ThreadPool::Lease lease = pool->acquire();
-  const int64_t most =
-      std::clamp<int64_t>(kMaxChunkRows / std::max<int64_t>(call.top_k, 1), 1, kMaxChunkTokens);
-  const int64_t num_chunks = ceil_div(call.num_tokens, most);
-  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-    // Even chunks: a short last one would read all weights for little work.
-    const int64_t begin = call.num_tokens * chunk / num_chunks;
-    const int64_t end = call.num_tokens * (chunk + 1) / num_chunks;
-    MoeCall part = call;
-    part.num_tokens = end - begin;
-    part.x =
-        static_cast<const uint8_t*>(call.x) + begin * call.x_stride * dtype_bytes(call.x_dtype);
-    part.out =
-        static_cast<uint8_t*>(call.out) + begin * call.out_stride * dtype_bytes(call.out_dtype);
-    part.topk_ids = call.topk_ids + begin * call.top_k;
-    part.topk_weights = call.topk_weights + begin * call.top_k;
-    forward_chunk(weights, part, &lease, table.formats[static_cast<int>(weights.format())]);
-  }
+  MoeTask task(weights, table, &lease.workspace(), lease.num_threads());
+  task.begin(call);
+  lease.run(&task);
 }
 
 }  // namespace moejet

@@ -1,11 +1,15 @@
 // One MoE layer's routed experts on the CPU: routing, scratch memory and the parallel region.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "expert_weights.h"
 #include "kernels.h"
+#include "task.h"
 #include "thread_pool.h"
+#include "workspace.h"
 
 namespace moejet {
 
@@ -22,8 +26,50 @@ struct MoeCall {
   int64_t out_stride;
 };
 
-// out[t] = sum_k topk_weights[t, k] * down_e(silu(gate_e x_t) * up_e x_t), e = topk_ids[t, k].
-// The result does not depend on the number of threads. out may be x.
+// Routed rows of a chunk, sorted by expert (counting sort, stable in token order).
+struct Routing {
+  std::vector<const uint8_t*> slot_weights;
+  std::vector<int32_t> slot_begin, slot_tile;
+  std::vector<int32_t> row_token;
+  std::vector<float> row_weight;
+  std::vector<int32_t> token_begin, token_tiles;
+  int64_t num_rows, num_tile_rows;
+  bool any_vector;
+  // Per expert: its rows, its next row, and the same among tile rows.
+  std::vector<int32_t> count, next, next_tile;
+};
+
+// out[t] = sum_k topk_weights[t, k] * down_e(silu(gate_e x_t) * up_e x_t), e = topk_ids[t, k], as a
+// task; may be used for one call after another. The result does not depend on the number of
+// threads. out may be x. Ids are read when the first phase begins. Scratch memory comes from
+// `workspace`, which must not serve anything else during a call.
+class MoeTask final : public Task {
+ public:
+  MoeTask(const ExpertWeights& weights, const KernelTable& table, Workspace* workspace,
+          int num_threads);
+  void begin(const MoeCall& call);
+  bool next() override;
+  void work(int worker) override;
+
+ private:
+  void begin_chunk();
+  void route(const MoeCall& call);
+  void plan();
+
+  const ExpertWeights& weights_;
+  const FormatKernels& kernels_;
+  Workspace* workspace_;
+  std::vector<WorkerScratch> scratch_;  // of each worker
+  MoeCall call_{};
+  int64_t chunk_ = 0, num_chunks_ = 0;
+  enum class Phase { kChunk, kPrepare, kGateUp, kDown } phase_ = Phase::kChunk;
+  Routing routing_;
+  MoeBatch batch_{};
+  int64_t units_ = 0, units_per_task_ = 0, gate_up_tasks_ = 0;
+  int64_t pairs_per_task_ = 0, down_tasks_ = 0;
+  std::atomic<int64_t> next_item_{0};  // of the phase
+};
+
 void moe_forward(const ExpertWeights& weights, const MoeCall& call, ThreadPool* pool,
                  const KernelTable& table);
 

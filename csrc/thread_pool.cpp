@@ -82,35 +82,59 @@ struct ThreadPool::State {
   std::vector<std::thread> threads;
 
   // The region: written by the caller before epoch is raised, read by workers after they see it.
-  RegionFn fn = nullptr;
-  void* context = nullptr;
-  int num_phases = 0;
+  Task* task = nullptr;
   bool stop = false;
+  bool has_phase = false;    // written by worker 0 while all others wait
   std::exception_ptr error;  // under error_mutex
   std::mutex error_mutex;
   std::atomic<bool> failed{false};
 
   alignas(64) std::atomic<uint32_t> epoch{0};
   alignas(64) std::atomic<int> arrived{0};
-  alignas(64) std::atomic<uint32_t> barrier_epoch{0};
+  alignas(64) std::atomic<uint32_t> phase_epoch{0};
   alignas(64) std::atomic<int> sleepers{0};
   std::mutex sleep_mutex;
   std::condition_variable wake;
 
-  void barrier() {
-    const uint32_t now = barrier_epoch.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) == num_workers - 1) {
-      arrived.store(0, std::memory_order_relaxed);
-      barrier_epoch.store(now + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; barrier_epoch.load(std::memory_order_acquire) == now; ++spins) {
+  void record_error() {
+    std::lock_guard<std::mutex> lock(error_mutex);
+    if (!error) error = std::current_exception();
+    failed.store(true, std::memory_order_release);
+  }
+
+  template <class Ready>
+  static void spin_until(Ready&& ready) {
+    for (int spins = 0; !ready(); ++spins) {
       if (spins < kSpinsBeforeYield) {
         cpu_relax();
       } else {
         sched_yield();
       }
     }
+  }
+
+  // Worker 0: waits for the others, prepares the next phase, lets all go.
+  bool lead_into_phase() {
+    spin_until([&] { return arrived.load(std::memory_order_acquire) == num_workers - 1; });
+    arrived.store(0, std::memory_order_relaxed);
+    has_phase = false;
+    if (!failed.load(std::memory_order_acquire)) {
+      try {
+        has_phase = task->next();
+      } catch (...) {
+        record_error();
+      }
+    }
+    const bool result = has_phase;  // at its end the next region may begin at once
+    phase_epoch.store(phase_epoch.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+    return result;
+  }
+
+  bool follow_into_phase() {
+    const uint32_t now = phase_epoch.load(std::memory_order_relaxed);
+    arrived.fetch_add(1, std::memory_order_acq_rel);
+    spin_until([&] { return phase_epoch.load(std::memory_order_acquire) != now; });
+    return has_phase;
   }
 
   void start_region() {
@@ -216,42 +240,33 @@ ThreadPool::Lease ThreadPool::acquire() {
   return lease;
 }
 
-void ThreadPool::run_phases(State* state, int worker) {
-  // After the last barrier the caller may already describe its next region: read the count once.
-  const int num_phases = state->num_phases;
-  for (int phase = 0; phase < num_phases; ++phase) {
-    if (!state->failed.load(std::memory_order_acquire)) {
-      try {
-        state->fn(state->context, phase, worker);
-      } catch (...) {
-        std::lock_guard<std::mutex> lock(state->error_mutex);
-        if (!state->error) state->error = std::current_exception();
-        state->failed.store(true, std::memory_order_release);
-      }
+void ThreadPool::run_task(State* state, int worker) {
+  while (worker == 0 ? state->lead_into_phase() : state->follow_into_phase()) {
+    try {
+      state->task->work(worker);
+    } catch (...) {
+      state->record_error();
     }
-    state->barrier();
   }
 }
 
 void ThreadPool::work(State* state, int worker) {
   for (uint32_t seen = 0;;) {
     state->wait_for_region(seen);
-    ++seen;  // a region starts only after the last one's final barrier, so none is missed
+    ++seen;  // a region's first phase waits for all workers, so none is missed
     if (state->stop) return;
-    run_phases(state, worker);
+    run_task(state, worker);
   }
 }
 
-void ThreadPool::run_region(int num_phases, RegionFn fn, void* context) {
+void ThreadPool::run_region(Task* task) {
   State* state = state_.get();
   const CallerPlacement placement(cpus_, pin_);
-  state->fn = fn;
-  state->context = context;
-  state->num_phases = num_phases;
+  state->task = task;
   state->error = nullptr;
   state->failed.store(false, std::memory_order_relaxed);
   state->start_region();
-  run_phases(state, 0);
+  run_task(state, 0);
   if (state->error) std::rethrow_exception(std::exchange(state->error, nullptr));
 }
 

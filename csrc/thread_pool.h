@@ -2,7 +2,8 @@
 //
 // The caller works as worker 0, the pool owns the other num_threads - 1 threads: a caller that
 // waits would need a wake-up per region and would compete with a worker for its CPU. A region has
-// phases with a barrier after each. Workers spin for a short time after a region, then sleep.
+// phases; between two of them all workers meet, and one prepares the next phase (task.h). Workers
+// spin for a short time after a region, then sleep.
 //
 // One caller at a time: further callers wait. A pool does not survive fork: in the child every use
 // throws, because its threads do not exist there.
@@ -19,6 +20,7 @@
 #include <thread>
 #include <vector>
 
+#include "task.h"
 #include "workspace.h"
 
 namespace moejet {
@@ -41,16 +43,25 @@ class ThreadPool {
   // The right to use the pool, held from acquire() until destruction.
   class Lease {
    public:
-    // Runs body(phase, worker) for phase 0 .. num_phases - 1 on all workers. If a worker throws,
-    // the later phases are skipped and the first exception is thrown here.
+    // Runs the task's phases on all workers. If one throws, the later phases are skipped and the
+    // first exception is thrown here.
+    void run(Task* task) { pool_->run_region(task); }
+
+    // The same for body(phase, worker), phase 0 .. num_phases - 1.
     template <class Body>
-    void run(int num_phases, Body&& body) {
-      pool_->run_region(
-          num_phases,
-          [](void* context, int phase, int worker) {
-            (*static_cast<std::remove_reference_t<Body>*>(context))(phase, worker);
-          },
-          &body);
+    void run(int num_phases, const Body& body) {
+      class Phases final : public Task {
+       public:
+        Phases(int num_phases, const Body& body) : num_phases_(num_phases), body_(body) {}
+        bool next() override { return ++phase_ < num_phases_; }
+        void work(int worker) override { body_(phase_, worker); }
+
+       private:
+        const int num_phases_;
+        const Body& body_;
+        int phase_ = -1;
+      } phases(num_phases, body);
+      run(&phases);
     }
     Workspace& workspace() { return pool_->workspace_; }
     int num_threads() const { return pool_->num_threads_; }
@@ -67,13 +78,12 @@ class ThreadPool {
   Lease acquire();
 
  private:
-  using RegionFn = void (*)(void* context, int phase, int worker);
   struct State;
 
-  void run_region(int num_phases, RegionFn fn, void* context);
+  void run_region(Task* task);
   void check_process() const;
   static void work(State* state, int worker);
-  static void run_phases(State* state, int worker);
+  static void run_task(State* state, int worker);
   void stop_threads();
 
   const int num_threads_;
