@@ -68,7 +68,7 @@ struct RouterMatrix {
   int64_t logits_stride;
 };
 
-constexpr int64_t kMaxExperts = 1024;
+constexpr int64_t kMaxRouterExperts = 1024;
 
 enum class Scoring { kSoftmax = 0, kSigmoid };
 // How the groups of experts are ranked of which the best keep their experts: not at all (greedy),
@@ -76,7 +76,7 @@ enum class Scoring { kSoftmax = 0, kSigmoid };
 enum class GroupRank { kNone = 0, kBest, kBestTwo };
 
 struct RouterChoice {
-  int64_t num_experts;  // at most kMaxExperts
+  int64_t num_experts;  // at most kMaxRouterExperts
   int64_t top_k;        // 1 .. num_experts
   Scoring scoring;
   GroupRank group_rank;
