@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "ops.h"
 #include "pack.h"
 
 namespace moejet {
@@ -120,6 +121,7 @@ struct FormatKernels {
 struct KernelTable {
   Isa isa;
   FormatKernels formats[kNumFormats];
+  OpKernels ops;
 };
 
 // Null if this build has no kernels for it.

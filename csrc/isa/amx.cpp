@@ -1,5 +1,6 @@
 // Kernels for AMX bf16 tiles beside AVX-512.
 #define MOEJET_ISA_NS amx
+#include "ops-inl.h"
 #include "tiles512-inl.h"
 
 namespace moejet {
@@ -45,7 +46,8 @@ class AmxTiles {
 extern const KernelTable table = {
     Isa::kAmx,
     {format_kernels<Int4, Int4Tiles<AmxTiles>>(), format_kernels<Int8, Int8Tiles<AmxTiles>>(),
-     format_kernels<Bf16, Bf16Tiles<AmxTiles>>()}};
+     format_kernels<Bf16, Bf16Tiles<AmxTiles>>()},
+    op_kernels()};
 
 }  // namespace amx
 }  // namespace moejet

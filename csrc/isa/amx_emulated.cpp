@@ -1,5 +1,6 @@
 // The AMX kernels over tiles in memory: tests their logic on processors without AMX.
 #define MOEJET_ISA_NS amx_emulated
+#include "ops-inl.h"
 #include "tiles512-inl.h"
 
 namespace moejet {
@@ -8,7 +9,8 @@ namespace amx_emulated {
 extern const KernelTable table = {Isa::kAmxEmulated,
                                   {format_kernels<Int4, Int4Tiles<EmulatedTiles>>(),
                                    format_kernels<Int8, Int8Tiles<EmulatedTiles>>(),
-                                   format_kernels<Bf16, Bf16Tiles<EmulatedTiles>>()}};
+                                   format_kernels<Bf16, Bf16Tiles<EmulatedTiles>>()},
+                                  op_kernels()};
 
 }  // namespace amx_emulated
 }  // namespace moejet

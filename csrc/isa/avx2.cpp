@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "../moe-inl.h"
+#include "ops-inl.h"
 
 namespace moejet {
 namespace avx2 {
@@ -189,7 +190,8 @@ struct Bf16 {
 
 extern const KernelTable table = {Isa::kAvx2,
                                   {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-                                   format_kernels<Bf16, NoTiles>()}};
+                                   format_kernels<Bf16, NoTiles>()},
+                                  op_kernels()};
 
 }  // namespace avx2
 }  // namespace moejet

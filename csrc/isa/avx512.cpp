@@ -2,13 +2,15 @@
 // half the rate of fp32 multiply-adds on the processors measured, and rounds the activations.
 #define MOEJET_ISA_NS avx512
 #include "avx512-inl.h"
+#include "ops-inl.h"
 
 namespace moejet {
 namespace avx512 {
 
 extern const KernelTable table = {Isa::kAvx512,
                                   {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-                                   format_kernels<Bf16, NoTiles>()}};
+                                   format_kernels<Bf16, NoTiles>()},
+                                  op_kernels()};
 
 }  // namespace avx512
 }  // namespace moejet

@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "../moe-inl.h"
+#include "ops-inl.h"
 
 namespace moejet {
 namespace scalar {
@@ -103,7 +104,8 @@ struct Bf16 {
 
 extern const KernelTable table = {Isa::kScalar,
                                   {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-                                   format_kernels<Bf16, NoTiles>()}};
+                                   format_kernels<Bf16, NoTiles>()},
+                                  op_kernels()};
 
 }  // namespace scalar
 }  // namespace moejet
