@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f -not -path 'csrc/tests/*' 2>/dev/null)
 PROMPT ?= Start with 17, add 25, then multiply by 3.
 
-.PHONY: run test gpu-check lint format bench install clean
+.PHONY: run test sanitize gpu-check lint format bench install clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,21 @@ run: install
 # Reference code in the tests runs in torch beside our own pool: one OpenMP thread keeps them apart.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The C++ tests under ThreadSanitizer, and under AddressSanitizer with UndefinedBehaviorSanitizer.
+# ThreadSanitizer's memory map does not stand every randomised address: switched off where that is allowed.
+sanitize: sanitize-thread sanitize-address,undefined
+
+sanitize-%: $(VENV)/.cmake
+	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCMAKE_BUILD_TYPE=Debug -DMOEJET_CPP_TESTS=ON -DMOEJET_SANITIZE=$*
+	$(BIN)/cmake --build build/$@
+	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/$@/cpp_tests
+
+$(VENV)/.cmake:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cmake ninja
+	touch $@
 
 # On a machine with a CUDA device: the tests that need one.
 gpu-check: install

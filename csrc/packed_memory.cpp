@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include "sanitizer.h"
+
 namespace moejet {
 
 PackedMemory::PackedMemory(int64_t count, int64_t bytes_each, const char* what) {
@@ -23,8 +25,14 @@ PackedMemory::PackedMemory(int64_t count, int64_t bytes_each, const char* what) 
     madvise(data_, static_cast<size_t>(bytes_), MADV_HUGEPAGE);
   }
 #endif
+  const uint8_t* end = static_cast<const uint8_t*>(mapping_) + mapping_bytes_;
+  poison(mapping_, data_ - static_cast<uint8_t*>(mapping_));
+  poison(data_ + bytes_, end - (data_ + bytes_));
 }
 
-PackedMemory::~PackedMemory() { munmap(mapping_, mapping_bytes_); }
+PackedMemory::~PackedMemory() {
+  unpoison(mapping_, static_cast<int64_t>(mapping_bytes_));
+  munmap(mapping_, mapping_bytes_);
+}
 
 }  // namespace moejet

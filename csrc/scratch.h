@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "sanitizer.h"
 
 namespace moejet {
 
@@ -15,9 +16,15 @@ class Layout {
   explicit Layout(uint8_t* base) : base_(base) {}
   template <class T>
   T* take(int64_t count) {
-    T* part = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return part;
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    const int64_t taken = round_up(bytes, 64) + kRedZone;
+    uint8_t* part = base_ == nullptr ? nullptr : base_ + bytes_;
+    if (part != nullptr) {
+      unpoison(part, bytes);
+      poison(part + bytes, taken - bytes);
+    }
+    bytes_ += taken;
+    return reinterpret_cast<T*>(part);
   }
   int64_t bytes() const { return bytes_; }
 

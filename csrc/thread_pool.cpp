@@ -218,7 +218,7 @@ void ThreadPool::stop_threads() {
 }
 
 void ThreadPool::close() {
-  check_process();
+  if (getpid() != pid_) return;
   std::lock_guard<std::mutex> lock(caller_mutex_);
   if (closed_) return;
   closed_ = true;
@@ -229,7 +229,8 @@ void ThreadPool::close() {
 void ThreadPool::check_process() const {
   if (getpid() != pid_) {
     throw std::runtime_error(
-        "this ThreadPool belongs to the parent process: make a new one after fork");
+        "this ThreadPool belongs to the parent process, and its threads do not exist in a forked "
+        "child: load the model after the fork, or start the process with 'spawn'");
   }
 }
 

@@ -5,7 +5,7 @@
 // phases; between two of them all workers meet, and one prepares the next phase (task.h). Workers
 // spin for a short time after a region, then sleep.
 //
-// One caller at a time: further callers wait. A pool does not survive fork: in the child every use
+// One caller at a time: further callers wait. A pool does not survive fork: in the child acquire()
 // throws, because its threads do not exist there.
 #pragma once
 
@@ -37,7 +37,8 @@ class ThreadPool {
 
   int num_threads() const { return num_threads_; }
 
-  // Waits for the region in progress, ends the threads, frees the workspace. Idempotent.
+  // Waits for the region in progress, ends the threads, frees the workspace. Idempotent. Does
+  // nothing in a forked child.
   void close();
 
   // The right to use the pool, held from acquire() until destruction.

@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "sanitizer.h"
+
 namespace moejet {
 
 class Workspace {
@@ -20,6 +22,7 @@ class Workspace {
   // At least `bytes` bytes on a 2 MB boundary, valid until the next call. Earlier contents are
   // lost.
   uint8_t* reserve(size_t bytes) {
+    unpoison(data_, static_cast<int64_t>(capacity_));  // what an earlier user divided
     if (bytes <= capacity_) return data_;
     release();
     constexpr size_t kHugePage = size_t{2} << 20;

@@ -1,5 +1,6 @@
 """Detection, choice and separation of instruction sets."""
 
+import functools
 import platform
 import re
 import shutil
@@ -61,15 +62,25 @@ def test_unknown_names_are_refused(arguments: tuple[str, ...]) -> None:
         _C.resolve_isa(*arguments)
 
 
-# What one instruction set's object file must not, and must, contain.
+# Instructions beyond what the sets ask of a processor: AVX512_BF16, VBMI, VBMI2, VPOPCNTDQ, BITALG,
+# GFNI, VP2INTERSECT, FP16.
+BEYOND_AVX512 = (
+    r"vdpbf16|vcvtne2?ps2bf16|vperm([it]2)?b\s|vpmultishift|vpsh[lr]dv?[wdq]|vp(compress|expand)[bw]"
+    r"|vpopcnt|vpshufbit|gf2p8|vp2intersect|v(add|sub|mul|div|fn?m\w+)[ps]h\s"
+)
+# What one set's functions must not, and must, contain. Byte 62 begins every EVEX instruction, also
+# those on low registers; a mnemonic with v needs AVX.
+EVEX = r":\t([26]\w )*62 "
 FORBIDDEN = {
-    "scalar": r"%ymm|%zmm|%tmm",
-    "avx2": r"%zmm|%tmm|%ymm(1[6-9]|2\d|3[01])",
-    "avx512": r"%tmm|tilecfg",
-    "amx_emulated": r"%tmm|tilecfg",
-    "amx": r"(?!)",
+    "baseline": r"\tv[a-z]|%[yzt]mm|tilecfg",
+    "scalar": r"\tv[a-z]|%[yzt]mm|tilecfg",
+    "avx2": rf"{EVEX}|%[zt]mm|tilecfg|vpdp|{BEYOND_AVX512}",
+    "avx512": rf"%tmm|tilecfg|{BEYOND_AVX512}",
+    "amx_emulated": rf"%tmm|tilecfg|{BEYOND_AVX512}",
+    "amx": BEYOND_AVX512,
 }
 REQUIRED = {
+    "baseline": ("ret", "cpuid"),
     "scalar": ("ret",),
     "avx2": ("vpmaddubsw", "vfmadd231ps"),
     "avx512": ("vpdpbusd",),
@@ -78,34 +89,65 @@ REQUIRED = {
 }
 
 
-def object_file(name: str) -> Path:
-    """The newest object file of csrc/isa/<name>.cpp, from whichever build directory."""
+def binutils(*command: str) -> str:
+    """The output of objdump or nm, or a skip."""
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("other architectures have the scalar kernels only")
-    if shutil.which("objdump") is None or shutil.which("nm") is None:
-        pytest.skip("binutils are not installed")
-    build = Path(__file__).parents[2] / "build"
-    found = sorted(build.glob(f"**/_C.dir/csrc/isa/{name}.cpp.o"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        pytest.skip("no object files under build/: the extension was built elsewhere")
-    return found[-1]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} (binutils) is not installed")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("name", NAMES)
+@functools.cache
+def code_of_sets() -> dict[str, str]:
+    """The extension's disassembly by instruction set; all other functions are "baseline"."""
+    code: dict[str, list[str]] = {}
+    listing = binutils("objdump", "-d", "-C", "--insn-width=15", "-j", ".text", str(_C.__file__))
+    for function in listing.split("\n\n"):
+        title = function.lstrip().partition("\n")[0]
+        sets = set(re.findall(r"\bmoejet::(\w+)::", title)) & set(NAMES)
+        assert len(sets) <= 1, title
+        code.setdefault(sets.pop() if sets else "baseline", []).append(function)
+    if set(code) == {"baseline"}:
+        pytest.skip("the extension has been stripped: its functions cannot be told apart")
+    return {name: "\n\n".join(functions) for name, functions in code.items()}
+
+
+@pytest.mark.parametrize("name", ["baseline", *NAMES])
 def test_no_instruction_leaks_into_a_narrower_set(name: str) -> None:
-    command = ["objdump", "-d", "--no-show-raw-insn", str(object_file(name))]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = code_of_sets()[name]
     leak = re.search(rf"^.*({FORBIDDEN[name]}).*$", code, flags=re.MULTILINE)
     assert leak is None, leak
     for instruction in REQUIRED[name]:
         assert instruction in code
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("baseline", "  10:\tc5 fc 58 c0          \tvaddps %ymm0,%ymm0,%ymm0"),
+        ("scalar", "  10:\tc5 f8 58 c0          \tvaddps %xmm0,%xmm0,%xmm0"),
+        ("avx2", "  10:\t62 f3 7d 28 25 c0 ff \tvpternlogd $0xff,%ymm0,%ymm0,%ymm0"),
+        ("avx2", "  10:\t64 62 f1 7c 48 10 00 \tvmovups %fs:(%rax),%zmm0"),
+        ("avx2", "  10:\tc4 e2 7d 50 c0       \tvpdpbusd %ymm0,%ymm0,%ymm0"),
+        ("avx512", "  10:\t62 f2 7e 48 52 c0    \tvdpbf16ps %zmm0,%zmm0,%zmm0"),
+        ("avx512", "  10:\t62 f2 7d 48 8d c0    \tvpermb %zmm0,%zmm0,%zmm0"),
+        ("avx512", "  10:\tc4 e2 7b 49 c0       \ttilezero %tmm0"),
+        ("amx", "  10:\t62 f5 7c 48 58 c0    \tvaddph %zmm0,%zmm0,%zmm0"),
+    ],
+)
+def test_leaks_would_be_seen(name: str, line: str) -> None:
+    assert re.search(FORBIDDEN[name], line)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_shared_symbols_carry_their_set(name: str) -> None:
     # The linker keeps one copy of each weak symbol: one without the set's namespace could be used
     # by code for narrower processors.
-    command = ["nm", "-C", "--defined-only", str(object_file(name))]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    build = Path(__file__).parents[2] / "build"
+    found = sorted(build.glob(f"**/_C.dir/csrc/isa/{name}.cpp.o"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        pytest.skip("no object files under build/: the extension was built elsewhere")
+    lines = binutils("nm", "-C", "--defined-only", str(found[-1])).splitlines()
     weak = [line for line in lines if re.search(r" [WVu] ", line) and "DW.ref" not in line]
     assert [line for line in weak if f"moejet::{name}::" not in line] == []

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import sys
 
 import pytest
@@ -128,6 +129,34 @@ def test_real_pool_stays_within_the_affinity_mask() -> None:
     assert set(available_cpus()) <= os.sched_getaffinity(0)
     assert pool.num_threads <= len(os.sched_getaffinity(0))
     pool.close()
+
+
+def test_workers_keep_to_a_narrowed_affinity_mask() -> None:
+    # As taskset or a container's cpuset would start us: only the last CPU.
+    program = """
+import os
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+from moejet.experts.cpu_experts import available_cpus, create_pool
+from moejet.extension import load_extension
+(cpu,) = os.sched_getaffinity(0)
+assert available_cpus() == (cpu,)
+pool = create_pool()
+assert pool.num_threads == 1 and pool.probe() == [cpu]
+try:
+    load_extension().ThreadPool([cpu + 1, cpu])
+except ValueError as error:
+    assert "may not run on CPU" in str(error), error
+else:
+    raise AssertionError("a CPU outside the mask was accepted")
+try:
+    create_pool(2)
+except ValueError as error:
+    assert "num_threads=2 must be between 1 and 1" in str(error), error
+else:
+    raise AssertionError("more workers than CPUs were accepted")
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_missing_extension_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
