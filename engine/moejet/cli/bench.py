@@ -9,26 +9,20 @@ import argparse
 import csv
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import moejet
-from moejet import topology
 from moejet.cli import options
+from moejet.cli.environment import describe_environment, summary
 from moejet.cli.terminal import note
 from moejet.config import DENSE_FORMATS, EXPERT_FORMATS
 from moejet.presets import PRESETS
 
 if TYPE_CHECKING:
+    from moejet.experts.cpu_experts import CpuExperts
     from moejet.llm import LLM
 
 _GB = 1e9
@@ -126,7 +120,7 @@ def open_llm(args: argparse.Namespace, engine_options: dict[str, Any]) -> "LLM":
 
 
 def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
-    from moejet.cli.read_rate import measure_read_rate, probe_bytes
+    from moejet.ceilings import Meter
 
     environment = describe_environment()
     context = max(test.depth + test.num_tokens for test in tests) + 1
@@ -141,9 +135,9 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
             }
             with open_llm(args, {k: v for k, v in given.items() if v is not None}) as llm:
                 subject = _describe_model(args, llm)
-                rate = measure_read_rate(subject["threads"], probe_bytes())
+                read_gbps = Meter(_experts_of(llm).pool).read().value
                 yield from measure(
-                    llm, tests, args.r, {**environment, **subject, "read_gbps": rate / _GB}
+                    llm, tests, args.r, {**environment, **subject, "read_gbps": read_gbps}
                 )
 
 
@@ -179,11 +173,15 @@ def measure(llm: "LLM", tests: list[Case], repetitions: int, common: Row) -> Ite
         yield row
 
 
-def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
+def _experts_of(llm: "LLM") -> "CpuExperts":
     moe_layers = llm.engine.runner.model.moe_layers
     if not moe_layers:
-        raise ValueError(f"{args.synthetic} has dense layers only: raise layers=N")
-    experts = moe_layers[0].experts
+        raise ValueError(f"{llm.config.model} has dense layers only: raise layers=N")
+    return moe_layers[0].experts
+
+
+def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
+    experts = _experts_of(llm)
     return {
         "model": args.synthetic or args.model or options.DEFAULT_MODEL,
         "synthetic": args.synthetic is not None,
@@ -193,50 +191,6 @@ def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
         "threads": experts.pool.num_threads,
         "isa": experts.isa,
     }
-
-
-def describe_environment() -> Row:
-    """Where and with what the measurement runs."""
-    versions = {"moejet": moejet.__version__, "python": platform.python_version()}
-    for package in ("torch", "numpy"):
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    commit, is_dirty = git_state(Path(moejet.__file__).resolve().parent)
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "dirty": is_dirty,
-        "cpu": topology.cpu_model(),
-        "allowed_cpus": len(topology.allowed_cpus()),
-        "kernel": platform.release(),
-        "versions": versions,
-    }
-
-
-def git_state(package: Path) -> tuple[str | None, bool | None]:
-    """Commit and dirty flag of the checkout that `package` is part of; None where it is not.
-
-    A virtual environment often lies inside somebody else's repository: only a checkout that
-    tracks the package's own source counts.
-    """
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(package), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=20,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None  # no git, or not a checkout
-        return done.stdout.strip()
-
-    if not git("ls-files", "--error-unmatch", "__init__.py"):
-        return None, None
-    status = git("status", "--porcelain")
-    return git("rev-parse", "HEAD"), None if status is None else bool(status)
 
 
 # The table: heading, width, and the text of a row.
@@ -273,10 +227,7 @@ def _write_md(rows: Iterator[Row]) -> None:
             print(_line(["-" * width for _, width, _ in _COLUMNS]))
         print(_line([text(row).ljust(width) for _, width, text in _COLUMNS]), flush=True)
     if row:
-        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-        commit = "" if not row["commit"] else f" at {row['commit'][:10]}"
-        dirty = " with local changes" if row["dirty"] else ""
-        note(f"{row['cpu']} · memory reads {row['read_gbps']:.1f} GB/s · {versions}{commit}{dirty}")
+        note(f"memory reads {row['read_gbps']:.1f} GB/s · {summary(row)}")
 
 
 def _line(cells: list[str]) -> str:

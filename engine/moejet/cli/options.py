@@ -94,14 +94,19 @@ def open_llm(model: str, options: dict[str, Any]) -> "LLM":
     return engine_class()(model, **options)
 
 
-def engine_class() -> "type[LLM]":
-    """Import LLM, and torch with it, in the state that suits a program of our own.
+def quiet_openmp() -> None:
+    """Make torch's threads sleep when idle. Has to come before torch is imported.
 
     torch's OpenMP threads spin after each operation unless told otherwise before torch is loaded.
     They would spin on the CPUs that our expert threads need next; on a busy machine that costs a
     factor of ten.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def engine_class() -> "type[LLM]":
+    """Import LLM, and torch with it, in the state that suits a program of our own."""
+    quiet_openmp()
     from moejet.llm import LLM
 
     return LLM
