@@ -125,8 +125,7 @@ class Meter:
         seconds: float,
     ) -> Ceiling:
         if name not in self._best:
-            trial_s = min(seconds, _TRIAL_SECONDS)
-            tried = {v: statistics.median(sample(v, trial_s)) / scale for v in variants}
+            tried = {v: statistics.median(sample(v, _TRIAL_SECONDS)) / scale for v in variants}
             self._tried[name] = tried
             self._best[name] = max(tried, key=tried.__getitem__)
         best = self._best[name]

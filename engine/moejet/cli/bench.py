@@ -8,7 +8,6 @@ several times. Tokenisation and sampling are not part of the measurement.
 import argparse
 import csv
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from moejet.cli import options
 from moejet.cli.environment import describe_environment, summary
+from moejet.cli.table import Column, Row, percent, write_table
 from moejet.cli.terminal import note
 from moejet.config import DENSE_FORMATS, EXPERT_FORMATS
 from moejet.presets import PRESETS
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _GB = 1e9
 _GIB = 1 << 30
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +53,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PRESET[:layers=N]",
         help="shapes of a published model with random weights; layers=N keeps only N layers",
     )
-    parser.add_argument("-p", type=_counts, default=[512], metavar="N,..", help="prompt sizes")
-    parser.add_argument("-n", type=_counts, default=[128], metavar="N,..", help="answer sizes")
-    parser.add_argument("-d", type=_counts, default=[0], metavar="N,..", help="context depths")
-    parser.add_argument("-r", type=int, default=3, metavar="N", help="repetitions (default 3)")
     parser.add_argument(
-        "-t", "--threads", type=_counts, metavar="N,..", help="CPU thread counts to compare"
+        "-p", type=options.counts, default=[512], metavar="N,..", help="prompt sizes"
     )
     parser.add_argument(
-        "--format", type=_formats, metavar="F,..", help=f"of {', '.join(EXPERT_FORMATS)}"
+        "-n", type=options.counts, default=[128], metavar="N,..", help="answer sizes"
+    )
+    parser.add_argument(
+        "-d", type=options.counts, default=[0], metavar="N,..", help="context depths"
+    )
+    parser.add_argument("-r", type=int, default=3, metavar="N", help="repetitions (default 3)")
+    parser.add_argument(
+        "-t", "--threads", type=options.counts, metavar="N,..", help="CPU thread counts to compare"
+    )
+    parser.add_argument(
+        "--format",
+        type=options.names_of(EXPERT_FORMATS),
+        metavar="F,..",
+        help=f"of {', '.join(EXPERT_FORMATS)}",
     )
     parser.add_argument("--dense-format", choices=DENSE_FORMATS, help="type of all other weights")
     options.add_isa_option(parser)
@@ -92,24 +100,6 @@ def plan_tests(prompts: list[int], answers: list[int], depths: list[int]) -> lis
     if not tests:
         raise ValueError("-p 0 with -n 0 leaves nothing to measure: give one of them a size")
     return tests
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = [-1]
-    if min(values) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,512")
-    return values
-
-
-def _formats(text: str) -> list[str]:
-    for part in text.split(","):
-        if part not in EXPERT_FORMATS:
-            known = ", ".join(EXPERT_FORMATS)
-            raise argparse.ArgumentTypeError(f"{part!r} is not one of {known}")
-    return text.split(",")
 
 
 def open_llm(args: argparse.Namespace, engine_options: dict[str, Any]) -> "LLM":
@@ -193,8 +183,7 @@ def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
     }
 
 
-# The table: heading, width, and the text of a row.
-_COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
+_COLUMNS: list[Column] = [
     ("model", 24, lambda row: str(row["model"])),
     ("size GiB", 8, lambda row: f"{row['size_bytes'] / _GIB:.3f}"),
     ("format", 8, lambda row: str(row["format"])),
@@ -204,7 +193,7 @@ _COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     ("test", 12, lambda row: str(row["test"])),
     ("t/s", 18, lambda row: _rate(row)),
     ("GB/s", 6, lambda row: "" if row["gbps"] is None else f"{row['gbps']:.2f}"),
-    ("of read rate", 12, lambda row: _percent(row["fraction_of_read_rate"])),
+    ("of read rate", 12, lambda row: percent(row["fraction_of_read_rate"])),
 ]
 
 
@@ -214,24 +203,11 @@ def _rate(row: Row) -> str:
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None or not math.isfinite(fraction) else f"{fraction:.1%}"
-
-
 def _write_md(rows: Iterator[Row]) -> None:
     """Rows as they are measured; what was measured where comes after the table."""
-    row: Row = {}
-    for row_number, row in enumerate(rows):
-        if row_number == 0:
-            print(_line([name.ljust(width) for name, width, _ in _COLUMNS]))
-            print(_line(["-" * width for _, width, _ in _COLUMNS]))
-        print(_line([text(row).ljust(width) for _, width, text in _COLUMNS]), flush=True)
-    if row:
+    row = write_table(_COLUMNS, rows)
+    if row is not None:
         note(f"memory reads {row['read_gbps']:.1f} GB/s · {summary(row)}")
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _write_csv(rows: Iterator[Row]) -> None:

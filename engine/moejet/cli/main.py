@@ -27,6 +27,7 @@ COMMANDS = {
 # Second words that make another command of the first.
 SUBCOMMANDS = {
     "bench ceilings": ("moejet.cli.bench_ceilings", "measure what this machine can do at most"),
+    "bench moe": ("moejet.cli.bench_moe", "measure one layer of routed experts"),
 }
 
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,30 @@ def add_isa_option(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--isa", choices=("auto", *ISAS), help="CPU instruction set (default auto: the widest)"
     )
+
+
+def counts(text: str) -> list[int]:
+    """argparse type: numbers such as 128,512."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1]
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,512")
+    return values
+
+
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """argparse type: one or several of the known names, with commas between them."""
+
+    def parse(text: str) -> list[str]:
+        for part in text.split(","):
+            if part not in known:
+                message = f"{part!r} is not one of {', '.join(known)}"
+                raise argparse.ArgumentTypeError(message)
+        return text.split(",")
+
+    return parse
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
