@@ -22,6 +22,9 @@
 namespace py = pybind11;
 
 namespace moejet {
+
+void register_ceilings(py::module_& m);  // bindings_ceilings.cpp
+
 namespace {
 
 constexpr const char* kFormatNames[kNumFormats] = {"int4_g32", "int8", "bf16"};
@@ -346,6 +349,7 @@ PYBIND11_MODULE(_C, m) {
   register_weights(m);
   register_linear(m);
   register_ops(m);
+  register_ceilings(m);
   m.def("linear_forward", &linear_forward_py, py::arg("weights"), py::arg("x"), py::arg("out"),
         py::arg("pool"), py::arg("isa") = "auto",
         "out[t, g] = W_g x[t, g] (x [T, cols]: all matrices read the same row); returns the "

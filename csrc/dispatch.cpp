@@ -12,4 +12,14 @@ const KernelTable* kernel_table(Isa isa) {
 #endif
 }
 
+const CeilingKernels* ceiling_kernels(Isa isa) {
+#if defined(__x86_64__)
+  static const CeilingKernels* const kCeilings[kNumIsas] = {
+      &scalar::ceilings, &avx2::ceilings, &avx512::ceilings, &avx512::ceilings, &avx512::ceilings};
+  return kCeilings[static_cast<int>(isa)];
+#else
+  return isa == Isa::kScalar ? &scalar::ceilings : nullptr;
+#endif
+}
+
 }  // namespace moejet

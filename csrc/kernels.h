@@ -127,21 +127,49 @@ struct KernelTable {
 // Null if this build has no kernels for it.
 const KernelTable* kernel_table(Isa isa);
 
+// One way to keep the multipliers busy with operands in registers (or, where named so, in L1).
+struct ArithmeticLoop {
+  const char* name;    // null: no such variant
+  int64_t operations;  // per step; a multiply-add counts as two
+  // operands: kCeilingOperandBytes of random fp32, bf16 or int8 values, 64-byte aligned. Returns
+  // something that depends on every result.
+  uint64_t (*run)(int64_t steps, const uint8_t* operands);
+};
+constexpr int kCeilingOperandBytes = 32768;
+
+// The loops of ceilings.cpp; what an instruction set does not have is null.
+struct CeilingKernels {
+  // Reads num_streams (1, 2, 4 or 8) equal parts of data side by side, prefetching prefetch_bytes
+  // ahead (0: not at all). bytes is a multiple of 256 * num_streams, data 64-byte aligned.
+  uint64_t (*read)(const uint8_t* data, int64_t bytes, int num_streams, int64_t prefetch_bytes);
+  ArithmeticLoop f32[2], int8[2], bf16[2];
+};
+
+// The loops of the widest vectors that the instruction set has; null if not part of this build.
+const CeilingKernels* ceiling_kernels(Isa isa);
+
 namespace scalar {
 extern const KernelTable table;
-}
+extern const CeilingKernels ceilings;
+}  // namespace scalar
 #if defined(__x86_64__)
 namespace avx2 {
 extern const KernelTable table;
-}
+extern const CeilingKernels ceilings;
+}  // namespace avx2
 namespace avx512 {
 extern const KernelTable table;
-}
+extern const CeilingKernels ceilings;
+}  // namespace avx512
 namespace amx {
 extern const KernelTable table;
-}
+extern const CeilingKernels ceilings;
+}  // namespace amx
 namespace amx_emulated {
 extern const KernelTable table;
+}
+namespace avx512_bf16 {
+extern const CeilingKernels ceilings;
 }
 #endif
 

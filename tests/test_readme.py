@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moejet.cli.main import COMMANDS, build_parser
+from moejet.cli.main import COMMANDS, SUBCOMMANDS, build_parser, split_command
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,14 +34,15 @@ def test_python_examples_run(index):
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_parse(command):
-    build_parser(command[0]).parse(command[1:])
+    name, arguments = split_command(command)
+    build_parser(name).parse(arguments)
 
 
 def test_every_command_and_every_variable_is_described():
     source = (ROOT / "engine/moejet/config.py").read_text(encoding="utf-8")
     for variable in set(re.findall(r"\bMOEJET_[A-Z_]+\b", source)):
         assert variable in TEXT
-    for command in COMMANDS:
+    for command in [*COMMANDS, *SUBCOMMANDS]:
         assert re.search(rf"^\| `{command}\b", TEXT, re.MULTILINE)
 
 

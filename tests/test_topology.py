@@ -40,6 +40,8 @@ def test_nothing_is_guessed_where_nothing_can_be_read(tmp_path):
     assert topology.numa_nodes(tmp_path) == ()
     assert topology.huge_page_mode(tmp_path) is None
     assert topology.last_level_cache_bytes(tmp_path) is None
+    assert topology.all_caches_bytes((0,), tmp_path) is None
+    assert topology.available_bytes(tmp_path) is None
     assert topology.container(tmp_path) is None
     assert topology.cpu_model(tmp_path)
 
@@ -83,6 +85,27 @@ def test_last_level_cache(machine):
     base = "sys/devices/system/cpu/cpu0/cache"
     root = machine({f"{base}/index0/size": "48K", f"{base}/index3/size": "32M"})
     assert topology.last_level_cache_bytes(root) == 32 << 20
+
+
+def test_all_caches_count_each_once(machine):
+    files = {}
+    for cpu in range(4):
+        base = f"sys/devices/system/cpu/cpu{cpu}/cache"
+        files |= {f"{base}/index0/size": "48K", f"{base}/index0/level": "1"}
+        files |= {f"{base}/index3/size": "32M", f"{base}/index3/level": "3"}
+        files[f"{base}/index3/shared_cpu_list"] = "0-1" if cpu < 2 else "2-3"
+    root = machine(files)
+    assert topology.all_caches_bytes((0, 1), root) == 32 << 20
+    assert topology.all_caches_bytes((0, 1, 2, 3), root) == 64 << 20
+    assert topology.all_caches_bytes((9,), root) is None
+
+
+def test_available_memory_is_the_tightest_limit(machine):
+    files = {"proc/meminfo": "MemAvailable: 100 kB", "proc/self/cgroup": "0::/a"}
+    assert topology.available_bytes(machine(files)) == 100 * 1024
+    files["sys/fs/cgroup/cgroup.controllers"] = "memory"
+    files |= {"sys/fs/cgroup/a/memory.max": "5000", "sys/fs/cgroup/a/memory.current": "2000"}
+    assert topology.available_bytes(machine(files)) == 3000
 
 
 def test_huge_pages(machine):

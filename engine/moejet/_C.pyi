@@ -139,3 +139,32 @@ def moe_forward(
     -1 skips · topk_weights [T, K] fp32. Returns the instruction set used. The result is the same
     for every number of threads; on vector instruction sets it is also the same for every batch.
     """
+
+def arithmetic_ceilings() -> dict[str, dict[str, Any]]:
+    """{name: {"reason": str, "variants": [str]}}; `reason` says why it cannot be measured here."""
+
+def measure_arithmetic(name: str, variant: str, seconds: float, pool: ThreadPool) -> list[float]:
+    """Operations per second of all workers together, one sample per 10 ms and at least three.
+
+    Multiply-adds on random operands in registers; each counts as two operations.
+    """
+
+class ReadProbe:
+    """Memory of at least num_bytes bytes that the pool's workers read to find out how fast they can."""
+
+    def __init__(self, num_bytes: int, pool: ThreadPool) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def measure(
+        self,
+        num_streams: int,
+        prefetch_bytes: int,
+        seconds: float,
+        pool: ThreadPool,
+        isa: str = "auto",
+    ) -> list[float]:
+        """Bytes per second of all workers together, one sample per pass over a part of the memory.
+
+        Each worker reads num_streams (1, 2, 4, 8) places of its own side by side, prefetching
+        prefetch_bytes ahead (0: not at all). Samples take turns through all of the memory.
+        """

@@ -122,7 +122,7 @@ def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: 
     dense_bytes = _dense_bytes(config, model_config)
     row = model_config.num_hidden_layers * model_config.latent_dim
     cache_bytes = cache_tokens * row * DTYPES[config.cache_dtype].itemsize
-    needed, available = expert_bytes + dense_bytes + cache_bytes, _available_bytes()
+    needed, available = expert_bytes + dense_bytes + cache_bytes, topology.available_bytes()
     if available is not None and needed > available:
         raise ValueError(
             f"the model needs {needed / 2**30:.1f} GiB (experts as {config.expert_format} "
@@ -146,16 +146,6 @@ def _dense_bytes(config: EngineConfig, model_config: ModelConfig) -> int:
     w_uk = model_config.qk_nope_head_dim * model_config.kv_lora_rank
     packed += model_config.num_hidden_layers * model_config.num_attention_heads * w_uk
     return int(packed * FORMAT_BITS[config.dense_format] / 8) + 2 * table + 4 * router
-
-
-def _available_bytes() -> int | None:
-    """Memory that this process may still take: of the machine, or less if a control group limits it."""
-    candidates = [topology.memory().available_bytes]
-    limits = topology.cgroup_limits()
-    if limits.memory_limit_bytes is not None:
-        candidates.append(limits.memory_limit_bytes - (limits.memory_used_bytes or 0))
-    known = [c for c in candidates if c is not None]
-    return min(known) if known else None
 
 
 def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

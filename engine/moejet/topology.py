@@ -100,13 +100,27 @@ def physical_cores(cpus: tuple[int, ...], root: Path = ROOT) -> tuple[tuple[int,
 
 def last_level_cache_bytes(root: Path = ROOT) -> int | None:
     """Size of the largest cache that CPU 0 sees (one instance, not the sum over sockets)."""
-    sizes = []
-    for index in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        text = read_text(index / "size") or ""
-        unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
-        if text.rstrip("KMG").isdigit():
-            sizes.append(int(text.rstrip("KMG")) * unit)
-    return max(sizes, default=None)
+    indices = (root / "sys/devices/system/cpu/cpu0/cache").glob("index*")
+    return max((s for s in map(_cache_size, indices) if s is not None), default=None)
+
+
+def all_caches_bytes(cpus: tuple[int, ...], root: Path = ROOT) -> int | None:
+    """Size of all last-level caches that the given CPUs reach, each counted once."""
+    found: dict[tuple[int, str], int] = {}
+    for cpu in cpus:
+        for index in (root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
+            size = _cache_size(index)
+            shared = read_text(index / "shared_cpu_list") or str(cpu)
+            if size is not None:
+                found[_number(index / "level") or 0, shared] = size
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last) or None
+
+
+def _cache_size(index: Path) -> int | None:
+    text = read_text(index / "size") or ""
+    unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
+    return int(text.rstrip("KMG")) * unit if text.rstrip("KMG").isdigit() else None
 
 
 def numa_nodes(root: Path = ROOT) -> tuple[NumaNode, ...]:
@@ -135,6 +149,16 @@ def memory(root: Path = ROOT) -> Memory:
         return kib[key] * 1024 if key in kib else None
 
     return Memory(to_bytes("MemTotal"), to_bytes("MemAvailable"), to_bytes("SwapTotal"))
+
+
+def available_bytes(root: Path = ROOT) -> int | None:
+    """Memory that this process may still take: of the machine, or less if a control group limits it."""
+    candidates = [memory(root).available_bytes]
+    limits = cgroup_limits(root)
+    if limits.memory_limit_bytes is not None:
+        candidates.append(limits.memory_limit_bytes - (limits.memory_used_bytes or 0))
+    known = [c for c in candidates if c is not None]
+    return min(known) if known else None
 
 
 def huge_page_mode(root: Path = ROOT) -> str | None:

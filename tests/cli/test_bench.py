@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from moejet.cli import bench, options, read_rate
+from moejet import ceilings
+from moejet.cli import bench, environment, options
 
 
 class FakeLLM:
@@ -17,7 +18,9 @@ class FakeLLM:
     def __init__(self, model, engine_options):
         self.model, self.options = model, engine_options
         self.config = SimpleNamespace(
-            expert_format=engine_options.get("expert_format", "int4_g32"), dense_format="bf16"
+            model=model,
+            expert_format=engine_options.get("expert_format", "int4_g32"),
+            dense_format="bf16",
         )
         self.model_config = SimpleNamespace(model_type="deepseek_v3")
         pool = SimpleNamespace(num_threads=engine_options.get("num_threads", 2))
@@ -44,6 +47,10 @@ class FakeLLM:
         return num_tokens / (100 if len(self.calls) % 2 else 50)
 
 
+def ceiling(name, value):
+    return ceilings.Ceiling(name, "GB/s", 2, value)
+
+
 @pytest.fixture
 def loaded(monkeypatch):
     """The stand-ins that a command loaded, in order."""
@@ -54,7 +61,7 @@ def loaded(monkeypatch):
         return models[-1]
 
     monkeypatch.setattr(options, "open_llm", open_fake)
-    monkeypatch.setattr(read_rate, "measure_read_rate", lambda threads, size: 20e9)
+    monkeypatch.setattr(ceilings.Meter, "read", lambda self, seconds=0: ceiling("dram_read", 20.0))
     return models
 
 
@@ -150,12 +157,6 @@ def test_bad_options(moejet, loaded, arguments, message):
     assert loaded == []
 
 
-def test_read_rate_is_plausible():
-    rate = read_rate.measure_read_rate(2, 64 << 20)
-    assert 1e8 < rate < 1e13
-    assert read_rate.probe_bytes() > 0
-
-
 def test_git_state_of_a_checkout_and_of_a_stranger(tmp_path):
     def git(*arguments):
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
@@ -164,14 +165,18 @@ def test_git_state_of_a_checkout_and_of_a_stranger(tmp_path):
     package = tmp_path / "moejet"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    assert bench.git_state(package) == (None, None)
+    assert environment.git_state(package) == (None, None)
     git("init", "--quiet")
     # A package that lies inside somebody's repository without being tracked in it.
-    assert bench.git_state(package) == (None, None)
+    assert environment.git_state(package) == (None, None)
     git("add", ".")
     git("commit", "--quiet", "-m", "first")
-    commit, is_dirty = bench.git_state(package)
+    commit, is_dirty = environment.git_state(package)
     assert len(commit) == 40
     assert is_dirty is False
+    results = tmp_path / "bench/results/new.jsonl"
+    results.parent.mkdir(parents=True)
+    results.write_text("{}")
+    assert environment.git_state(package) == (commit, False)
     (package / "__init__.py").write_text("x = 1")
-    assert bench.git_state(package) == (commit, True)
+    assert environment.git_state(package) == (commit, True)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from moejet.cli import read_rate
+from moejet import ceilings
 from moejet.config import ISAS
 
 QUESTION = "Start with 17, add 25, then multiply by 3."
@@ -75,7 +75,7 @@ def test_refusals_are_one_line(moejet, arguments, message):
 
 
 def test_bench_measures_the_embedded_model(moejet, monkeypatch):
-    monkeypatch.setattr(read_rate, "probe_bytes", lambda: 64 << 20)
+    monkeypatch.setattr(ceilings, "read_buffer_bytes", lambda: 64 << 20)
     result = moejet("bench", "-p", "64", "-n", "8", "-d", "0,32", "-r", "2", "-o", "jsonl")
     assert result.code == 0, result.err
     rows = [json.loads(line) for line in result.out.splitlines()]

@@ -8,32 +8,25 @@ several times. Tokenisation and sampling are not part of the measurement.
 import argparse
 import csv
 import json
-import math
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import moejet
-from moejet import topology
 from moejet.cli import options
+from moejet.cli.environment import describe_environment, summary
+from moejet.cli.table import Column, Row, percent, write_table
 from moejet.cli.terminal import note
 from moejet.config import DENSE_FORMATS, EXPERT_FORMATS
 from moejet.presets import PRESETS
 
 if TYPE_CHECKING:
+    from moejet.experts.cpu_experts import CpuExperts
     from moejet.llm import LLM
 
 _GB = 1e9
 _GIB = 1 << 30
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +53,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PRESET[:layers=N]",
         help="shapes of a published model with random weights; layers=N keeps only N layers",
     )
-    parser.add_argument("-p", type=_counts, default=[512], metavar="N,..", help="prompt sizes")
-    parser.add_argument("-n", type=_counts, default=[128], metavar="N,..", help="answer sizes")
-    parser.add_argument("-d", type=_counts, default=[0], metavar="N,..", help="context depths")
-    parser.add_argument("-r", type=int, default=3, metavar="N", help="repetitions (default 3)")
     parser.add_argument(
-        "-t", "--threads", type=_counts, metavar="N,..", help="CPU thread counts to compare"
+        "-p", type=options.counts, default=[512], metavar="N,..", help="prompt sizes"
     )
     parser.add_argument(
-        "--format", type=_formats, metavar="F,..", help=f"of {', '.join(EXPERT_FORMATS)}"
+        "-n", type=options.counts, default=[128], metavar="N,..", help="answer sizes"
+    )
+    parser.add_argument(
+        "-d", type=options.counts, default=[0], metavar="N,..", help="context depths"
+    )
+    parser.add_argument("-r", type=int, default=3, metavar="N", help="repetitions (default 3)")
+    parser.add_argument(
+        "-t", "--threads", type=options.counts, metavar="N,..", help="CPU thread counts to compare"
+    )
+    parser.add_argument(
+        "--format",
+        type=options.names_of(EXPERT_FORMATS),
+        metavar="F,..",
+        help=f"of {', '.join(EXPERT_FORMATS)}",
     )
     parser.add_argument("--dense-format", choices=DENSE_FORMATS, help="type of all other weights")
     options.add_isa_option(parser)
@@ -100,24 +102,6 @@ def plan_tests(prompts: list[int], answers: list[int], depths: list[int]) -> lis
     return tests
 
 
-def _counts(text: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        values = [-1]
-    if min(values) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,512")
-    return values
-
-
-def _formats(text: str) -> list[str]:
-    for part in text.split(","):
-        if part not in EXPERT_FORMATS:
-            known = ", ".join(EXPERT_FORMATS)
-            raise argparse.ArgumentTypeError(f"{part!r} is not one of {known}")
-    return text.split(",")
-
-
 def open_llm(args: argparse.Namespace, engine_options: dict[str, Any]) -> "LLM":
     """Load the model to measure, or make a synthetic one."""
     if args.synthetic is None:
@@ -126,7 +110,7 @@ def open_llm(args: argparse.Namespace, engine_options: dict[str, Any]) -> "LLM":
 
 
 def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
-    from moejet.cli.read_rate import measure_read_rate, probe_bytes
+    from moejet.ceilings import Meter
 
     environment = describe_environment()
     context = max(test.depth + test.num_tokens for test in tests) + 1
@@ -141,9 +125,9 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
             }
             with open_llm(args, {k: v for k, v in given.items() if v is not None}) as llm:
                 subject = _describe_model(args, llm)
-                rate = measure_read_rate(subject["threads"], probe_bytes())
+                read_gbps = Meter(_experts_of(llm).pool).read().value
                 yield from measure(
-                    llm, tests, args.r, {**environment, **subject, "read_gbps": rate / _GB}
+                    llm, tests, args.r, {**environment, **subject, "read_gbps": read_gbps}
                 )
 
 
@@ -179,11 +163,15 @@ def measure(llm: "LLM", tests: list[Case], repetitions: int, common: Row) -> Ite
         yield row
 
 
-def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
+def _experts_of(llm: "LLM") -> "CpuExperts":
     moe_layers = llm.engine.runner.model.moe_layers
     if not moe_layers:
-        raise ValueError(f"{args.synthetic} has dense layers only: raise layers=N")
-    experts = moe_layers[0].experts
+        raise ValueError(f"{llm.config.model} has dense layers only: raise layers=N")
+    return moe_layers[0].experts
+
+
+def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
+    experts = _experts_of(llm)
     return {
         "model": args.synthetic or args.model or options.DEFAULT_MODEL,
         "synthetic": args.synthetic is not None,
@@ -195,52 +183,7 @@ def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
     }
 
 
-def describe_environment() -> Row:
-    """Where and with what the measurement runs."""
-    versions = {"moejet": moejet.__version__, "python": platform.python_version()}
-    for package in ("torch", "numpy"):
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    commit, is_dirty = git_state(Path(moejet.__file__).resolve().parent)
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "dirty": is_dirty,
-        "cpu": topology.cpu_model(),
-        "allowed_cpus": len(topology.allowed_cpus()),
-        "kernel": platform.release(),
-        "versions": versions,
-    }
-
-
-def git_state(package: Path) -> tuple[str | None, bool | None]:
-    """Commit and dirty flag of the checkout that `package` is part of; None where it is not.
-
-    A virtual environment often lies inside somebody else's repository: only a checkout that
-    tracks the package's own source counts.
-    """
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(package), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=20,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None  # no git, or not a checkout
-        return done.stdout.strip()
-
-    if not git("ls-files", "--error-unmatch", "__init__.py"):
-        return None, None
-    status = git("status", "--porcelain")
-    return git("rev-parse", "HEAD"), None if status is None else bool(status)
-
-
-# The table: heading, width, and the text of a row.
-_COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
+_COLUMNS: list[Column] = [
     ("model", 24, lambda row: str(row["model"])),
     ("size GiB", 8, lambda row: f"{row['size_bytes'] / _GIB:.3f}"),
     ("format", 8, lambda row: str(row["format"])),
@@ -250,7 +193,7 @@ _COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     ("test", 12, lambda row: str(row["test"])),
     ("t/s", 18, lambda row: _rate(row)),
     ("GB/s", 6, lambda row: "" if row["gbps"] is None else f"{row['gbps']:.2f}"),
-    ("of read rate", 12, lambda row: _percent(row["fraction_of_read_rate"])),
+    ("of read rate", 12, lambda row: percent(row["fraction_of_read_rate"])),
 ]
 
 
@@ -260,27 +203,11 @@ def _rate(row: Row) -> str:
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None or not math.isfinite(fraction) else f"{fraction:.1%}"
-
-
 def _write_md(rows: Iterator[Row]) -> None:
     """Rows as they are measured; what was measured where comes after the table."""
-    row: Row = {}
-    for row_number, row in enumerate(rows):
-        if row_number == 0:
-            print(_line([name.ljust(width) for name, width, _ in _COLUMNS]))
-            print(_line(["-" * width for _, width, _ in _COLUMNS]))
-        print(_line([text(row).ljust(width) for _, width, text in _COLUMNS]), flush=True)
-    if row:
-        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-        commit = "" if not row["commit"] else f" at {row['commit'][:10]}"
-        dirty = " with local changes" if row["dirty"] else ""
-        note(f"{row['cpu']} · memory reads {row['read_gbps']:.1f} GB/s · {versions}{commit}{dirty}")
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    row = write_table(_COLUMNS, rows)
+    if row is not None:
+        note(f"memory reads {row['read_gbps']:.1f} GB/s · {summary(row)}")
 
 
 def _write_csv(rows: Iterator[Row]) -> None:

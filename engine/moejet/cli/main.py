@@ -24,6 +24,11 @@ COMMANDS = {
     "bench": ("moejet.cli.bench", "measure tokens per second"),
     "doctor": ("moejet.cli.doctor", "check this machine and this installation"),
 }
+# Second words that make another command of the first.
+SUBCOMMANDS = {
+    "bench ceilings": ("moejet.cli.bench_ceilings", "measure what this machine can do at most"),
+    "bench moe": ("moejet.cli.bench_moe", "measure one layer of routed experts"),
+}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -70,12 +75,28 @@ def near_miss(name: str, known: Sequence[str] | dict[str, Any]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command, of one or two words, and what follows it. Wrong second words end the program."""
+    first, *rest = arguments
+    words = [name.split()[1] for name in SUBCOMMANDS if name.split()[0] == first]
+    if not words or not rest or rest[0].startswith("-"):
+        return first, rest
+    if rest[0] not in words:
+        hint = near_miss(rest[0], words) or f"; known: {', '.join(words)}"
+        build_parser(first).error(f"unexpected argument {rest[0]!r}{hint}")
+    return f"{first} {rest[0]}", rest[1:]
+
+
 def build_parser(command: str) -> CommandParser:
     """The parser of one command."""
-    module, summary = COMMANDS[command]
+    module, summary = (COMMANDS | SUBCOMMANDS)[command]
+    description = summary[0].upper() + summary[1:] + "."
+    for name, (_, text) in SUBCOMMANDS.items():
+        if name.startswith(f"{command} "):
+            description += f"\n'moejet {name}': {text}; see 'moejet {name} --help'."
     parser = CommandParser(
         prog=f"moejet {command}",
-        description=summary[0].upper() + summary[1:] + ".",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     import_module(module).add_options(parser)
@@ -117,9 +138,9 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         if not arguments or arguments[0] not in COMMANDS:
             return _without_command(arguments)
-        command, *rest = arguments
+        command, rest = split_command(arguments)
         args = build_parser(command).parse(rest)
-        code: int = import_module(COMMANDS[command][0]).execute(args)
+        code: int = import_module((COMMANDS | SUBCOMMANDS)[command][0]).execute(args)
         return code
     except (ValueError, ImportError, MemoryError, OSError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError):

@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,30 @@ def add_isa_option(group: argparse._ActionsContainer) -> None:
     )
 
 
+def counts(text: str) -> list[int]:
+    """argparse type: numbers such as 128,512."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1]
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,512")
+    return values
+
+
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """argparse type: one or several of the known names, with commas between them."""
+
+    def parse(text: str) -> list[str]:
+        for part in text.split(","):
+            if part not in known:
+                message = f"{part!r} is not one of {', '.join(known)}"
+                raise argparse.ArgumentTypeError(message)
+        return text.split(",")
+
+    return parse
+
+
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The engine options that were given, as keyword arguments for LLM."""
     names = ("expert_format", "dense_format", "max_context", "num_threads", "isa", "revision")
@@ -94,14 +118,19 @@ def open_llm(model: str, options: dict[str, Any]) -> "LLM":
     return engine_class()(model, **options)
 
 
-def engine_class() -> "type[LLM]":
-    """Import LLM, and torch with it, in the state that suits a program of our own.
+def quiet_openmp() -> None:
+    """Make torch's threads sleep when idle. Has to come before torch is imported.
 
     torch's OpenMP threads spin after each operation unless told otherwise before torch is loaded.
     They would spin on the CPUs that our expert threads need next; on a busy machine that costs a
     factor of ten.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def engine_class() -> "type[LLM]":
+    """Import LLM, and torch with it, in the state that suits a program of our own."""
+    quiet_openmp()
     from moejet.llm import LLM
 
     return LLM
