@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_bindings.h"
 #include "expert_weights.h"
 #include "isa.h"
 #include "kernels.h"
@@ -354,6 +355,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("pool"), py::arg("isa") = "auto",
         "out[t, g] = W_g x[t, g] (x [T, cols]: all matrices read the same row); returns the "
         "instruction set used.");
+  register_attention(m);
   m.def("moe_forward", &moe_forward_py, py::arg("weights"), py::arg("x"), py::arg("topk_ids"),
         py::arg("topk_weights"), py::arg("out"), py::arg("pool"), py::arg("isa") = "auto",
         "out[t] = sum_k topk_weights[t, k] * down(silu(gate x[t]) * up x[t]); returns the "

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "attention_kernels.h"
 #include "isa.h"
 #include "ops.h"
 #include "pack.h"
@@ -122,6 +123,7 @@ struct KernelTable {
   Isa isa;
   FormatKernels formats[kNumFormats];
   OpKernels ops;
+  AttentionKernels attention[2];  // by element type of the latent cache: fp32, bf16
 };
 
 // Null if this build has no kernels for it.

@@ -16,6 +16,9 @@
 namespace moejet {
 namespace MOEJET_ISA_NS {
 
+// No std::min: its instantiation would be a weak symbol with this file's instructions in it.
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 constexpr int kLanes = 16;
 using F = float __attribute__((vector_size(4 * kLanes)));
 using I = int32_t __attribute__((vector_size(4 * kLanes)));

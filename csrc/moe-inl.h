@@ -68,9 +68,6 @@ inline void vector_gemm(const uint8_t* pair, int64_t num_blocks, const Activatio
   }
 }
 
-// No std::min: its instantiation would be a weak symbol with this file's instructions in it.
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 inline uint16_t* tile_row(uint16_t* tiles, int64_t k_padded, int64_t row, int64_t k_tile) {
   const int64_t tile = row / kTileRows * (k_padded / kTileK) + k_tile;
   return tiles + (tile * kTileRows + row % kTileRows) * kTileK;

@@ -1,5 +1,7 @@
 // Kernels for AMX bf16 tiles beside AVX-512.
 #define MOEJET_ISA_NS amx
+#define MOEJET_VEC_BITS 512
+#include "attention-bf16-inl.h"
 #include "ops-inl.h"
 #include "tiles512-inl.h"
 
@@ -47,7 +49,8 @@ extern const KernelTable table = {
     Isa::kAmx,
     {format_kernels<Int4, Int4Tiles<AmxTiles>>(), format_kernels<Int8, Int8Tiles<AmxTiles>>(),
      format_kernels<Bf16, Bf16Tiles<AmxTiles>>()},
-    op_kernels()};
+    op_kernels(),
+    {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<AmxTiles>>()}};
 
 }  // namespace amx
 }  // namespace moejet

@@ -1,16 +1,20 @@
 // The AMX kernels over tiles in memory: tests their logic on processors without AMX.
 #define MOEJET_ISA_NS amx_emulated
+#define MOEJET_VEC_BITS 512
+#include "attention-bf16-inl.h"
 #include "ops-inl.h"
 #include "tiles512-inl.h"
 
 namespace moejet {
 namespace amx_emulated {
 
-extern const KernelTable table = {Isa::kAmxEmulated,
-                                  {format_kernels<Int4, Int4Tiles<EmulatedTiles>>(),
-                                   format_kernels<Int8, Int8Tiles<EmulatedTiles>>(),
-                                   format_kernels<Bf16, Bf16Tiles<EmulatedTiles>>()},
-                                  op_kernels()};
+extern const KernelTable table = {
+    Isa::kAmxEmulated,
+    {format_kernels<Int4, Int4Tiles<EmulatedTiles>>(),
+     format_kernels<Int8, Int8Tiles<EmulatedTiles>>(),
+     format_kernels<Bf16, Bf16Tiles<EmulatedTiles>>()},
+    op_kernels(),
+    {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<EmulatedTiles>>()}};
 
 }  // namespace amx_emulated
 }  // namespace moejet

@@ -4,9 +4,11 @@
 //         group of 32 is summed in 16 bits and widened once;
 //   int8: |w| <= 127 times x with w's sign, pairs of products below 2^15, widened at once.
 #define MOEJET_ISA_NS avx2
+#define MOEJET_VEC_BITS 256
 #include <immintrin.h>
 
 #include "../moe-inl.h"
+#include "attention-inl.h"
 #include "ops-inl.h"
 
 namespace moejet {
@@ -191,7 +193,8 @@ struct Bf16 {
 extern const KernelTable table = {Isa::kAvx2,
                                   {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
                                    format_kernels<Bf16, NoTiles>()},
-                                  op_kernels()};
+                                  op_kernels(),
+                                  {attention_kernels<Fp32Dot>(), attention_kernels<Fp32Dot>()}};
 
 }  // namespace avx2
 }  // namespace moejet

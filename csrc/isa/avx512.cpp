@@ -1,6 +1,8 @@
 // Kernels for AVX-512 F, BW, DQ, VL and VNNI. AVX512_BF16 is not needed: its dot product runs at
 // half the rate of fp32 multiply-adds on the processors measured, and rounds the activations.
 #define MOEJET_ISA_NS avx512
+#define MOEJET_VEC_BITS 512
+#include "attention-inl.h"
 #include "avx512-inl.h"
 #include "ops-inl.h"
 
@@ -10,7 +12,8 @@ namespace avx512 {
 extern const KernelTable table = {Isa::kAvx512,
                                   {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
                                    format_kernels<Bf16, NoTiles>()},
-                                  op_kernels()};
+                                  op_kernels(),
+                                  {attention_kernels<Fp32Dot>(), attention_kernels<Fp32Dot>()}};
 
 }  // namespace avx512
 }  // namespace moejet

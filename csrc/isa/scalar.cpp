@@ -1,8 +1,10 @@
 // Kernels for any processor: the definition of what the others compute, one row at a time.
 #define MOEJET_ISA_NS scalar
+#define MOEJET_VEC_BITS 128
 #include <math.h>
 
 #include "../moe-inl.h"
+#include "attention-inl.h"
 #include "ops-inl.h"
 
 namespace moejet {
@@ -105,7 +107,8 @@ struct Bf16 {
 extern const KernelTable table = {Isa::kScalar,
                                   {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
                                    format_kernels<Bf16, NoTiles>()},
-                                  op_kernels()};
+                                  op_kernels(),
+                                  {attention_kernels<Fp32Dot>(), attention_kernels<Fp32Dot>()}};
 
 }  // namespace scalar
 }  // namespace moejet
