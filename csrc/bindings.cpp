@@ -17,6 +17,7 @@
 #include "linear.h"
 #include "moe.h"
 #include "ops_bindings.h"
+#include "program_bindings.h"
 #include "tensor.h"
 #include "thread_pool.h"
 
@@ -351,6 +352,7 @@ PYBIND11_MODULE(_C, m) {
   register_linear(m);
   register_ops(m);
   register_ceilings(m);
+  register_program(m);
   m.def("linear_forward", &linear_forward_py, py::arg("weights"), py::arg("x"), py::arg("out"),
         py::arg("pool"), py::arg("isa") = "auto",
         "out[t, g] = W_g x[t, g] (x [T, cols]: all matrices read the same row); returns the "

@@ -299,21 +299,14 @@ void router_topk(const py::object& logits, const py::object& ids, const py::obje
   const OpKernels& ops = ops_of(isa);
   const Floats input(logits, "logits", {{"T", -1}, {"E", -1}});
   const int64_t n = input.dim(0);
-  RouterChoice choice{};
-  choice.num_experts = input.dim(1);
   const Ids chosen(ids, "ids", n);
-  choice.top_k = chosen.dim(1);
-  const Floats result(weights, "weights", {{"T", n}, {"K", choice.top_k}}, kWritable);
-  choice.scoring = parse_scoring(scoring);
-  choice.group_rank = parse_group_rank(group_rank);
-  choice.num_groups = num_groups;
-  choice.top_groups = top_groups;
-  choice.norm_topk_prob = norm_topk_prob;
-  choice.scaling_factor = scaling_factor;
-  check_choice(choice);
+  const int64_t top_k = chosen.dim(1);
+  const Floats result(weights, "weights", {{"T", n}, {"K", top_k}}, kWritable);
   std::optional<Floats> offsets;
-  choice.bias =
-      row_or_null(optional_floats(&offsets, bias, "bias", {{"E", choice.num_experts}}), 0);
+  const float* added =
+      row_or_null(optional_floats(&offsets, bias, "bias", {{"E", input.dim(1)}}), 0);
+  const RouterChoice choice = router_choice(input.dim(1), top_k, scoring, group_rank, num_groups,
+                                            top_groups, norm_topk_prob, scaling_factor, added);
   // A row costs more than its number of values suggests.
   for_each_row(pool, n, 16 * choice.num_experts, [&](int64_t t) {
     ops.router_topk_row(choice, input.row(t), chosen.row(t), result.row(t));
@@ -398,6 +391,17 @@ std::vector<int64_t> sample(const py::object& logits, const std::vector<double>&
 }
 
 }  // namespace
+
+RouterChoice router_choice(int64_t num_experts, int64_t top_k, const std::string& scoring,
+                           const std::string& group_rank, int64_t num_groups, int64_t top_groups,
+                           bool norm_topk_prob, float scaling_factor, const float* bias) {
+  const RouterChoice choice{
+      num_experts, top_k,      parse_scoring(scoring), parse_group_rank(group_rank),
+      num_groups,  top_groups, norm_topk_prob,         scaling_factor,
+      bias};
+  check_choice(choice);
+  return choice;
+}
 
 void register_ops(py::module_& m) {
   m.attr("BAD_LOGITS") = kBadLogits;

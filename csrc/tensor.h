@@ -39,6 +39,7 @@ class Tensor {
   // Any shape: elements of the innermost dimension adjacent, no negative strides.
   void expect_adjacent() const;
 
+  const std::string& name() const { return name_; }
   int64_t dim(int i) const { return shape_[i]; }
   int num_dims() const { return static_cast<int>(shape_.size()); }
   int64_t stride(int i) const { return strides_[i]; }

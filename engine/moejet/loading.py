@@ -15,7 +15,7 @@ from moejet import topology
 from moejet.block_pool import BlockPool
 from moejet.config import FORMAT_BITS, EngineConfig, ModelConfig
 from moejet.engine import Engine
-from moejet.experts.cpu_experts import CpuExperts, create_pool
+from moejet.experts.cpu_experts import CpuExperts, create_pool, resolve_isa
 from moejet.layers.linear import DenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.request import SamplingParams
@@ -72,6 +72,7 @@ def _create_engine(
     max_context, num_blocks = plan_cache(config, model_config)
     check_memory(config, model_config, num_blocks * config.block_size)
     pool = create_pool(config.num_threads)
+    dense = DenseWeights(config.dense_format, pool, resolve_isa(config.isa))
     model = DeepseekForCausalLM(
         model_config,
         make_experts=lambda: CpuExperts(
@@ -80,12 +81,12 @@ def _create_engine(
             model_config.moe_intermediate_size,
             format=config.expert_format,
             pool=pool,
-            isa=config.isa,
+            isa=dense.isa,
         ),
-        dense=DenseWeights(config.dense_format, pool, config.isa),
+        dense=dense,
         max_context=max_context,
     )
-    runner = ModelRunner(model, model_config, config, num_blocks=num_blocks)
+    runner = ModelRunner(model, model_config, config, num_blocks=num_blocks, dense=dense)
     engine = Engine(
         runner,
         model_config,
@@ -140,12 +141,12 @@ def _dense_bytes(config: EngineConfig, model_config: ModelConfig) -> int:
     packed = model_config.num_dense_parameters - table - router
     if model_config.tie_word_embeddings:
         packed += table  # the output projection is a packed copy
-    if config.dense_format == "fp32":
-        return 4 * (packed + table + router)
-    # Packed attention holds W_UK in both orientations.
+    # Attention holds W_UK in both orientations.
     w_uk = model_config.qk_nope_head_dim * model_config.kv_lora_rank
     packed += model_config.num_hidden_layers * model_config.num_attention_heads * w_uk
-    return int(packed * FORMAT_BITS[config.dense_format] / 8) + 2 * table + 4 * router
+    table_bytes = 4 if config.dense_format == "fp32" else 2
+    bits = FORMAT_BITS[config.dense_format]
+    return int(packed * bits / 8) + table_bytes * table + 4 * router
 
 
 def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

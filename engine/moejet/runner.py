@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 
 import torch
 from torch import Tensor
 
 from moejet.batch import Batch
-from moejet.config import EngineConfig, ModelConfig
+from moejet.config import EngineConfig, ModelConfig, use_reference
+from moejet.cpu_program import CpuProgram
+from moejet.layers.linear import DenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
 
-_MIN_TOKENS_FOR_TORCH_THREADS = 32
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class ModelRunner:
-    """The model and its cache [layers, blocks, block_size, C + R]."""
+    """The model and its cache [layers, blocks, block_size, C + R].
+
+    A step is one native call, or goes through the torch layers with MOEJET_REF=1. native_seconds adds up the time spent
+    in it, so that the rest of a step is known to be Python's.
+    """
 
     def __init__(
         self,
@@ -26,6 +30,7 @@ class ModelRunner:
         config: EngineConfig,
         *,
         num_blocks: int,
+        dense: DenseWeights,
     ):
         self.model = model
         shape = (
@@ -36,28 +41,27 @@ class ModelRunner:
         )
         # Untouched pages cost nothing, and rows beyond a request's context are never read.
         self.latent_cache = torch.empty(shape, dtype=DTYPES[config.cache_dtype])
-
-    @contextmanager
-    def _computing(self, batch: Batch) -> Iterator[None]:
-        """Inference mode; torch's threads only where its share is worth them.
-
-        After a parallel operation torch's workers spin for a while on the CPUs that our own pool needs next. A step of
-        few tokens gives torch only small operations, so it gets one thread.
-        """
-        before = torch.get_num_threads()
-        if batch.num_tokens < _MIN_TOKENS_FOR_TORCH_THREADS and before > 1:
-            torch.set_num_threads(1)
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            if torch.get_num_threads() != before:
-                torch.set_num_threads(before)
+        self.native_seconds = 0.0
+        self._program: CpuProgram | None = None
+        if not use_reference():
+            self._program = CpuProgram(
+                model,
+                self.latent_cache,
+                max_tokens=config.max_batch_tokens,
+                pool=dense.pool,
+                isa=dense.isa,
+            )
 
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 of the rows batch.logits_indices; the batch's latents are in the cache afterwards."""
-        with self._computing(batch):
-            hidden = self.model.forward(batch, self.latent_cache)
-            if batch.logits_indices.numel() == 0:
-                return hidden.new_empty((0, 0), dtype=torch.float32)
-            return self.model.compute_logits(hidden[batch.logits_indices])
+        start = time.perf_counter()
+        try:
+            if self._program is not None:
+                return self._program.run(batch)
+            with torch.inference_mode():
+                hidden = self.model.forward(batch, self.latent_cache)
+                if batch.logits_indices.numel() == 0:
+                    return hidden.new_empty((0, 0), dtype=torch.float32)
+                return self.model.compute_logits(hidden[batch.logits_indices])
+        finally:
+            self.native_seconds += time.perf_counter() - start

@@ -64,6 +64,12 @@ def create_pool(num_threads: int | None = None, *, pin: bool = True) -> ThreadPo
     return pool
 
 
+def resolve_isa(isa: str = "auto") -> str:
+    """The instruction set to use: the widest usable one up to MOEJET_MAX_ISA for "auto", else exactly `isa`."""
+    resolved: str = load_extension().resolve_isa(isa, env_max_isa())
+    return resolved
+
+
 class CpuExperts:
     """The routed experts of one layer, E experts of inner size I over hidden size D."""
 
@@ -84,7 +90,7 @@ class CpuExperts:
         address space raises MemoryError.
         """
         self._C = load_extension()
-        self.isa: str = self._C.resolve_isa(isa, env_max_isa())
+        self.isa = resolve_isa(isa)
         self.pool = pool
         self.weights = self._C.ExpertWeights(num_experts, hidden_size, intermediate_size, format)
 

@@ -1,24 +1,20 @@
 """Dense projections, gated MLP, embedding and norm.
 
-Matrices live packed and are computed by our kernels (`DenseWeights.format` int8, int4_g32 or bf16), or stay fp32 torch
-tensors ("fp32": the exact mode). Activations between operations are fp32 either way.
+Matrices live packed (`DenseWeights.format`) and are computed by our kernels; activations between operations are fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.ops.linear import PackedMatrices, linear
 from moejet.ops.rms_norm import rms_norm
-from moejet.ops.silu_mul import silu_mul
 from moejet.weights.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -27,15 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DenseWeights:
-    """How a model's dense matrices are held: packed in `format` on the pool's workers, or "fp32" in torch."""
+    """How a model's dense matrices are held: packed in `format`, computed by the pool's workers."""
 
     format: str
     pool: ThreadPool
     isa: str = "auto"
-
-    @property
-    def is_packed(self) -> bool:
-        return self.format != "fp32"
 
     def matrices(self, num: int, rows: int, cols: int) -> PackedMatrices:
         return PackedMatrices(num, rows, cols, format=self.format, pool=self.pool, isa=self.isa)
@@ -49,23 +41,14 @@ class Linear:
     ):
         self.shape = (out_features, in_features)
         self.bias = torch.empty(out_features) if bias else None
-        self.packed: PackedMatrices | None = None
-        if dense.is_packed:
-            self.packed = dense.matrices(1, out_features, in_features)
-        else:
-            self.weight = torch.empty(self.shape)
+        self.packed = dense.matrices(1, out_features, in_features)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
         out = linear(x, self.packed)
         return out if self.bias is None else out + self.bias
 
     def load(self, weight: Tensor) -> None:
-        if self.packed is None:
-            self.weight.copy_(weight)
-        else:
-            self.packed.set(0, weight)
+        self.packed.set(0, weight)
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
         specs = {f"{prefix}.weight": TensorSpec(self.shape, self.load)}
@@ -104,45 +87,25 @@ class Embedding:
 class GatedMLP:
     """down(silu(gate(x)) * up(x)): dense layers and shared experts. x [T, D] fp32 to [T, D].
 
-    Packed, it is the expert kernel with one expert that every token goes to: one call for all three matrices.
+    It is the expert kernel with one expert that every token goes to: one call for all three matrices.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, dense: DenseWeights):
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
-        self.packed: CpuExperts | None = None
-        if dense.is_packed:
-            self.packed = CpuExperts(
-                1,
-                hidden_size,
-                intermediate_size,
-                format=dense.format,
-                pool=dense.pool,
-                isa=dense.isa,
-            )
-        else:
-            self.gate_up = torch.empty(2 * intermediate_size, hidden_size)
-            self.down = torch.empty(hidden_size, intermediate_size)
+        self.packed = CpuExperts(
+            1, hidden_size, intermediate_size, format=dense.format, pool=dense.pool, isa=dense.isa
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(silu_mul(F.linear(x, self.gate_up)), self.down)
         num_tokens = x.shape[0]
         everyone = torch.zeros(num_tokens, 1, dtype=torch.int32)
         return self.packed.forward(x, everyone, torch.ones(num_tokens, 1))
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
         inner = (self.intermediate_size, self.hidden_size)
-        shapes = {"gate": inner, "up": inner, "down": inner[::-1]}
-        loads: dict[str, Callable[[Tensor], object]]
-        if self.packed is None:
-            split = self.intermediate_size
-            loads = {
-                "gate": self.gate_up[:split].copy_,
-                "up": self.gate_up[split:].copy_,
-                "down": self.down.copy_,
-            }
-        else:
-            loads = {name: partial(self.packed.set_projection, 0, name) for name in shapes}
         return {
-            f"{prefix}.{name}_proj.weight": TensorSpec(shapes[name], loads[name]) for name in shapes
+            f"{prefix}.{name}_proj.weight": TensorSpec(
+                shape, partial(self.packed.set_projection, 0, name)
+            )
+            for name, shape in (("gate", inner), ("up", inner), ("down", inner[::-1]))
         }

@@ -23,38 +23,10 @@ _LATENT_NORM_EPS = 1e-6
 
 
 class LatentUp:
-    """W_UK [H, N, C] and W_UV [H, V, C], in torch fp32.
+    """W_UK [H, N, C] and W_UV [H, V, C], packed. W_UK is held twice, because both of its sides serve as inputs.
 
     Shapes: T query tokens, S context tokens, H heads, N nope, V value dims, C latent rank; all fp32.
     """
-
-    def __init__(self, config: ModelConfig):
-        self.heads, self.nope = config.num_attention_heads, config.qk_nope_head_dim
-        self.w_uk = torch.empty(self.heads, self.nope, config.kv_lora_rank)
-        self.w_uv = torch.empty(self.heads, config.v_head_dim, config.kv_lora_rank)
-
-    def load(self, kv_b: Tensor) -> None:
-        """kv_b [H * (N + V), C] as the checkpoint has it."""
-        w_uk, w_uv = _split_heads(kv_b, self.heads, self.nope)
-        self.w_uk.copy_(w_uk)
-        self.w_uv.copy_(w_uv)
-
-    def absorb_query(self, q_nope: Tensor) -> Tensor:
-        """W_UK^T q: [T, H, N] to [T, H, C]."""
-        return torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
-
-    def value(self, mixed: Tensor) -> Tensor:
-        """W_UV c per head: [T, H, C] to [T, H, V]."""
-        return torch.bmm(mixed.transpose(0, 1), self.w_uv.transpose(1, 2)).transpose(0, 1)
-
-    def expand(self, c_kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [S, H, N] and values [S, H, V] of latents [S, C]."""
-        keys = torch.einsum("sc,hnc->shn", c_kv, self.w_uk)
-        return keys, torch.einsum("sc,hvc->shv", c_kv, self.w_uv)
-
-
-class PackedLatentUp:
-    """The same with packed weights. W_UK is held twice, because both of its sides serve as inputs."""
 
     def __init__(self, config: ModelConfig, dense: DenseWeights):
         self.heads, self.nope = config.num_attention_heads, config.qk_nope_head_dim
@@ -64,6 +36,7 @@ class PackedLatentUp:
         self.w_uv = dense.matrices(self.heads, config.v_head_dim, rank)
 
     def load(self, kv_b: Tensor) -> None:
+        """kv_b [H * (N + V), C] as the checkpoint has it."""
         w_uk, w_uv = _split_heads(kv_b, self.heads, self.nope)
         for head in range(self.heads):
             self.w_uk.set(head, w_uk[head])
@@ -71,12 +44,15 @@ class PackedLatentUp:
             self.w_uv.set(head, w_uv[head])
 
     def absorb_query(self, q_nope: Tensor) -> Tensor:
+        """W_UK^T q: [T, H, N] to [T, H, C]."""
         return linear(q_nope, self.w_uk_transposed)
 
     def value(self, mixed: Tensor) -> Tensor:
+        """W_UV c per head: [T, H, C] to [T, H, V]."""
         return linear(mixed, self.w_uv)
 
     def expand(self, c_kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [S, H, N] and values [S, H, V] of latents [S, C]."""
         return linear(c_kv, self.w_uk), linear(c_kv, self.w_uv)
 
 
@@ -101,7 +77,7 @@ class MLA:
             self.q_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, dense=dense)
         self.kv_a_proj = Linear(hidden, config.latent_dim, dense=dense, bias=bias)
         self.kv_a_norm = RMSNorm(rank, _LATENT_NORM_EPS)
-        self.up = PackedLatentUp(config, dense) if dense.is_packed else LatentUp(config)
+        self.up = LatentUp(config, dense)
         self.o_proj = Linear(heads * config.v_head_dim, hidden, dense=dense, bias=bias)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch) -> Tensor:

@@ -74,7 +74,7 @@ class DeepseekForCausalLM:
         self.embed_tokens = Embedding(
             config.vocab_size,
             config.hidden_size,
-            dtype=torch.bfloat16 if dense.is_packed else torch.float32,
+            dtype=torch.float32 if dense.format == "fp32" else torch.bfloat16,
         )
         self.layers = [
             DecoderLayer(config, layer, make_experts=make_experts, dense=dense)
