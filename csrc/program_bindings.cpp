@@ -180,6 +180,10 @@ class BoundProgram {
     const Tensor wanted(logits_indices, "logits_indices"), result(logits, "logits", true);
     Step step{};
     step.num_tokens = ids.num_dims() == 1 ? ids.dim(0) : -1;
+    if (step.num_tokens > max_tokens_) {
+      throw py::value_error("token_ids has " + std::to_string(step.num_tokens) +
+                            " tokens: this program takes at most " + std::to_string(max_tokens_));
+    }
     step.token_ids = indices(ids, {"T", -1}, vocab_size_);
     step.positions = indices(at, {"T", step.num_tokens}, num_positions_);
     step.slot_mapping = indices(slots, {"T", step.num_tokens}, num_slots_);
@@ -281,10 +285,6 @@ class BoundProgram {
   }
 
   void check_step(const Step& step) const {
-    if (step.num_tokens > max_tokens_) {
-      throw py::value_error("token_ids has " + std::to_string(step.num_tokens) +
-                            " tokens: this program takes at most " + std::to_string(max_tokens_));
-    }
     int64_t total = 0;
     for (int64_t b = 0; b < step.num_requests; ++b) {
       const int64_t context = step.context_lens[b];

@@ -5,6 +5,7 @@ tiles in memory, which tests use. "auto" is the widest usable one and never amx_
 Errors: ValueError (shapes, ranges, names), TypeError (dtypes), MemoryError, RuntimeError (pool).
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -168,3 +169,99 @@ class ReadProbe:
         Each worker reads num_streams (1, 2, 4, 8) places of its own side by side, prefetching
         prefetch_bytes ahead (0: not at all). Samples take turns through all of the memory.
         """
+
+class Program:
+    """A recorded forward pass over fp32 buffers of max_tokens rows; keeps all it refers to alive.
+
+    The recording methods name operations in the order of execution; buffers may be columns of wider
+    ones. `moejet.cpu_program` records a model and explains the whole.
+    """
+
+    def __init__(self, pool: ThreadPool, max_tokens: int, isa: str = "auto") -> None: ...
+    def embed(self, weight: _Tensor, out: _Tensor) -> None:
+        """out[t] = weight[token_ids[t]]; weight [V, D] fp32 or bf16."""
+
+    def rms_norm(
+        self,
+        h: _Tensor,
+        deltas: Sequence[_Tensor],
+        weight: _Tensor,
+        eps: float,
+        out: _Tensor,
+        only_logits_rows: bool = False,
+    ) -> None:
+        """h += deltas (at most two), out = norm(h); or that of the logits rows only, gathered."""
+
+    def linear(
+        self, projections: Sequence[tuple[LinearWeights, _Tensor | None, _Tensor, _Tensor]]
+    ) -> None:
+        """(weights, bias, x, out): out = W x + bias, all side by side."""
+
+    def rope_and_store(
+        self,
+        q: _Tensor,
+        heads: int,
+        latent: _Tensor,
+        rank: int,
+        norm_weight: _Tensor,
+        norm_eps: float,
+        cos_sin: _Tensor,
+        interleave: bool,
+        cache: _Tensor,
+    ) -> None:
+        """Rotates the end of every head of q in place; [norm(c_kv) | rotated k_pe] to the cache."""
+
+    def attention(
+        self,
+        w_uk_transposed: LinearWeights,
+        w_uk: LinearWeights,
+        w_uv: LinearWeights,
+        q: _Tensor,
+        cache: _Tensor,
+        out: _Tensor,
+        scale: float,
+    ) -> None:
+        """`mla_attention` of the step's requests."""
+
+    def router(
+        self,
+        weight: _Tensor,
+        bias: _Tensor | None,
+        x: _Tensor,
+        logits: _Tensor,
+        topk_ids: _Tensor,
+        topk_weights: _Tensor,
+        scoring: str,
+        group_rank: str,
+        num_groups: int,
+        top_groups: int,
+        norm_topk_prob: bool,
+        scaling_factor: float,
+    ) -> None:
+        """`router_logits` and `router_topk`."""
+
+    def experts(
+        self, groups: Sequence[tuple[ExpertWeights, _Tensor, _Tensor, _Tensor, _Tensor]]
+    ) -> None:
+        """(weights, topk_ids, topk_weights, x, out): `moe_forward`, all side by side."""
+
+    def lm_head(self, weights: LinearWeights, x: _Tensor) -> None:
+        """logits = W x of the logits rows, into run()'s logits."""
+
+    def run(
+        self,
+        token_ids: _Tensor,
+        positions: _Tensor,
+        slot_mapping: _Tensor,
+        query_lens: _Tensor,
+        context_lens: _Tensor,
+        block_tables: _Tensor,
+        logits_indices: _Tensor,
+        logits: _Tensor,
+    ) -> None:
+        """One step; `moejet.batch.Batch` describes its tensors. logits [L, V] fp32 is written."""
+
+    @property
+    def num_operations(self) -> int: ...
+    @property
+    def isa(self) -> str: ...

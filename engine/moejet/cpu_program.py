@@ -63,10 +63,7 @@ class CpuProgram:
             self._norm(layer.input_norm, deltas)
             self._record_attention(layer.attention, cache)
             self._norm(layer.post_attention_norm, [self._attention_out])
-            if isinstance(layer.mlp, MoE):
-                deltas = self._record_moe(layer.mlp)
-            else:
-                deltas = self._record_mlp(layer.mlp)
+            deltas = self._record_mlp(layer.mlp)
         self._norm(model.norm, deltas, only_logits_rows=True)
         self._native.lm_head(model.lm_head.packed.weights, self._x)
 
@@ -142,7 +139,10 @@ class CpuProgram:
         o_proj = attention.o_proj
         native.linear([(o_proj.packed.weights, o_proj.bias, self._mixed, self._attention_out)])
 
-    def _record_mlp(self, mlp: GatedMLP) -> list[Tensor]:
+    def _record_mlp(self, mlp: MoE | GatedMLP) -> list[Tensor]:
+        """Returns the buffers whose sum the block adds to the hidden state."""
+        if isinstance(mlp, MoE):
+            return self._record_moe(mlp)
         self._native.experts([(mlp.packed.weights, *self._everyone, self._x, self._mlp_out)])
         return [self._mlp_out]
 

@@ -6,7 +6,6 @@ up-projections of `LatentUp`, ready for both forms of `moejet.ops.mla_attention`
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moejet.batch import Batch
