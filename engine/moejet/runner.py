@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,6 +37,8 @@ class ModelRunner:
         )
         # Untouched pages cost nothing, and rows beyond a request's context are never read.
         self.latent_cache = torch.empty(shape, dtype=DTYPES[config.cache_dtype])
+        # Time spent in forward passes so far: what a step takes beyond it is overhead.
+        self.native_seconds = 0.0
 
     @contextmanager
     def _computing(self, batch: Batch) -> Iterator[None]:
@@ -56,8 +59,12 @@ class ModelRunner:
 
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 of the rows batch.logits_indices; the batch's latents are in the cache afterwards."""
+        start = time.perf_counter()
         with self._computing(batch):
             hidden = self.model.forward(batch, self.latent_cache)
             if batch.logits_indices.numel() == 0:
-                return hidden.new_empty((0, 0), dtype=torch.float32)
-            return self.model.compute_logits(hidden[batch.logits_indices])
+                logits = hidden.new_empty((0, 0), dtype=torch.float32)
+            else:
+                logits = self.model.compute_logits(hidden[batch.logits_indices])
+        self.native_seconds += time.perf_counter() - start
+        return logits
