@@ -283,6 +283,9 @@ def test_synthetic_model_measures_without_a_tokenizer():
     with LLM.synthetic(shape, max_context=64, max_batch_tokens=16) as llm:
         assert llm.bench_prefill(20, depth=5) > 0
         assert llm.bench_decode(3, depth=0) > 0
+        assert llm.bench_decode(2, depth=40, batch=3) > 0
+        assert 0 < llm.bench_overhead(batch=2) < 10
+        assert llm.engine.block_pool.num_free == llm.engine.block_pool.num_blocks
         sizes = llm.weight_bytes()
         assert 0 < sizes["active_per_token"] < sizes["total"]
         assert sizes["latent_per_token"] == 2 * 576 * 2

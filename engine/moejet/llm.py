@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,14 @@ from typing import Any, cast
 import torch
 
 from moejet.batch import Batch
-from moejet.config import FORMAT_BITS, EngineConfig, ModelConfig
+from moejet.config import EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.loading import build_engine, load_engine
+from moejet.model_cost import ModelCost
 from moejet.presets import PRESETS
-from moejet.request import Request, RequestOutput, SamplingParams, StreamDelta
+from moejet.request import RequestOutput, SamplingParams, StreamDelta
 from moejet.sampler import BadLogitsError
+from moejet.timing import step_overhead, time_decode, time_prefill
 from moejet.tokenizer import Tokenizer
 
 TINY_REASONER = "tiny-reasoner"
@@ -144,30 +145,34 @@ class LLM:
         with self._exclusive():
             return self._score(ids)
 
+    @property
+    def cost(self) -> ModelCost:
+        """Bytes and operations per token of this model in its formats."""
+        return ModelCost.of(self.model_config, self.config)
+
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of all weights, of those that one decoded token reads, and of one cached token."""
-        config = self.model_config
-        experts = [layer.experts for layer in self.engine.runner.model.moe_layers]
-        routed = sum(e.nbytes for e in experts)
-        active = sum(e.nbytes // config.num_experts * config.num_experts_per_tok for e in experts)
-        bits = FORMAT_BITS[self.config.dense_format]
-        dense = int(config.num_dense_parameters * bits / 8)
-        # Decoding reads one row of the embedding table, unless it also is the output projection.
-        table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-        cache = self.engine.runner.latent_cache
+        cost = self.cost
         return {
-            "total": dense + routed,
-            "active_per_token": dense - int(table * bits / 8) + active,
-            "latent_per_token": config.num_hidden_layers * config.latent_dim * cache.itemsize,
+            "total": round(cost.weight_bytes),
+            "active_per_token": round(cost.decode_bytes(context=0)),
+            "latent_per_token": cost.latent_bytes,
         }
 
     def bench_prefill(self, num_tokens: int, depth: int = 0) -> float:
-        """Seconds to compute num_tokens of prompt behind `depth` cached tokens."""
-        return self._bench(depth, num_tokens, one_by_one=False)
+        """Seconds to compute num_tokens of prompt behind `depth` tokens, which are random latents, not computed."""
+        with self._exclusive() as engine:
+            return time_prefill(engine, num_tokens, depth)
 
-    def bench_decode(self, num_tokens: int, depth: int = 0) -> float:
-        """Seconds to decode num_tokens one after another behind `depth` cached tokens."""
-        return self._bench(max(depth, 1), num_tokens, one_by_one=True)
+    def bench_decode(self, num_tokens: int, depth: int = 0, batch: int = 1) -> float:
+        """Seconds to decode num_tokens in each of `batch` sequences at once, behind `depth` tokens as above."""
+        with self._exclusive() as engine:
+            return time_decode(engine, num_tokens, depth, batch)
+
+    def bench_overhead(self, batch: int = 1) -> float:
+        """Seconds per generated token that an engine step spends outside the native forward pass."""
+        with self._exclusive() as engine:
+            return step_overhead(engine, batch)
 
     def close(self) -> None:
         """Aborts what runs and ends the threads; weights go with the object. Calling it twice is harmless."""
@@ -353,26 +358,6 @@ class LLM:
                 chosen = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
                 result += (chosen - torch.logsumexp(logits, dim=-1)).tolist()
         return result
-
-    def _bench(self, depth: int, num_tokens: int, *, one_by_one: bool) -> float:
-        vocab = self.model_config.vocab_size
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, vocab, (depth + num_tokens,), generator=generator).tolist()
-        chunk = self.config.max_batch_tokens
-        with self._exclusive() as engine, engine.scratch_request(ids) as request:
-            self._compute(request, depth, chunk)
-            start = time.perf_counter()
-            self._compute(request, depth + num_tokens, 1 if one_by_one else chunk)
-            return time.perf_counter() - start
-
-    def _compute(self, request: Request, until: int, chunk: int) -> None:
-        """Computes the request's tokens up to `until`, with logits of each chunk's last row."""
-        while request.num_computed_tokens < until:
-            step = min(chunk, until - request.num_computed_tokens)
-            batch = Batch.build([request], [step], block_size=self.config.block_size)
-            batch.logits_indices = torch.tensor([step - 1])
-            self.engine.runner.execute(batch)
-            request.num_computed_tokens += step
 
 
 def _kind(value: object) -> str:

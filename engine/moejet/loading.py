@@ -13,13 +13,14 @@ from torch import Tensor
 
 from moejet import topology
 from moejet.block_pool import BlockPool
-from moejet.config import FORMAT_BITS, EngineConfig, ModelConfig
+from moejet.config import EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.experts.cpu_experts import CpuExperts, create_pool, resolve_isa
 from moejet.layers.linear import DenseWeights
+from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.request import SamplingParams
-from moejet.runner import DTYPES, ModelRunner
+from moejet.runner import ModelRunner
 from moejet.tokenizer import Tokenizer
 from moejet.weights import Checkpoint, load_weights, resolve_model
 
@@ -119,34 +120,17 @@ def plan_cache(config: EngineConfig, model_config: ModelConfig) -> tuple[int, in
 
 def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: int) -> None:
     """Raises ValueError if weights and cache exceed the memory available now, before anything is allocated."""
-    expert_bytes = int(model_config.num_expert_parameters * FORMAT_BITS[config.expert_format] / 8)
-    dense_bytes = _dense_bytes(config, model_config)
-    row = model_config.num_hidden_layers * model_config.latent_dim
-    cache_bytes = cache_tokens * row * DTYPES[config.cache_dtype].itemsize
-    needed, available = expert_bytes + dense_bytes + cache_bytes, topology.available_bytes()
+    cost = ModelCost.of(model_config, config)
+    cache_bytes = cache_tokens * cost.latent_bytes
+    needed, available = cost.weight_bytes + cache_bytes, topology.available_bytes()
     if available is not None and needed > available:
         raise ValueError(
             f"the model needs {needed / 2**30:.1f} GiB (experts as {config.expert_format} "
-            f"{expert_bytes / 2**30:.1f}, dense weights as {config.dense_format} "
-            f"{dense_bytes / 2**30:.1f}, cache for {cache_tokens} tokens {cache_bytes / 2**30:.1f}), "
+            f"{cost.routed_bytes / 2**30:.1f}, dense weights as {config.dense_format} "
+            f"{cost.dense_bytes / 2**30:.1f}, cache for {cache_tokens} tokens {cache_bytes / 2**30:.1f}), "
             f"and {available / 2**30:.1f} GiB are available: choose a smaller expert_format, "
             "max_context or model"
         )
-
-
-def _dense_bytes(config: EngineConfig, model_config: ModelConfig) -> int:
-    """Everything but routed experts, as it is held: see `moejet.layers`."""
-    table = model_config.vocab_size * model_config.hidden_size
-    router = model_config.num_moe_layers * model_config.num_experts * model_config.hidden_size
-    packed = model_config.num_dense_parameters - table - router
-    if model_config.tie_word_embeddings:
-        packed += table  # the output projection is a packed copy
-    # Attention holds W_UK in both orientations.
-    w_uk = model_config.qk_nope_head_dim * model_config.kv_lora_rank
-    packed += model_config.num_hidden_layers * model_config.num_attention_heads * w_uk
-    table_bytes = 4 if config.dense_format == "fp32" else 2
-    bits = FORMAT_BITS[config.dense_format]
-    return int(packed * bits / 8) + table_bytes * table + 4 * router
 
 
 def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -10,10 +10,14 @@ import pytest
 
 from moejet import ceilings
 from moejet.cli import bench, environment, options
+from moejet.model_cost import ModelCost
+from moejet.presets import PRESETS
+
+SHAPE = PRESETS["deepseek-v2-lite"]
 
 
 class FakeLLM:
-    """Reads prompts at 1000 tokens/s and generates 100, 50, 100, ... tokens/s."""
+    """Reads prompts at 1000 tokens/s and makes 100, 50, 100, ... steps/s."""
 
     def __init__(self, model, engine_options):
         self.model, self.options = model, engine_options
@@ -22,7 +26,8 @@ class FakeLLM:
             expert_format=engine_options.get("expert_format", "int4_g32"),
             dense_format="bf16",
         )
-        self.model_config = SimpleNamespace(model_type="deepseek_v3")
+        self.model_config = SHAPE
+        self.cost = ModelCost(SHAPE, self.config.expert_format, "bf16", "bf16")
         pool = SimpleNamespace(num_threads=engine_options.get("num_threads", 2))
         layer = SimpleNamespace(experts=SimpleNamespace(isa="avx2", pool=pool))
         model = SimpleNamespace(moe_layers=[layer])
@@ -35,16 +40,31 @@ class FakeLLM:
     def __exit__(self, *error):
         pass
 
-    def weight_bytes(self):
-        return {"total": 3 << 30, "active_per_token": 1_000_000, "latent_per_token": 1_000}
-
     def bench_prefill(self, num_tokens, depth=0):
         self.calls.append(("pp", num_tokens, depth))
         return num_tokens / 1000
 
-    def bench_decode(self, num_tokens, depth=0):
-        self.calls.append(("tg", num_tokens, depth))
+    def bench_decode(self, num_tokens, depth=0, batch=1):
+        self.calls.append(("tg", num_tokens, depth, batch))
         return num_tokens / (100 if len(self.calls) % 2 else 50)
+
+    def bench_overhead(self, batch=1):
+        self.calls.append(("overhead", batch))
+        return 0.5e-3
+
+
+class FakeMeter:
+    """Memory at 20 GB/s, then 10, then 20, ...; arithmetic at 0.25."""
+
+    def __init__(self):
+        self.reads = 0
+
+    def read(self, seconds=0.0):
+        self.reads += 1
+        return ceiling("dram_read", 20.0 if self.reads % 2 else 10.0)
+
+    def arithmetic(self, name, seconds):
+        return ceiling(name, 0.25)
 
 
 def ceiling(name, value):
@@ -61,12 +81,12 @@ def loaded(monkeypatch):
         return models[-1]
 
     monkeypatch.setattr(options, "open_llm", open_fake)
-    monkeypatch.setattr(ceilings.Meter, "read", lambda self, seconds=0: ceiling("dram_read", 20.0))
+    monkeypatch.setattr(ceilings, "Meter", lambda pool, isa: FakeMeter())
     return models
 
 
 def test_plan():
-    cases = bench.plan_tests([512], [128, 8], [0, 1024])
+    cases = bench.plan_tests([512], [128, 8], [0, 1024], [1])
     assert [case.name for case in cases] == [
         "pp512",
         "tg128",
@@ -75,26 +95,59 @@ def test_plan():
         "tg128@d1024",
         "tg8@d1024",
     ]
-    assert [case.name for case in bench.plan_tests([0], [4], [0])] == ["tg4"]
+    assert [case.name for case in bench.plan_tests([0], [4], [0], [1])] == ["tg4"]
+    cases = bench.plan_tests([64], [4], [0, 512], [1, 16])
+    assert [case.name for case in cases] == [
+        "pp64",
+        "tg4",
+        "tg4xb16",
+        "pp64@d512",
+        "tg4@d512",
+        "tg4@d512xb16",
+    ]
     with pytest.raises(ValueError, match="nothing to measure"):
-        bench.plan_tests([0], [0], [0])
+        bench.plan_tests([0], [0], [0], [1])
+
+
+def test_the_cache_holds_every_sequence():
+    plan = bench.plan_tests
+    assert bench.cache_options(plan([64], [4], [32], [1])) == {"max_context": 97}
+    given = bench.cache_options(plan([2048], [4], [500], [1, 16]))
+    assert given["max_context"] == 2549
+    # 504 tokens of 16 sequences, each in blocks of its own.
+    assert given["cache_tokens"] >= 16 * 512
+    assert given["max_num_requests"] == 16
 
 
 def test_rows():
     llm = FakeLLM("m", {})
-    cases = bench.plan_tests([10], [20], [100])
-    prompt, answer = bench.measure(llm, cases, 2, {"read_gbps": 0.2})
-    # One warm-up and two repetitions each.
-    assert llm.calls == [("pp", 10, 100)] * 3 + [("tg", 20, 100)] * 3
+    cases = bench.plan_tests([10], [20], [100], [1, 4])
+    common = {"isa": "avx2", "format": "int4_g32"}
+    prompt, answer, batch = bench.measure(llm, cases, 2, common, FakeMeter())
+    # One warm-up and two repetitions each; the overhead once per number of sequences.
+    assert llm.calls[:3] == [("pp", 10, 100)] * 3
+    assert llm.calls[3:7] == [("overhead", 1), *[("tg", 20, 100, 1)] * 3]
+    assert llm.calls[7:] == [("overhead", 4), *[("tg", 20, 100, 4)] * 3]
     assert prompt["tokens_per_s"] == pytest.approx(1000)
     assert prompt["gbps"] is None
+    assert prompt["overhead_ms"] is None
+    operations = llm.cost.prefill_operations(10, 100)
+    assert prompt["tflops"] == pytest.approx(operations / 10 * 1000 / 1e12)
+    assert prompt["ceiling"] == "avx2_int8"
+    assert prompt["fraction_of_peak"] == pytest.approx(prompt["tflops"] / 0.25)
     assert sorted(answer["samples_s"]) == pytest.approx([0.2, 0.4])
     assert answer["tokens_per_s"] == pytest.approx(75)
     assert answer["tokens_per_s_sd"] == pytest.approx(35.355, rel=1e-4)
+    assert answer["overhead_ms"] == pytest.approx(0.5)
     # Weights once per token, and the latent cache of 110 tokens on average.
-    assert answer["bytes_per_token"] == 1_000_000 + 110 * 1_000
-    assert answer["gbps"] == pytest.approx(1.11e6 * 75 / 1e9)
-    assert answer["fraction_of_read_rate"] == pytest.approx(answer["gbps"] / 0.2)
+    assert answer["bytes_per_token"] == round(llm.cost.decode_bytes(110))
+    assert answer["gbps"] == pytest.approx(answer["bytes_per_token"] * 75 / 1e9)
+    # The better of the rates before and after.
+    assert answer["read_gbps"] == 20.0
+    assert answer["fraction_of_read_rate"] == pytest.approx(answer["gbps"] / 20.0)
+    assert batch["batch"] == 4
+    assert batch["tokens_per_s"] == pytest.approx(4 * 75)
+    assert batch["bytes_per_token"] == round(llm.cost.decode_bytes(110, 4) / 4)
 
 
 def test_table(moejet, loaded):
@@ -105,11 +158,14 @@ def test_table(moejet, loaded):
     assert set(lines[1]) <= set("| -")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert [row[6] for row in cells] == ["pp16", "tg4", "pp16@d32", "tg4@d32"]
-    assert cells[0][:6] == ["org/model", "3.000", "int4_g32", "bf16", "2", "avx2"]
+    size = f"{loaded[0].cost.weight_bytes / 2**30:.3f}"
+    assert cells[0][:6] == ["org/model", size, "int4_g32", "bf16", "2", "avx2"]
     assert cells[0][7] == "1000 ± 0"
-    assert cells[1][9].endswith("%")
+    assert [cell.endswith("%") for cell in cells[0][8:]] == [False, False, False, True, False]
+    assert [cell.endswith("%") for cell in cells[1][8:]] == [False, True, False, True, False]
+    assert cells[1][12] == "0.500"
     assert len({len(line) for line in lines}) == 1
-    assert "memory reads 20.0 GB/s" in result.err
+    assert "memory reads 20.0 GB/s · avx2_int8 0.25 T/s" in result.err
     # Room for the deepest test, and no more: the cache of a long context costs memory.
     assert loaded[0].options == {"max_context": 49}
 
@@ -143,6 +199,7 @@ def test_json_and_csv_hold_the_same_rows(moejet, loaded):
     [
         (["-p", "a"], "'a' is not a list of numbers such as 128,512"),
         (["-n", "-4"], "argument -n"),
+        (["-b", "0"], "-b 0 must be a positive number"),
         (["-r", "0"], "-r 0 must be at least 1"),
         (["-t", "0"], "-t 0 must be a positive number"),
         (["--format", "int4"], "'int4' is not one of int4_g32, int8, bf16"),

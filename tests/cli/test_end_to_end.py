@@ -76,17 +76,29 @@ def test_refusals_are_one_line(moejet, arguments, message):
 
 def test_bench_measures_the_embedded_model(moejet, monkeypatch):
     monkeypatch.setattr(ceilings, "read_buffer_bytes", lambda: 64 << 20)
-    result = moejet("bench", "-p", "64", "-n", "8", "-d", "0,32", "-r", "2", "-o", "jsonl")
+    arguments = ("-p", "64", "-n", "8", "-d", "0,32", "-b", "1,3", "-r", "2", "-o", "jsonl")
+    result = moejet("bench", *arguments)
     assert result.code == 0, result.err
     rows = [json.loads(line) for line in result.out.splitlines()]
-    assert [row["test"] for row in rows] == ["pp64", "tg8", "pp64@d32", "tg8@d32"]
+    assert [row["test"] for row in rows] == [
+        "pp64",
+        "tg8",
+        "tg8xb3",
+        "pp64@d32",
+        "tg8@d32",
+        "tg8@d32xb3",
+    ]
     for row in rows:
         assert row["tokens_per_s"] > 0
         assert row["isa"] in ISAS
         assert row["threads"] >= 1
         assert 0 < row["size_bytes"] < 50e6
+        assert row["tflops"] > 0
+        assert (row["overhead_ms"] is None) == (row["test"][:2] == "pp")
     assert 0 < rows[1]["bytes_per_token"] < rows[1]["size_bytes"]
     assert rows[1]["fraction_of_read_rate"] > 0
+    # Sequences share what they read, so that each token costs less.
+    assert rows[2]["bytes_per_token"] < rows[1]["bytes_per_token"]
 
 
 class Screen:

@@ -1,8 +1,15 @@
 """`moejet bench`: tokens per second for prompts (pp) and generation (tg), as a table or as data.
 
 `pp512` reads a prompt of 512 tokens, `tg128` generates 128 tokens one at a time; `@d1024` means
-that 1024 tokens are in the context already. One warm-up run is thrown away, then each test runs
-several times. Tokenisation and sampling are not part of the measurement.
+that 1024 tokens are in the context already (random ones: times do not depend on the values), `xb16`
+that 16 sequences are generated at once, whose rates add up. One warm-up run is thrown away, then
+each test runs several times. Tokenisation and sampling are not part of the measurement.
+
+"GB/s" counts the weights and the context that a step must read, for several sequences the experts
+that they hit on average; "of read" compares that with plain reads of memory. "TFLOP/s" counts the
+matrix products, attention included; "of peak" compares them with the ceiling of the arithmetic of
+the expert kernels. Both ceilings are measured before and after each test. "overhead" is the time
+per generated token that an engine step spends outside the forward pass, sampling included.
 """
 
 import argparse
@@ -22,25 +29,35 @@ from moejet.config import DENSE_FORMATS, EXPERT_FORMATS
 from moejet.presets import PRESETS
 
 if TYPE_CHECKING:
+    from moejet.ceilings import Meter
     from moejet.experts.cpu_experts import CpuExperts
     from moejet.llm import LLM
+    from moejet.model_cost import ModelCost
 
 _GB = 1e9
 _GIB = 1 << 30
+_BLOCK_SIZE = 32  # tokens of a cache block
+_CEILING_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One measurement: `kind` "pp" or "tg" over num_tokens, after `depth` tokens of context."""
+    """One measurement: `kind` "pp" or "tg" over num_tokens, after `depth` tokens of context.
+
+    batch: sequences generated at once, each num_tokens long; prompts are read alone.
+    """
 
     kind: str
     num_tokens: int
     depth: int
+    batch: int = 1
 
     @property
     def name(self) -> str:
-        """The name in the table, such as pp512 or tg128@d1024."""
-        return f"{self.kind}{self.num_tokens}" + (f"@d{self.depth}" if self.depth else "")
+        """The name in the table, such as pp512 or tg128@d1024xb16."""
+        depth = f"@d{self.depth}" if self.depth else ""
+        batch = f"xb{self.batch}" if self.batch > 1 else ""
+        return f"{self.kind}{self.num_tokens}{depth}{batch}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +79,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-d", type=options.counts, default=[0], metavar="N,..", help="context depths"
     )
+    parser.add_argument(
+        "-b", type=options.counts, default=[1], metavar="N,..", help="sequences generated at once"
+    )
     parser.add_argument("-r", type=int, default=3, metavar="N", help="repetitions (default 3)")
     parser.add_argument(
         "-t", "--threads", type=options.counts, metavar="N,..", help="CPU thread counts to compare"
@@ -79,7 +99,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    tests = plan_tests(args.p, args.n, args.d)
+    if 0 in args.b:
+        raise ValueError("-b 0 must be a positive number of sequences")
+    tests = plan_tests(args.p, args.n, args.d, args.b)
     if args.r < 1:
         raise ValueError(f"-r {args.r} must be at least 1")
     if args.threads is not None and 0 in args.threads:
@@ -88,18 +110,33 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def plan_tests(prompts: list[int], answers: list[int], depths: list[int]) -> list[Case]:
+def plan_tests(
+    prompts: list[int], answers: list[int], depths: list[int], batches: list[int]
+) -> list[Case]:
     """All tests in the order of the table; a size of 0 leaves its kind out."""
-    tests = [
-        Case(kind, count, depth)
-        for depth in depths
-        for kind, counts in (("pp", prompts), ("tg", answers))
-        for count in counts
-        if count
-    ]
+    tests: list[Case] = []
+    for depth in depths:
+        tests += [Case("pp", count, depth) for count in prompts if count]
+        tests += [Case("tg", count, depth, b) for count in answers if count for b in batches]
     if not tests:
         raise ValueError("-p 0 with -n 0 leaves nothing to measure: give one of them a size")
     return tests
+
+
+def cache_options(tests: list[Case]) -> dict[str, int]:
+    """Engine options for a latent cache that holds the largest test, and not more."""
+    context = max(test.depth + test.num_tokens for test in tests) + 1
+    batch = max(test.batch for test in tests)
+    if batch == 1:
+        return {"max_context": context}
+    # Sequences begin with a block of their own.
+    longest = max(test.batch * (test.depth + test.num_tokens + _BLOCK_SIZE) for test in tests)
+    return {
+        "max_context": context,
+        "cache_tokens": max(context, longest),
+        "max_num_requests": batch,
+        "block_size": _BLOCK_SIZE,
+    }
 
 
 def open_llm(args: argparse.Namespace, engine_options: dict[str, Any]) -> "LLM":
@@ -113,7 +150,6 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
     from moejet.ceilings import Meter
 
     environment = describe_environment()
-    context = max(test.depth + test.num_tokens for test in tests) + 1
     for weight_format in args.format or [None]:
         for num_threads in args.threads or [None]:
             given = {
@@ -121,46 +157,93 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
                 "num_threads": num_threads,
                 "dense_format": args.dense_format,
                 "isa": args.isa,
-                "max_context": context,
+                **cache_options(tests),
             }
             with open_llm(args, {k: v for k, v in given.items() if v is not None}) as llm:
+                experts = _experts_of(llm)
+                meter = Meter(experts.pool, isa=experts.isa)
+                meter.read()
                 subject = _describe_model(args, llm)
-                read_gbps = Meter(_experts_of(llm).pool).read().value
-                yield from measure(
-                    llm, tests, args.r, {**environment, **subject, "read_gbps": read_gbps}
-                )
+                yield from measure(llm, tests, args.r, {**environment, **subject}, meter)
 
 
-def measure(llm: "LLM", tests: list[Case], repetitions: int, common: Row) -> Iterator[Row]:
+def measure(
+    llm: "LLM", tests: list[Case], repetitions: int, common: Row, meter: "Meter"
+) -> Iterator[Row]:
     """One row per test: `common` and the test's figures. The first run of a test is a warm-up."""
-    sizes = llm.weight_bytes()
+    from moejet.ceilings import arithmetic_of, bounding_ceiling
+
+    bound = bounding_ceiling(common["isa"], arithmetic_of(common["isa"], common["format"]))
+    overhead_s: dict[int, float] = {}
+
+    def ceilings() -> tuple[float | None, float | None]:
+        peak = None if bound is None else meter.arithmetic(bound, _CEILING_SECONDS).value
+        return meter.read(_CEILING_SECONDS).value, peak
+
     for test in tests:
-        run = llm.bench_prefill if test.kind == "pp" else llm.bench_decode
-        run(test.num_tokens, test.depth)
-        samples_s = [run(test.num_tokens, test.depth) for _ in range(repetitions)]
-        rates = [test.num_tokens / s for s in samples_s]
-        row = {
+        if test.kind == "tg" and test.batch not in overhead_s:
+            overhead_s[test.batch] = llm.bench_overhead(test.batch)
+        _run(llm, test)
+        before = ceilings()
+        samples_s = [_run(llm, test) for _ in range(repetitions)]
+        read_gbps, peak = map(_larger, before, ceilings())
+        yield {
             **common,
             "test": test.name,
             "num_tokens": test.num_tokens,
             "depth": test.depth,
-            "tokens_per_s": statistics.fmean(rates),
-            "tokens_per_s_sd": statistics.stdev(rates) if len(rates) > 1 else None,
-            "samples_s": samples_s,
-            "size_bytes": sizes["total"],
-            "bytes_per_token": None,
-            "gbps": None,
-            "fraction_of_read_rate": None,
+            "batch": test.batch,
+            **derive(llm.cost, test, samples_s, read_gbps, peak),
+            "ceiling": bound,
+            "overhead_ms": 1e3 * overhead_s[test.batch] if test.kind == "tg" else None,
         }
-        if test.kind == "tg":
-            # The context grows from depth to depth + num_tokens while it is read once per token.
-            mean_context = test.depth + test.num_tokens / 2
-            per_token = sizes["active_per_token"] + sizes["latent_per_token"] * mean_context
-            row["bytes_per_token"] = round(per_token)
-            row["gbps"] = per_token * row["tokens_per_s"] / _GB
-            if common.get("read_gbps"):
-                row["fraction_of_read_rate"] = row["gbps"] / common["read_gbps"]
-        yield row
+
+
+def derive(
+    cost: "ModelCost",
+    test: Case,
+    samples_s: list[float],
+    read_gbps: float | None,
+    peak_tflops: float | None,
+) -> Row:
+    """The figures of a test; bytes are those of generated tokens only."""
+    rates = [test.batch * test.num_tokens / s for s in samples_s]
+    num_bytes = None
+    if test.kind == "tg":
+        # The context grows from depth to depth + num_tokens while it is read once per step.
+        context = test.depth + test.num_tokens / 2
+        num_bytes = cost.decode_bytes(context, test.batch) / test.batch
+        operations = cost.decode_operations(context)
+    else:
+        operations = cost.prefill_operations(test.num_tokens, test.depth) / test.num_tokens
+    mean = statistics.fmean(rates)
+    gbps = None if num_bytes is None else num_bytes * mean / _GB
+    tflops = operations * mean / 1e12
+    return {
+        "tokens_per_s": mean,
+        "tokens_per_s_sd": statistics.stdev(rates) if len(rates) > 1 else None,
+        "samples_s": samples_s,
+        "size_bytes": round(cost.weight_bytes),
+        "bytes_per_token": None if num_bytes is None else round(num_bytes),
+        "operations_per_token": round(operations),
+        "gbps": gbps,
+        "tflops": tflops,
+        "read_gbps": read_gbps,
+        "ceiling_tflops": peak_tflops,
+        "fraction_of_read_rate": gbps / read_gbps if gbps and read_gbps else None,
+        "fraction_of_peak": tflops / peak_tflops if peak_tflops else None,
+    }
+
+
+def _run(llm: "LLM", test: Case) -> float:
+    if test.kind == "pp":
+        return llm.bench_prefill(test.num_tokens, test.depth)
+    return llm.bench_decode(test.num_tokens, test.depth, test.batch)
+
+
+def _larger(before: float | None, after: float | None) -> float | None:
+    """What the machine could do: other programs can only lower a ceiling while it is measured."""
+    return max(before or 0.0, after or 0.0) or None
 
 
 def _experts_of(llm: "LLM") -> "CpuExperts":
@@ -184,17 +267,24 @@ def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
 
 
 _COLUMNS: list[Column] = [
-    ("model", 24, lambda row: str(row["model"])),
+    ("model", 26, lambda row: str(row["model"])),
     ("size GiB", 8, lambda row: f"{row['size_bytes'] / _GIB:.3f}"),
     ("format", 8, lambda row: str(row["format"])),
     ("dense", 5, lambda row: str(row["dense"])),
     ("threads", 7, lambda row: str(row["threads"])),
     ("isa", 6, lambda row: str(row["isa"])),
-    ("test", 12, lambda row: str(row["test"])),
+    ("test", 14, lambda row: str(row["test"])),
     ("t/s", 18, lambda row: _rate(row)),
     ("GB/s", 6, lambda row: "" if row["gbps"] is None else f"{row['gbps']:.2f}"),
-    ("of read rate", 12, lambda row: percent(row["fraction_of_read_rate"])),
+    ("of read", 7, lambda row: percent(row["fraction_of_read_rate"])),
+    ("TFLOP/s", 7, lambda row: f"{row['tflops']:.3f}"),
+    ("of peak", 7, lambda row: percent(row["fraction_of_peak"])),
+    ("overhead ms", 11, lambda row: _number(row["overhead_ms"])),
 ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _rate(row: Row) -> str:
@@ -207,7 +297,10 @@ def _write_md(rows: Iterator[Row]) -> None:
     """Rows as they are measured; what was measured where comes after the table."""
     row = write_table(_COLUMNS, rows)
     if row is not None:
-        note(f"memory reads {row['read_gbps']:.1f} GB/s · {summary(row)}")
+        peak = (
+            f" · {row['ceiling']} {row['ceiling_tflops']:.2f} T/s" if row["ceiling_tflops"] else ""
+        )
+        note(f"memory reads {row['read_gbps']:.1f} GB/s{peak} · {summary(row)}")
 
 
 def _write_csv(rows: Iterator[Row]) -> None:

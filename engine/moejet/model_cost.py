@@ -1,0 +1,136 @@
+"""What a model must read and multiply at the least: the one source of bytes and operations per token.
+
+Bytes are those of weights and cache as they are held, scales included; norms, biases and activations
+are too small to count. Operations are those of matrix products, two for each multiply-add. Attention
+counts in the cheaper of its two forms (`moejet.ops.mla_attention`):
+  absorbed   W_UK and W_UV once per query token and head, 2 C + R multiply-adds per query-key pair
+  expanded   keys and values rebuilt once per context token and head, N + R + V per pair
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moejet.config import FORMAT_BITS, EngineConfig, ModelConfig
+
+_CACHE_BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """Bytes and operations of `config` with weights and cache in the given formats."""
+
+    config: ModelConfig
+    expert_format: str
+    dense_format: str
+    cache_dtype: str
+
+    @classmethod
+    def of(cls, config: ModelConfig, engine: EngineConfig) -> ModelCost:
+        """In the formats of an engine."""
+        return cls(config, engine.expert_format, engine.dense_format, engine.cache_dtype)
+
+    @property
+    def expert_bytes(self) -> float:
+        """One routed expert."""
+        c = self.config
+        weights = 3 * c.hidden_size * c.moe_intermediate_size
+        return weights * FORMAT_BITS[self.expert_format] / 8
+
+    @property
+    def routed_bytes(self) -> float:
+        """All routed experts of all layers."""
+        return self.config.num_moe_layers * self.config.num_experts * self.expert_bytes
+
+    @property
+    def dense_bytes(self) -> float:
+        """Everything else, as it is held: see `moejet.layers`."""
+        c = self.config
+        table = c.vocab_size * c.hidden_size
+        if self.dense_format == "fp32":
+            return 4.0 * (self._packed_parameters + table + self._router_parameters)
+        # Packed attention holds W_UK in both orientations.
+        w_uk = c.num_hidden_layers * c.num_attention_heads * c.qk_nope_head_dim * c.kv_lora_rank
+        packed = (self._packed_parameters + w_uk) * FORMAT_BITS[self.dense_format] / 8
+        return packed + 2 * table + 4 * self._router_parameters
+
+    @property
+    def weight_bytes(self) -> float:
+        """All weights."""
+        return self.dense_bytes + self.routed_bytes
+
+    @property
+    def latent_bytes(self) -> int:
+        """One token in the cache, all layers."""
+        c = self.config
+        return c.num_hidden_layers * c.latent_dim * _CACHE_BYTES[self.cache_dtype]
+
+    def unique_experts(self, num_tokens: int) -> float:
+        """Experts of one layer that num_tokens hit, on average with uniform routing."""
+        miss = 1.0 - self.config.num_experts_per_tok / self.config.num_experts
+        return self.config.num_experts * (1.0 - miss**num_tokens)
+
+    def decode_bytes(self, context: float, batch: int = 1) -> float:
+        """What one step of `batch` sequences reads, each `context` tokens long."""
+        bits = FORMAT_BITS[self.dense_format]
+        dense = self._packed_parameters * bits / 8 + 4 * self._router_parameters
+        routed = self.config.num_moe_layers * self.unique_experts(batch) * self.expert_bytes
+        return dense + routed + batch * context * self.latent_bytes
+
+    def decode_operations(self, context: float, batch: int = 1) -> float:
+        """Of one step of `batch` sequences, each `context` tokens long."""
+        linear = self._linear_parameters + self._up_parameters + self._output_parameters
+        return batch * (2.0 * linear + context * self._absorbed_per_pair)
+
+    def prefill_operations(self, num_tokens: int, depth: int = 0) -> float:
+        """Of num_tokens of prompt behind `depth` tokens in the cache; logits of the last token only."""
+        pairs = num_tokens * depth + num_tokens * (num_tokens + 1) / 2
+        absorbed = 2.0 * num_tokens * self._up_parameters + pairs * self._absorbed_per_pair
+        expanded = 2.0 * (depth + num_tokens) * self._up_parameters
+        expanded += pairs * self._expanded_per_pair
+        linear = 2.0 * (num_tokens * self._linear_parameters + self._output_parameters)
+        return linear + min(absorbed, expanded)
+
+    @property
+    def _output_parameters(self) -> int:
+        return self.config.vocab_size * self.config.hidden_size
+
+    @property
+    def _router_parameters(self) -> int:
+        c = self.config
+        return c.num_moe_layers * c.num_experts * c.hidden_size
+
+    @property
+    def _packed_parameters(self) -> int:
+        """Attention, shared experts, dense layers and the output projection (a copy where tied)."""
+        c = self.config
+        tables = self._output_parameters * (1 if c.tie_word_embeddings else 2)
+        return c.num_dense_parameters - tables - self._router_parameters + self._output_parameters
+
+    @property
+    def _up_parameters(self) -> int:
+        """W_UK and W_UV of all layers."""
+        c = self.config
+        per_head = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+        return c.num_hidden_layers * c.num_attention_heads * per_head
+
+    @property
+    def _linear_parameters(self) -> int:
+        """What multiplies every token, routed experts included; without W_UK, W_UV and output."""
+        c = self.config
+        expert = 3 * c.hidden_size * c.moe_intermediate_size
+        routed = c.num_moe_layers * c.num_experts_per_tok * expert
+        dense = self._packed_parameters - self._up_parameters - self._output_parameters
+        return dense + self._router_parameters + routed
+
+    @property
+    def _absorbed_per_pair(self) -> int:
+        c = self.config
+        macs = 2 * c.kv_lora_rank + c.qk_rope_head_dim
+        return 2 * c.num_hidden_layers * c.num_attention_heads * macs
+
+    @property
+    def _expanded_per_pair(self) -> int:
+        c = self.config
+        macs = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+        return 2 * c.num_hidden_layers * c.num_attention_heads * macs
