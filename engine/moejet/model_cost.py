@@ -47,12 +47,11 @@ class ModelCost:
         """Everything else, as it is held: see `moejet.layers`."""
         c = self.config
         table = c.vocab_size * c.hidden_size
-        if self.dense_format == "fp32":
-            return 4.0 * (self._packed_parameters + table + self._router_parameters)
-        # Packed attention holds W_UK in both orientations.
+        table_bytes = 4 if self.dense_format == "fp32" else 2
+        # Attention holds W_UK in both orientations.
         w_uk = c.num_hidden_layers * c.num_attention_heads * c.qk_nope_head_dim * c.kv_lora_rank
         packed = (self._packed_parameters + w_uk) * FORMAT_BITS[self.dense_format] / 8
-        return packed + 2 * table + 4 * self._router_parameters
+        return packed + table_bytes * table + 4 * self._router_parameters
 
     @property
     def weight_bytes(self) -> float:
