@@ -251,10 +251,11 @@ void router_logits(const py::object& x, const py::object& weight, const py::obje
   const RouterMatrix router{matrix.data(), matrix.dtype(),     matrix.row_stride(),
                             width,         input.row(0),       input.row_stride(),
                             result.row(0), result.row_stride()};
-  // One token: shares of experts. More: shares of tokens with all experts.
+  // One token: shares of experts, a multiple of 8. More: shares of tokens with all experts.
   constexpr int64_t kTokenShare = 48;
+  const int64_t expert_share = std::max<int64_t>(1, rows_of_share(width) / 2) * 8;
   const bool one = n == 1;
-  for_shares(pool, one ? experts : n, one ? rows_of_share(width) : kTokenShare,
+  for_shares(pool, one ? experts : n, one ? expert_share : kTokenShare,
              [&](int64_t begin, int64_t end) {
                if (one) ops.router_logits(router, 0, 1, begin, end);
                if (!one) ops.router_logits(router, begin, end, 0, experts);

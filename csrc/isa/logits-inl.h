@@ -202,29 +202,32 @@ class TermSum {
   Double part_[kParts] = {};
 };
 
-// body(begin, end, sum) for shares of the row in order, until it returns true.
-template <class Body>
-inline void for_sums(const SoftmaxTerms& softmax, const float* logits, int64_t n, Body&& body) {
-  constexpr int64_t kShare = 8 * SoftmaxTerms::kBlock;
-  alignas(64) float terms[SoftmaxTerms::kBlock];
-  for (int64_t begin = 0; begin < n; begin += kShare) {
-    const int64_t end = begin + kShare < n ? begin + kShare : n;
+// A row is summed in this many shares at most, whole multiples of a block.
+constexpr int64_t kMaxShares = 256;
+
+// The sums of all shares, and how many logits one has.
+inline int64_t share_sums(const SoftmaxTerms& softmax, const float* logits, int64_t n,
+                          double* sums) {
+  constexpr int64_t kBlock = SoftmaxTerms::kBlock;
+  const int64_t size = (n + kMaxShares * kBlock - 1) / (kMaxShares * kBlock) * kBlock;
+  alignas(64) float terms[kBlock];
+  for (int64_t begin = 0; begin < n; begin += size) {
+    const int64_t end = begin + size < n ? begin + size : n;
     TermSum sum;
-    for (int64_t i = begin; i < end; i += SoftmaxTerms::kBlock) {
-      const int64_t count = end - i < SoftmaxTerms::kBlock ? end - i : SoftmaxTerms::kBlock;
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int64_t count = end - i < kBlock ? end - i : kBlock;
       softmax.compute(logits + i, count, terms);
       sum.add(terms, count);
     }
-    if (body(begin, end, sum.total())) return;
+    *sums++ = sum.total();
   }
+  return size;
 }
 
 inline double exp_sum_row(const float* logits, int64_t n, float max, double temperature) {
-  double total = 0.;
-  for_sums(SoftmaxTerms(max, temperature), logits, n, [&](int64_t, int64_t, double sum) {
-    total += sum;
-    return false;
-  });
+  double sums[kMaxShares], total = 0.;
+  const int64_t size = share_sums(SoftmaxTerms(max, temperature), logits, n, sums);
+  for (int64_t share = 0; share * size < n; ++share) total += sums[share];
   return total;
 }
 
@@ -249,19 +252,21 @@ inline int64_t draw_within(const SoftmaxTerms& softmax, const float* logits, int
 
 inline int64_t draw_row(const float* logits, int64_t n, float max, double temperature, double u) {
   const SoftmaxTerms softmax(max, temperature);
-  const double target = u * exp_sum_row(logits, n, max, temperature);
+  double sums[kMaxShares], total = 0.;
+  const int64_t size = share_sums(softmax, logits, n, sums);
+  for (int64_t share = 0; share * size < n; ++share) total += sums[share];
+  const double target = u * total;
   // The share searched for, or the last one with a term that is not zero.
-  int64_t share_begin = 0, share_end = n;
+  int64_t found = 0;
   double sum = 0., before = 0.;
-  for_sums(softmax, logits, n, [&](int64_t begin, int64_t end, double share) {
-    if (share == 0.) return false;
-    share_begin = begin;
-    share_end = end;
+  for (int64_t share = 0; share * size < n && !(sum > target); ++share) {
+    if (sums[share] == 0.) continue;
+    found = share;
     before = sum;
-    sum += share;
-    return sum > target;
-  });
-  return draw_within(softmax, logits, share_begin, share_end, before, target);
+    sum += sums[share];
+  }
+  const int64_t end = (found + 1) * size < n ? (found + 1) * size : n;
+  return draw_within(softmax, logits, found * size, end, before, target);
 }
 
 }  // namespace MOEJET_ISA_NS

@@ -265,3 +265,131 @@ class Program:
     def num_operations(self) -> int: ...
     @property
     def isa(self) -> str: ...
+
+# Small operations on whole tensors: fp32, elements of a row adjacent, rows may be apart. Rows are
+# shared out over the pool's workers; without a pool the caller computes. Results do not depend on
+# threads or on the other rows, and are the same on every instruction set (router_logits: rounding).
+
+BAD_LOGITS: int
+UNDECIDED: int
+MAX_TOP_LOGITS: int
+MAX_ROPE_DIM: int
+MAX_ROUTER_EXPERTS: int
+
+def embed(
+    table: _Tensor,
+    token_ids: _Tensor,
+    out: _Tensor,
+    pool: ThreadPool | None = None,
+    isa: str = "auto",
+) -> None:
+    """out[t] = table[token_ids[t]]; table [V, D] fp32 or bf16, token_ids [T] i32 or i64, out [T, D]."""
+
+def rms_norm(
+    x: _Tensor,
+    weight: _Tensor,
+    eps: float,
+    out: _Tensor,
+    pool: ThreadPool | None = None,
+    isa: str = "auto",
+) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * weight; x and out [T, D], weight [D]; out may be x."""
+
+def add_rms_norm(
+    h: _Tensor,
+    a: _Tensor,
+    b: _Tensor | None = None,
+    weight: _Tensor | None = None,
+    eps: float = 0.0,
+    out: _Tensor | None = None,
+    pool: ThreadPool | None = None,
+    isa: str = "auto",
+) -> None:
+    """h += a + b in place; with weight and out, also out = rms_norm(h). All [T, D], weight [D]."""
+
+def rope(
+    x: _Tensor,
+    cos_sin: _Tensor,
+    interleave: bool,
+    out: _Tensor,
+    pool: ThreadPool | None = None,
+    isa: str = "auto",
+) -> None:
+    """Rotates x [T, H, R] by cos_sin [T, R] into out [T, H, R], halves in order; out may be x."""
+
+def store_latent(
+    c_kv: _Tensor,
+    k_pe: _Tensor,
+    cache: _Tensor,
+    slots: _Tensor,
+    norm_weight: _Tensor | None = None,
+    eps: float = 0.0,
+    cos_sin: _Tensor | None = None,
+    interleave: bool = True,
+    pool: ThreadPool | None = None,
+    isa: str = "auto",
+) -> None:
+    """cache[slots[t]] = [rms_norm(c_kv[t]) | rope(k_pe[t])]; without norm_weight or cos_sin, as it is.
+
+    c_kv [T, C] · k_pe [T, R] · cache [N, S, C + R] contiguous, fp32 or bf16 · slots [T] i32 or i64
+    norm_weight [C] · cos_sin [T, R]
+    """
+
+def router_logits(
+    x: _Tensor,
+    weight: _Tensor,
+    out: _Tensor,
+    pool: ThreadPool | None = None,
+    isa: str = "auto",
+) -> None:
+    """out = x weight^T in fp32; x [T, D], weight [E, D] fp32 or bf16, out [T, E]."""
+
+def router_topk(
+    logits: _Tensor,
+    ids: _Tensor,
+    weights: _Tensor,
+    scoring: str,
+    group_rank: str,
+    num_groups: int,
+    top_groups: int,
+    norm_topk_prob: bool,
+    scaling_factor: float,
+    bias: _Tensor | None = None,
+    pool: ThreadPool | None = None,
+    isa: str = "auto",
+) -> None:
+    """Selects experts; logits [T, E], ids [T, K] i32, weights [T, K], bias [E].
+
+    scoring: softmax, sigmoid · group_rank: none, best (score), best_two (their sum)
+    """
+
+def argmax(logits: _Tensor, pool: ThreadPool | None = None, isa: str = "auto") -> list[int]:
+    """Of each row of logits [B, V], the first index of the largest; BAD_LOGITS if NaN or +inf is there."""
+
+def top_logits(
+    logits: _Tensor,
+    ids: _Tensor,
+    values: _Tensor,
+    pool: ThreadPool | None = None,
+    isa: str = "auto",
+) -> list[float]:
+    """The K <= MAX_TOP_LOGITS largest of each row, descending; ids [B, K] i32, values [B, K].
+
+    Returns log(sum(exp(row))) of each row of logits [B, V].
+    """
+
+def sample(
+    logits: _Tensor,
+    temperature: list[float],
+    top_k: list[int],
+    top_p: list[float],
+    min_p: list[float],
+    u: list[float],
+    pool: ThreadPool | None = None,
+    isa: str = "auto",
+) -> list[int]:
+    """A token for each row of logits [B, V] by inverse transform with u; lists of B entries.
+
+    BAD_LOGITS: NaN, +inf, or nothing above -inf. UNDECIDED: more than MAX_TOP_LOGITS tokens pass the
+    cut-offs.
+    """

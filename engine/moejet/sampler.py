@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moejet.ops.sample import BAD_LOGITS, sample_tokens
+from moejet.ops.top_logits import top_logits
 from moejet.request import Request, SamplingParams, TokenLogprobs
 
 _MASK64 = (1 << 64) - 1
@@ -34,33 +36,43 @@ class SampledToken:
     logprobs: TokenLogprobs | None
 
 
+# For rows that are sampled after their logits were adjusted: the raw row is checked all the same.
+_GREEDY = SamplingParams(temperature=0.0)
+
+
 def sample(logits: Tensor, requests: list[Request]) -> list[SampledToken]:
     """Chooses the next token of each request.
 
-    logits [B, V] any float dtype, row i belongs to requests[i]. Raises `BadLogitsError` if a row holds NaN or +inf.
+    logits [B, V] any float dtype, row i belongs to requests[i]. Raises `BadLogitsError` if a row holds NaN or
+    +inf, or nothing above -inf.
     """
     logits = logits.float()
-    broken = (torch.isnan(logits) | torch.isposinf(logits)).any(dim=-1)
-    if bool(broken.any()):
-        raise BadLogitsError([requests[i].request_id for i in torch.nonzero(broken)[:, 0].tolist()])
-    wants_logprobs = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-    logprobs = {i: torch.log_softmax(logits[i], dim=-1) for i in wants_logprobs}
-    greedy = torch.argmax(logits, dim=-1).tolist()
+    uniforms = [uniform(r.seed, len(r.token_ids)) for r in requests]
+    adjusted = [i for i, r in enumerate(requests) if _adjusts(r.params)]
+    rules = [r.params for r in requests]
+    for i in adjusted:
+        rules[i] = _GREEDY
+    tokens = sample_tokens(logits, rules, uniforms)
+    broken = [
+        r.request_id for r, token in zip(requests, tokens, strict=True) if token == BAD_LOGITS
+    ]
+    if broken:
+        raise BadLogitsError(broken)
+    for i in adjusted:
+        row = adjust_logits(logits[i], requests[i]).unsqueeze(0)
+        tokens[i] = sample_tokens(row, [requests[i].params], [uniforms[i]])[0]
+        if tokens[i] == BAD_LOGITS:  # logits near the limits of fp32, made infinite by a penalty
+            raise BadLogitsError([requests[i].request_id])
     result: list[SampledToken] = []
-    for i, request in enumerate(requests):
-        params = request.params
-        row = logits[i]
-        plain = not params.has_penalties and not params.logit_bias
-        if not plain:
-            row = adjust_logits(row, request)
-        if params.temperature == 0.0:
-            token_id = greedy[i] if plain else int(torch.argmax(row))
-        else:
-            u = uniform(request.seed, len(request.token_ids))
-            token_id = choose(row, params, u)
-        entry = _describe(logprobs[i], token_id, params) if i in logprobs else None
-        result.append(SampledToken(token_id, entry))
+    for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+        wanted = request.params.logprobs
+        entry = None if wanted is None else _describe(logits[i], token, wanted)
+        result.append(SampledToken(token, entry))
     return result
+
+
+def _adjusts(params: SamplingParams) -> bool:
+    return params.has_penalties or bool(params.logit_bias)
 
 
 def adjust_logits(row: Tensor, request: Request) -> Tensor:
@@ -84,56 +96,11 @@ def adjust_logits(row: Tensor, request: Request) -> Tensor:
     return row
 
 
-def choose(row: Tensor, params: SamplingParams, u: float) -> int:
-    """Draws one token from the cut-off, tempered distribution of row [V] by inverse transform with u in [0, 1)."""
-    # Shifted first: a tiny temperature would send the quotients to infinity.
-    wide = row.double()
-    probs = torch.softmax((wide - wide.max()) / params.temperature, dim=-1)
-    if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
-        return _inverse_transform(probs, u)
-    k = min(params.top_k or probs.numel(), probs.numel())
-    values, ids = _sorted_head(probs, k, params.top_p if params.top_k == 0 else 1.0)
-    if params.top_p < 1.0:
-        values = values / values.sum() if params.top_k else values
-        before = torch.cumsum(values, dim=0) - values
-        values = values[before < params.top_p]
-    if params.min_p > 0.0:
-        values = values[values >= params.min_p * values[0]]
-    return int(ids[_inverse_transform(values / values.sum(), u)])
-
-
-def _sorted_head(probs: Tensor, k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """The k largest probabilities in descending order, ties by token id; fewer where they already hold top_p."""
-    head = min(k, 1024)
-    while head < k:
-        values, ids = _topk_stable(probs, head)
-        if top_p < 1.0 and float(values.sum()) >= top_p:
-            return values, ids
-        head *= 8
-    return _topk_stable(probs, k)
-
-
-def _topk_stable(probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, ids = torch.topk(probs, min(k, probs.numel()))
-    by_id = torch.argsort(ids)
-    order = by_id[torch.argsort(values[by_id], descending=True, stable=True)]
-    return values[order], ids[order]
-
-
-def _inverse_transform(probs: Tensor, u: float) -> int:
-    cumulative = torch.cumsum(probs, dim=0)
-    index = int(torch.searchsorted(cumulative, u * float(cumulative[-1]), right=True))
-    if index < probs.numel() and float(probs[index]) > 0.0:
-        return index
-    return int(torch.nonzero(probs)[-1])
-
-
-def _describe(logprobs: Tensor, token_id: int, params: SamplingParams) -> TokenLogprobs:
-    top: tuple[tuple[int, float], ...] = ()
-    if params.logprobs:
-        values, ids = torch.topk(logprobs, min(params.logprobs, logprobs.numel()))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token_id, float(logprobs[token_id]), top)
+def _describe(row: Tensor, token_id: int, wanted: int) -> TokenLogprobs:
+    values, ids, log_sums = top_logits(row.unsqueeze(0), wanted)
+    logprobs = [value - log_sums[0] for value in values[0].tolist()]
+    top = tuple(zip(ids[0].tolist(), logprobs, strict=True))
+    return TokenLogprobs(token_id, float(row[token_id]) - log_sums[0], top)
 
 
 def uniform(seed: int, position: int) -> float:

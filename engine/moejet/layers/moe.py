@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moejet.config import ModelConfig
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.layers.linear import DenseWeights, GatedMLP
+from moejet.ops.router_logits import router_logits
 from moejet.ops.router_topk import router_topk
 from moejet.weights.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from moejet._C import ThreadPool
 
 
 class Router:
     """fp32 gate: logits [T, E] to (topk_ids, topk_weights)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, pool: ThreadPool | None = None):
         self.config = config
+        self.pool = pool
         self.weight = torch.empty(config.num_experts, config.hidden_size)
         self.bias: Tensor | None = None
         if config.topk_method == "noaux_tc":
             self.bias = torch.empty(config.num_experts)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return router_topk(F.linear(x.float(), self.weight), self.bias, self.config)
+        return router_topk(router_logits(x, self.weight, self.pool), self.bias, self.config)
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
         specs = {f"{prefix}.weight": TensorSpec.copy_into(self.weight)}
@@ -40,7 +45,7 @@ class MoE:
 
     def __init__(self, config: ModelConfig, experts: CpuExperts, *, dense: DenseWeights):
         self.config = config
-        self.router = Router(config)
+        self.router = Router(config, experts.pool)
         self.experts = experts
         self.shared_experts: GatedMLP | None = None
         if config.num_shared_experts:

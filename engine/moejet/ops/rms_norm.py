@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from moejet.config import use_reference
+from moejet.extension import load_extension
+from moejet.ops.native import cpu_isa, runs_native
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -> Tensor:
@@ -17,6 +19,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -
         from moejet.kernels.rms_norm import rms_norm as rms_norm_triton
 
         return rms_norm_triton(x, weight, eps, out_dtype=out_dtype)
+    if out_dtype == torch.float32 and x.numel() > 0 and runs_native(x, weight):
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty(rows.shape)
+        load_extension().rms_norm(rows, weight, eps, out, isa=cpu_isa())
+        return out.view(x.shape)
     return rms_norm_ref(x, weight, eps, out_dtype=out_dtype)
 
 

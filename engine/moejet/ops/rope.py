@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from moejet.config import RopeConfig
+from moejet.extension import load_extension
+from moejet.ops.native import cpu_isa, runs_native
+
+_MAX_NATIVE_DIM = 512
 
 
 def rope_inv_freq(rope: RopeConfig, dim: int) -> Tensor:
@@ -51,7 +55,12 @@ def apply_rope(x: Tensor, cos_sin: Tensor, *, interleave: bool) -> Tensor:
 
     x [T, R] or [T, H, R] · cos_sin [T, R] rows of `rope_table`. Returns x's shape and dtype, rotated halves in order.
     """
-    return apply_rope_ref(x, cos_sin, interleave=interleave)
+    if x.shape[-1] > _MAX_NATIVE_DIM or not runs_native(x, cos_sin):
+        return apply_rope_ref(x, cos_sin, interleave=interleave)
+    out = torch.empty(x.shape)
+    heads = (x, out) if x.dim() == 3 else (x.unsqueeze(1), out.unsqueeze(1))
+    load_extension().rope(heads[0], cos_sin, interleave, heads[1], isa=cpu_isa())
+    return out
 
 
 def apply_rope_ref(x: Tensor, cos_sin: Tensor, *, interleave: bool) -> Tensor:

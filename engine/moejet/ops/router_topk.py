@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 from moejet.config import ModelConfig
+from moejet.extension import load_extension
+from moejet.ops.native import cpu_isa, runs_native
+
+_GROUP_RANKS = {"greedy": "none", "group_limited_greedy": "best", "noaux_tc": "best_two"}
+_MAX_NATIVE_EXPERTS = 1024
 
 
 def router_topk(
@@ -21,9 +26,28 @@ def router_topk(
     """Selects experts.
 
     router_logits [T, E] fp32 · bias [E] fp32 (`e_score_correction_bias`; None for softmax routers).
-    Returns topk_ids [T, K] int32 and topk_weights [T, K] fp32, routed_scaling_factor and renormalisation included.
+    Returns topk_ids [T, K] int32 and topk_weights [T, K] fp32, routed_scaling_factor and renormalisation included,
+    from the best expert on; among equal scores the smaller id comes first. NaN counts as the largest score.
     """
-    return router_topk_ref(router_logits, bias, config)
+    if router_logits.shape[1] > _MAX_NATIVE_EXPERTS or not runs_native(router_logits, bias):
+        return router_topk_ref(router_logits, bias, config)
+    num_tokens, top_k = router_logits.shape[0], config.num_experts_per_tok
+    topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int32)
+    topk_weights = torch.empty(num_tokens, top_k)
+    load_extension().router_topk(
+        router_logits,
+        topk_ids,
+        topk_weights,
+        config.scoring_func,
+        _GROUP_RANKS[config.topk_method],
+        config.n_group,
+        config.topk_group,
+        config.norm_topk_prob,
+        config.routed_scaling_factor,
+        bias if config.scoring_func == "sigmoid" else None,
+        isa=cpu_isa(),
+    )
+    return topk_ids, topk_weights
 
 
 def router_topk_ref(
@@ -39,7 +63,7 @@ def router_topk_ref(
         choice = scores + (0.0 if bias is None else bias.float())
     if config.topk_method != "greedy" and config.n_group > 1:
         choice = _mask_groups(choice, config)
-    topk_ids = torch.topk(choice, config.num_experts_per_tok, dim=-1).indices
+    topk_ids = _best(choice, config.num_experts_per_tok)
     topk_weights = scores.gather(1, topk_ids)
     if config.norm_topk_prob:
         topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -57,6 +81,11 @@ def _mask_groups(choice: Tensor, config: ModelConfig) -> Tensor:
         group_scores = grouped.topk(best, dim=-1).values.sum(dim=-1)
     else:
         group_scores = grouped.amax(dim=-1)
-    kept = group_scores.topk(config.topk_group, dim=-1).indices
+    kept = _best(group_scores, config.topk_group)
     mask = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, kept, True)
     return grouped.masked_fill(~mask.unsqueeze(-1), float("-inf")).view_as(choice)
+
+
+def _best(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of each row, the smaller one first among equals (torch.topk leaves that open)."""
+    return torch.argsort(scores, dim=-1, descending=True, stable=True)[:, :k]

@@ -1,0 +1,33 @@
+"""The router's logits: one fp32 dot product per token and expert."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moejet.extension import load_extension
+from moejet.ops.native import cpu_isa, runs_native
+
+if TYPE_CHECKING:
+    from moejet._C import ThreadPool
+
+
+def router_logits(x: Tensor, weight: Tensor, pool: ThreadPool | None = None) -> Tensor:
+    """x W^T in fp32, on the pool's workers or, without one, on the caller's thread.
+
+    x [T, D] any float dtype · weight [E, D] fp32. Returns [T, E] fp32; a row does not depend on the other rows.
+    """
+    x = x.float()
+    if not runs_native(x, weight):
+        return router_logits_ref(x, weight)
+    out = torch.empty(x.shape[0], weight.shape[0])
+    load_extension().router_logits(x, weight, out, pool, cpu_isa())
+    return out
+
+
+def router_logits_ref(x: Tensor, weight: Tensor) -> Tensor:
+    """Torch reference of `router_logits`."""
+    return F.linear(x.float(), weight)

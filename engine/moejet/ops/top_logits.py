@@ -1,0 +1,34 @@
+"""The largest logits of a row and its log-sum-exp, from which log-probabilities follow without a softmax of the row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moejet.extension import load_extension
+from moejet.ops.native import cpu_isa, runs_native
+
+_MAX_NATIVE_K = 1024
+
+
+def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, list[float]]:
+    """The k largest of each row, descending, the smaller id first among equals; k is cut to V, 0 gives empty rows.
+
+    logits [B, V] fp32, finite or -inf, not all -inf. Returns values [B, k] fp32, ids [B, k] int32, and
+    log(sum(exp(row))) per row: a token's log-probability is its logit minus that.
+    """
+    num_rows, vocab_size = logits.shape
+    k = min(k, vocab_size)
+    if k > _MAX_NATIVE_K or not runs_native(logits):
+        return top_logits_ref(logits, k)
+    ids = torch.empty(num_rows, k, dtype=torch.int32)
+    values = torch.empty(num_rows, k)
+    log_sums: list[float] = load_extension().top_logits(logits, ids, values, isa=cpu_isa())
+    return values, ids, log_sums
+
+
+def top_logits_ref(logits: Tensor, k: int) -> tuple[Tensor, Tensor, list[float]]:
+    """Torch reference of `top_logits`, sums in float64."""
+    values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    log_sums: list[float] = torch.logsumexp(logits.double(), dim=-1).tolist()
+    return values[:, :k], ids[:, :k].int(), log_sums
