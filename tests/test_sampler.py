@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from moejet.ops.sample import sample_tokens, sample_tokens_ref
 from moejet.request import Request, SamplingParams
-from moejet.sampler import BadLogitsError, adjust_logits, choose, derive_seed, sample, uniform
+from moejet.sampler import BadLogitsError, adjust_logits, derive_seed, sample, uniform
 
 
 def _request(params: SamplingParams, prompt=(1, 2), output=(), seed=0) -> Request:
@@ -21,6 +22,13 @@ def _request(params: SamplingParams, prompt=(1, 2), output=(), seed=0) -> Reques
     )
     request.token_ids += list(output)
     return request
+
+
+def choose(row: torch.Tensor, params: SamplingParams, u: float) -> int:
+    """One token, the same from C++ and from the reference."""
+    token = sample_tokens(row.unsqueeze(0), [params], [u])[0]
+    assert token == sample_tokens_ref(row.unsqueeze(0), [params], [u])[0]
+    return token
 
 
 def _support(row: torch.Tensor, params: SamplingParams, steps: int = 2000) -> set[int]:
@@ -115,6 +123,32 @@ def test_logprobs_are_those_of_the_raw_logits():
     assert token.token_id == 0
     assert token.logprobs.logprob == pytest.approx(float(expected[0]))
     assert [i for i, _ in token.logprobs.top] == [2, 1]
+
+
+def test_logprobs_of_a_large_vocabulary_match_log_softmax():
+    torch.manual_seed(2)
+    logits = torch.randn(2, 20000) * 3
+    logits[:, 7] = -math.inf
+    requests = [
+        _request(SamplingParams(temperature=0.0, logprobs=20)),
+        _request(SamplingParams(logprobs=0), seed=3),
+    ]
+    expected = torch.log_softmax(logits.double(), -1)
+    for i, token in enumerate(sample(logits, requests)):
+        assert token.logprobs.logprob == pytest.approx(float(expected[i, token.token_id]), abs=1e-6)
+        assert len(token.logprobs.top) == (20 if i == 0 else 0)
+        for token_id, logprob in token.logprobs.top:
+            assert logprob == pytest.approx(float(expected[i, token_id]), abs=1e-6)
+
+
+def test_adjusted_rows_are_checked_before_and_after():
+    bias = {0: 100.0}
+    requests = [_request(SamplingParams(logit_bias=bias)) for _ in range(2)]
+    with pytest.raises(BadLogitsError):
+        sample(torch.tensor([[0.0, 1.0], [0.0, math.nan]]), requests)
+    overflowing = [_request(SamplingParams(repetition_penalty=0.01, temperature=0.0))]
+    with pytest.raises(BadLogitsError):
+        sample(torch.tensor([[0.0, 3e38, 0.0]]), overflowing)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

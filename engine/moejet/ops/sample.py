@@ -82,10 +82,12 @@ def _sorted_head(probs: Tensor, k: int, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def _topk_stable(probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, ids = torch.topk(probs, min(k, probs.numel()))
-    by_id = torch.argsort(ids)
-    order = by_id[torch.argsort(values[by_id], descending=True, stable=True)]
-    return values[order], ids[order]
+    smallest = torch.topk(probs, min(k, probs.numel())).values[-1]
+    above = torch.nonzero(probs > smallest)[:, 0]
+    equal = torch.nonzero(probs == smallest)[: k - above.numel(), 0]  # torch.topk would take any
+    ids = torch.cat((above, equal))
+    ids = ids[torch.argsort(probs[ids], descending=True, stable=True)]
+    return probs[ids], ids
 
 
 def _inverse_transform(probs: Tensor, u: float) -> int:
