@@ -164,7 +164,8 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
                 meter = Meter(experts.pool, isa=experts.isa)
                 meter.read()
                 subject = _describe_model(args, llm)
-                yield from measure(llm, tests, args.r, {**environment, **subject}, meter)
+                common = {"bench": "model", **environment, **subject}
+                yield from measure(llm, tests, args.r, common, meter)
 
 
 def measure(
