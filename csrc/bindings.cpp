@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <sched.h>
 
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -29,13 +30,14 @@ void register_ceilings(py::module_& m);  // bindings_ceilings.cpp
 
 namespace {
 
-constexpr const char* kFormatNames[kNumFormats] = {"int4_g32", "int8", "bf16"};
+constexpr const char* kFormatNames[kNumFormats] = {"int4_g32", "int8", "bf16", "fp8", "fp32"};
 
 Format parse_format(const std::string& name) {
   for (int i = 0; i < kNumFormats; ++i) {
     if (name == kFormatNames[i]) return static_cast<Format>(i);
   }
-  throw py::value_error("format='" + name + "' is unknown: use one of int4_g32, int8, bf16");
+  throw py::value_error("format='" + name +
+                        "' is unknown: use one of int4_g32, int8, bf16, fp8, fp32");
 }
 
 Projection parse_projection(const std::string& name) {
@@ -60,9 +62,55 @@ py::dict cpu_info_dict() {
                   py::arg("amx_permission") = info.amx_permission);
 }
 
-SourceMatrix source_of(const Tensor& w) {
-  return {w.data(), w.dtype(), w.row_stride(), w.dim(0), w.dim(1)};
-}
+// A matrix of weights with, if it is fp8, the scales of its blocks. The tensors stay alive as long
+// as this does.
+class WeightSource {
+ public:
+  // rows, cols: the wanted shape. w_name: how messages call w.
+  WeightSource(const py::object& w, const char* w_name, Tensor::Dim rows, Tensor::Dim cols,
+               const py::object& scale_inv)
+      : w_(w, w_name) {
+    const bool scaled = !scale_inv.is_none();
+    const std::string scales = "scale_inv, the fp32 scales [ceil(" + std::string(rows.letter) +
+                               " / 128), ceil(" + cols.letter + " / 128)] of its blocks";
+    if (w_.type() == ElementType::kFp8 && !scaled) {
+      throw py::value_error(w_name + (" is float8_e4m3fn: pass " + scales));
+    }
+    if (scaled && w_.type() != ElementType::kFp8 && w_.type() != ElementType::kU8) {
+      throw py::type_error(std::string("scale_inv belongs to float8_e4m3fn weights (or their bytes "
+                                       "as uint8), but ") +
+                           w_name + " is neither: leave it out");
+    }
+    if (!scaled) w_.expect_type({ElementType::kF32, ElementType::kBf16, ElementType::kF16});
+    w_.expect_shape({rows, cols});
+    w_.expect_rows();
+    source_ = {w_.data(), w_.dtype(), w_.row_stride(), w_.dim(0), w_.dim(1), nullptr};
+    if (scaled) take_scales(scale_inv);
+  }
+  const SourceMatrix& matrix() const { return source_; }
+
+ private:
+  void take_scales(const py::object& scale_inv) {
+    scales_.emplace(scale_inv, "scale_inv");
+    scales_->expect_type({ElementType::kF32});
+    const int64_t rows = ceil_div(source_.rows, kFp8ScaleBlock);
+    const int64_t cols = ceil_div(source_.cols, kFp8ScaleBlock);
+    scales_->expect_shape({{"row blocks", rows}, {"column blocks", cols}});
+    scales_->expect_contiguous();
+    source_.scale_inv = static_cast<const float*>(scales_->data());
+    for (int64_t i = 0; i < rows * cols; ++i) {
+      const float scale = source_.scale_inv[i];
+      if (std::isfinite(scale) && scale >= 0.f) continue;
+      throw py::value_error("scale_inv[" + std::to_string(i / cols) + ", " +
+                            std::to_string(i % cols) + "]=" + std::to_string(scale) +
+                            " must be finite and not negative: check the checkpoint");
+    }
+  }
+
+  Tensor w_;
+  std::optional<Tensor> scales_;
+  SourceMatrix source_;
+};
 
 void check_expert(const ExpertWeights& weights, int64_t expert) {
   if (expert < 0 || expert >= weights.num_experts()) {
@@ -73,17 +121,14 @@ void check_expert(const ExpertWeights& weights, int64_t expert) {
 
 // name: how messages call the argument w.
 void set_projection(ExpertWeights* weights, int64_t expert, Projection projection,
-                    const py::object& w, const char* name, ThreadPool* pool,
-                    const KernelTable& table) {
+                    const py::object& w, const char* name, const py::object& scale_inv,
+                    ThreadPool* pool, const KernelTable& table) {
   check_expert(*weights, expert);
-  const Tensor tensor(w, name);
-  tensor.expect_type({ElementType::kF32, ElementType::kBf16, ElementType::kF16});
   const bool down = projection == Projection::kDown;
-  tensor.expect_shape({{down ? "D" : "I", weights->rows(projection)},
-                       {down ? "I" : "D", weights->cols(projection)}});
-  tensor.expect_rows();
+  const WeightSource source(w, name, {down ? "D" : "I", weights->rows(projection)},
+                            {down ? "I" : "D", weights->cols(projection)}, scale_inv);
   const py::gil_scoped_release release;
-  weights->set_projection(expert, projection, source_of(tensor), table, pool);
+  weights->set_projection(expert, projection, source.matrix(), table, pool);
 }
 
 py::array_t<float> dequantize(const ExpertWeights& weights, int64_t expert, Projection projection) {
@@ -201,18 +246,15 @@ std::string linear_forward_py(const LinearWeights& weights, const py::object& x,
 }
 
 void set_matrix(LinearWeights& weights, int64_t matrix, const py::object& w, ThreadPool* pool,
-                const std::string& isa) {
+                const std::string& isa, const py::object& scale_inv) {
   const KernelTable& table = table_of(isa);
   if (matrix < 0 || matrix >= weights.num_matrices()) {
     throw py::value_error("matrix=" + std::to_string(matrix) + " must be between 0 and " +
                           std::to_string(weights.num_matrices() - 1));
   }
-  const Tensor tensor(w, "w");
-  tensor.expect_type({ElementType::kF32, ElementType::kBf16, ElementType::kF16});
-  tensor.expect_shape({{"rows", weights.rows()}, {"cols", weights.cols()}});
-  tensor.expect_rows();
+  const WeightSource source(w, "w", {"rows", weights.rows()}, {"cols", weights.cols()}, scale_inv);
   const py::gil_scoped_release release;
-  weights.set(matrix, source_of(tensor), table, pool);
+  weights.set(matrix, source.matrix(), table, pool);
 }
 
 void register_linear(py::module_& m) {
@@ -223,7 +265,8 @@ void register_linear(py::module_& m) {
           }),
           py::arg("num_matrices"), py::arg("rows"), py::arg("cols"), py::arg("format"))
       .def("set", &set_matrix, py::arg("matrix"), py::arg("w"), py::arg("pool") = py::none(),
-           py::arg("isa") = "auto", "Quantises and packs one matrix; fp32, bf16 or fp16.")
+           py::arg("isa") = "auto", py::arg("scale_inv") = py::none(),
+           "Quantises and packs one matrix; fp32, bf16, fp16, or float8_e4m3fn with scale_inv.")
       .def(
           "dequantize",
           [](const LinearWeights& self, int64_t matrix) {
@@ -282,21 +325,23 @@ void register_weights(py::module_& m) {
       .def(
           "set_projection",
           [](ExpertWeights& self, int64_t expert, const std::string& projection,
-             const py::object& w, ThreadPool* pool, const std::string& isa) {
-            set_projection(&self, expert, parse_projection(projection), w, "w", pool,
+             const py::object& w, ThreadPool* pool, const std::string& isa,
+             const py::object& scale_inv) {
+            set_projection(&self, expert, parse_projection(projection), w, "w", scale_inv, pool,
                            table_of(isa));
           },
           py::arg("expert"), py::arg("projection"), py::arg("w"), py::arg("pool") = py::none(),
-          py::arg("isa") = "auto",
-          "Quantises and packs one matrix: gate or up [I, D], down [D, I]; fp32, bf16 or fp16.")
+          py::arg("isa") = "auto", py::arg("scale_inv") = py::none(),
+          "Quantises and packs one matrix: gate or up [I, D], down [D, I]; fp32, bf16, fp16, or "
+          "float8_e4m3fn with scale_inv.")
       .def(
           "set_expert",
           [](ExpertWeights& self, int64_t expert, const py::object& gate, const py::object& up,
              const py::object& down, ThreadPool* pool, const std::string& isa) {
             const KernelTable& table = table_of(isa);
-            set_projection(&self, expert, Projection::kGate, gate, "gate", pool, table);
-            set_projection(&self, expert, Projection::kUp, up, "up", pool, table);
-            set_projection(&self, expert, Projection::kDown, down, "down", pool, table);
+            set_projection(&self, expert, Projection::kGate, gate, "gate", py::none(), pool, table);
+            set_projection(&self, expert, Projection::kUp, up, "up", py::none(), pool, table);
+            set_projection(&self, expert, Projection::kDown, down, "down", py::none(), pool, table);
           },
           py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"),
           py::arg("pool") = py::none(), py::arg("isa") = "auto")

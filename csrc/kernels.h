@@ -12,8 +12,10 @@
 
 namespace moejet {
 
-enum class DType { kF32 = 0, kBf16, kF16 };
-static constexpr int dtype_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+enum class DType { kF32 = 0, kBf16, kF16, kFp8 };  // kFp8: e4m3, weights only
+static constexpr int dtype_bytes(DType dtype) {
+  return dtype == DType::kF32 ? 4 : dtype == DType::kFp8 ? 1 : 2;
+}
 
 // Rows of one expert that the vector kernels take at a time: bounds the worker's buffers.
 constexpr int kVectorRowBlock = 128;
@@ -25,7 +27,7 @@ constexpr int kTileRows = 16;
 constexpr int kTileK = 32;  // bf16 inputs of one tile
 
 // Activations as the vector kernels read them, one row per token or per (token, expert) pair.
-// Integer formats: q, scale, offset. bf16: f32.
+// Integer formats: q, scale, offset. The others: f32.
 struct Activations {
   int8_t* q;        // [rows, ld], -127..127
   float* scale;     // [rows, ld_groups], one per 32 inputs
@@ -97,12 +99,26 @@ struct WorkerScratch {
   uint16_t* unpacked;  // [kTileChunkK / 32][2 panels][16][32] bf16 B tiles
 };
 
+// Rows of a matrix that is being packed.
+struct PanelSource {
+  const void* data;
+  DType dtype;
+  int64_t row_stride;  // elements
+  int rows;
+  int64_t k;
+  // One per 128 inputs: what the codes of an fp8 source are multiplied by. In the fp8 format they
+  // are kept, and for other sources are the scales to use. Else null.
+  const float* scales;
+};
+
 struct FormatKernels {
-  // Quantises and packs one panel: `rows` (1..16) rows of k values, row_stride elements apart.
-  // Missing rows and padded k become zero weights. Blocks go to dst, block_stride bytes apart.
-  // Returns false if a value cannot be represented (NaN or infinity in an integer format).
-  bool (*pack_panel)(const void* src, DType dtype, int64_t row_stride, int rows, int64_t k,
-                     uint8_t* dst, int64_t block_stride);
+  // Quantises and packs one panel of up to 16 rows. Missing rows and padded k become weights that
+  // are finite. Blocks go to dst, block_stride bytes apart. Returns false if a value cannot be
+  // represented: NaN or infinity in the integer formats and fp8.
+  bool (*pack_panel)(const PanelSource& source, uint8_t* dst, int64_t block_stride);
+  // For formats with scales over more than a panel, else null: the scale for each 128 inputs of up
+  // to 128 rows. Returns false if a value is NaN or infinite.
+  bool (*block_scales)(const PanelSource& source, float* scales);
   // Brings token t into the forms that its experts' kernels read.
   void (*prepare)(const MoeBatch& batch, int64_t t, WorkerScratch* scratch);
   // h = silu(gate x) * (up x) for units of 32 channels [unit_begin, unit_end) of one slot.

@@ -4,7 +4,7 @@
 //   kFormat, kMr               weight format, rows at most in one call
 //   tile<MR>(pair, num_blocks, rows, out, ld)    out[m][0..31] = pair's 32 rows times activation
 //   row m
-// It reads int8 activations (integer formats) or fp32 (bf16). The order of floating-point
+// It reads int8 activations (integer formats) or fp32 (the others). The order of floating-point
 // operations for one row does not depend on MR, so a token's result does not depend on its batch.
 //
 // A tile microkernel is a struct with
@@ -19,6 +19,7 @@
 #endif
 
 #include "lanes-inl.h"
+#include "pack-inl.h"
 #include "tiles-inl.h"
 
 namespace moejet {
@@ -55,7 +56,7 @@ inline void vector_gemm(const uint8_t* pair, int64_t num_blocks, const Activatio
     RowRefs refs;
     for (int i = 0; i < mr; ++i) {
       const int64_t row = index != nullptr ? index[done + i] : first + done + i;
-      if constexpr (Mk::kFormat == Format::kBf16) {
+      if constexpr (takes_fp32(Mk::kFormat)) {
         refs.f32[i] = acts.f32 + row * acts.ld;
       } else {
         refs.q[i] = acts.q + row * acts.ld;
@@ -77,12 +78,11 @@ template <class Mk, class TileMk>
 void prepare(const MoeBatch& batch, int64_t t, WorkerScratch* scratch) {
   const int64_t k_padded = batch.gate_up.k_padded;
   const Activations& acts = batch.x_acts;
-  float* row =
-      Mk::kFormat == Format::kBf16 && batch.any_vector ? acts.f32 + t * acts.ld : scratch->row;
+  float* row = takes_fp32(Mk::kFormat) && batch.any_vector ? acts.f32 + t * acts.ld : scratch->row;
   const uint8_t* x = static_cast<const uint8_t*>(batch.x);
   load_row(x + t * batch.x_stride * dtype_bytes(batch.x_dtype), batch.x_dtype, batch.hidden_size,
            k_padded, row);
-  if constexpr (Mk::kFormat != Format::kBf16) {
+  if constexpr (!takes_fp32(Mk::kFormat)) {
     if (batch.any_vector) {
       quantize_row(row, k_padded, acts.q + t * acts.ld, acts.scale + t * acts.ld_groups,
                    acts.offset + t * acts.ld_groups);
@@ -153,7 +153,7 @@ template <class Mk>
 inline void clear_padding(const MoeBatch& batch, int64_t r) {
   const Activations& h = batch.h_acts;
   const int64_t written = batch.gate_up.num_pairs / 2 * kUnitCols;
-  if constexpr (Mk::kFormat == Format::kBf16) {
+  if constexpr (takes_fp32(Mk::kFormat)) {
     std::memset(h.f32 + r * h.ld + written, 0, (h.ld - written) * sizeof(float));
   } else {
     std::memset(h.q + r * h.ld + written, 0, h.ld - written);
@@ -187,7 +187,7 @@ void gate_up(const MoeBatch& batch, int slot, int64_t unit_begin, int64_t unit_e
         unit_outputs(scratch->gate_up + i * kGateUpLd, batch.intermediate_size - unit * kUnitCols,
                      h);
         const int64_t r = row + i;
-        if constexpr (Mk::kFormat == Format::kBf16) {
+        if constexpr (takes_fp32(Mk::kFormat)) {
           std::memcpy(acts.f32 + r * acts.ld + unit * kUnitCols, h, sizeof(h));
         } else {
           const int64_t group = r * acts.ld_groups + unit;
@@ -284,8 +284,7 @@ void linear_prepare(const LinearBatch& batch, int64_t row, WorkerScratch* scratc
   const int64_t matrix = row / batch.num_tokens, token = row % batch.num_tokens;
   const int64_t k_padded = batch.geometry.k_padded;
   const Activations& acts = batch.acts;
-  float* wide =
-      Mk::kFormat == Format::kBf16 && !batch.tiles ? acts.f32 + row * acts.ld : scratch->row;
+  float* wide = takes_fp32(Mk::kFormat) && !batch.tiles ? acts.f32 + row * acts.ld : scratch->row;
   const int64_t offset = token * batch.x_stride + matrix * batch.x_matrix_stride;
   load_row(static_cast<const uint8_t*>(batch.x) + offset * dtype_bytes(batch.x_dtype),
            batch.x_dtype, batch.cols, k_padded, wide);
@@ -300,7 +299,7 @@ void linear_prepare(const LinearBatch& batch, int64_t row, WorkerScratch* scratc
       return;
     }
   }
-  if constexpr (Mk::kFormat != Format::kBf16) {
+  if constexpr (!takes_fp32(Mk::kFormat)) {
     quantize_row(wide, k_padded, acts.q + row * acts.ld, acts.scale + row * acts.ld_groups,
                  acts.offset + row * acts.ld_groups);
   }
@@ -360,8 +359,11 @@ template <class Mk, class TileMk>
 constexpr FormatKernels format_kernels() {
   constexpr auto pack = Mk::kFormat == Format::kInt4G32 ? pack_int4
                         : Mk::kFormat == Format::kInt8  ? pack_int8
-                                                        : pack_bf16;
+                        : Mk::kFormat == Format::kBf16  ? pack_bf16
+                        : Mk::kFormat == Format::kFp8   ? pack_fp8
+                                                        : pack_fp32;
   return {pack,
+          Mk::kFormat == Format::kFp8 ? fp8_block_scales : nullptr,
           prepare<Mk, TileMk>,
           gate_up<Mk, TileMk>,
           down<Mk, TileMk>,

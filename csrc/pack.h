@@ -7,20 +7,31 @@
 //   int4_g32   64 k   576: 8 vectors of 64 B, then 16 x (scale of k 0..31, scale of k 32..63), bf16
 //   int8      128 k  2112: 32 vectors of 64 B, then 16 fp32 scales (one per row)
 //   bf16       32 k  1024: 16 vectors of 64 B
+//   fp8       128 k  2080: 32 vectors of 64 B, and 32 B of block data (Fp8BlockData)
+//   fp32       32 k  2048: 32 vectors of 64 B
 //
 //   int8, vector v, byte 4 r + j:       row r, input 4 v + j, two's complement, -127..127
 //   int4_g32, vector v, byte 4 r + j:   low nibble: row r, input 4 v + j;
 //                                       high nibble: row r, input 32 + 4 v + j;  w = (u4 - 8) scale
 //   bf16, vector v, 16-bit word 2 r + j: row r, input 2 v + j
+//   fp8, vector v, 16-bit word 2 r + j: low byte: row r, input 4 v + j; high byte: row r, input
+//                                       4 v + 2 + j; OCP e4m3 codes (no infinities), never NaN
+//   fp32, vector v, lane r:             row r, input v
 //
 // Four inputs of one row in a 32-bit lane is what the 8-bit dot product instructions take, two bf16
 // inputs what an AMX B tile takes: a bf16 panel block is a B tile as it stands. In int4 a mask
 // gives the low nibbles (first scale group) and the complementary mask the high ones (second group,
-// times 16), without shuffles. Scales lie inline, so that a panel is one sequential stream.
+// times 16), without shuffles. The low bytes of an fp8 vector are one row of an AMX B tile, the
+// high bytes the next. Scales lie inline, so that a panel is one sequential stream.
+//
+// fp8 has one fp32 scale per 128 x 128 block of the matrix, and a panel block lies in one of those.
 //
 // Panels come in pairs that are interleaved block by block:
 //
 //   pair:  [panel 0, block 0] [panel 1, block 0] [panel 0, block 1] [panel 1, block 1] ...
+//   fp8:   [data 0, data 1: 64 B] [codes 0: 2048 B] [codes 1: 2048 B] and so on, which keeps
+//          vectors aligned; a pointer to a panel block says at 2080 panel + 4160 block which one
+//          is meant (fp8_block)
 //
 // Pair p of the gate and up projections holds rows 16 p .. 16 p + 15 of both (panel 0 = gate,
 // panel 1 = up), so that a kernel has g and u of the same 16 intermediate channels when it reaches
@@ -37,8 +48,13 @@
 
 namespace moejet {
 
-enum class Format { kInt4G32 = 0, kInt8, kBf16 };
-constexpr int kNumFormats = 3;
+enum class Format { kInt4G32 = 0, kInt8, kBf16, kFp8, kFp32 };
+constexpr int kNumFormats = 5;
+
+// Weights that multiply fp32 activations on vectors; the others take activations in int8.
+static constexpr bool takes_fp32(Format format) {
+  return format != Format::kInt4G32 && format != Format::kInt8;
+}
 
 constexpr int kPanelRows = 16;
 constexpr int kPairCols = 2 * kPanelRows;  // outputs of one pair
@@ -53,11 +69,52 @@ struct BlockShape {
 static constexpr BlockShape block_shape(Format format) {
   return format == Format::kInt4G32 ? BlockShape{64, 576}
          : format == Format::kInt8  ? BlockShape{128, 2112}
-                                    : BlockShape{32, 1024};
+         : format == Format::kBf16  ? BlockShape{32, 1024}
+         : format == Format::kFp8   ? BlockShape{128, 2080}
+                                    : BlockShape{32, 2048};
 }
 
+constexpr int kFp8ScaleBlock = 128;  // rows and inputs that share a scale
+
+// Of one fp8 panel block.
+struct Fp8BlockData {
+  float scale;  // finite, not negative
+  // Bit v: vector v holds a code without exponent bits, which is a zero or a subnormal number.
+  // Kernels decode the other vectors in fewer instructions.
+  uint32_t small;
+  uint8_t unused[24];
+};
+static_assert(sizeof(Fp8BlockData) == 32, "two fit into one vector");
+
+// The parts of the fp8 panel block at p, for p as PanelLayout gives it (pairs begin at multiples of
+// 64 bytes).
+template <class Byte>
+struct Fp8Block {
+  Byte* data;   // Fp8BlockData
+  Byte* codes;  // 32 vectors
+};
+template <class Byte>
+static inline Fp8Block<Byte> fp8_block(Byte* p) {
+  const int panel = static_cast<int>(reinterpret_cast<uintptr_t>(p) / 32 % 2);
+  Byte* pair = p - panel * 2080;
+  return {pair + panel * 32, pair + 64 + panel * 2048};
+}
+
+// Byte of input k within its row's four bytes.
+static constexpr int fp8_byte(int64_t k) { return static_cast<int>(2 * (k % 2) + k / 2 % 2); }
+
+// The value of an e4m3 code; 0x7f and 0xff are NaN.
+static constexpr float fp8_value(uint8_t code) {
+  const int exponent = code >> 3 & 15, mantissa = code & 7;
+  if ((code & 0x7f) == 0x7f) return __builtin_nanf("");
+  float value = static_cast<float>(exponent == 0 ? mantissa : 8 + mantissa) / 1024.f;
+  for (int i = 0; i < (exponent == 0 ? 1 : exponent); ++i) value *= 2.f;
+  return code & 0x80 ? -value : value;
+}
+
+static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+  return ceil_div(value, multiple) * multiple;
 }
 
 // Sizes of one projection pair stream (gate-up, or down).

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace moejet {
 namespace {
@@ -32,35 +33,131 @@ struct Random {
   }
 };
 
-// One random block of a panel; weights get a standard deviation of about `sigma`.
+void fill_words(Random* random, void* to, int64_t bytes) {
+  uint64_t* words = static_cast<uint64_t*>(to);
+  for (int64_t i = 0; i < bytes / 8; ++i) words[i] = random->next();
+}
+
+// In [0.75, 1.25): scales differ.
+float random_spread(Random* random) {
+  return 0.75f + static_cast<float>(random->next() >> 40) * (0.5f / (1 << 24));
+}
+
+void fill_int4(Random* random, float sigma, uint8_t* block) {
+  fill_words(random, block, 512);
+  for (int i = 512; i < 576; i += 2) {
+    // 4.6 is the standard deviation of uniform codes from -8 to 7.
+    const uint16_t scale = float_to_bf16_truncated(sigma / 4.6f * random_spread(random));
+    std::memcpy(block + i, &scale, sizeof(scale));
+  }
+}
+
+void fill_int8(Random* random, float sigma, uint8_t* block) {
+  fill_words(random, block, 2048);
+  int8_t* codes = reinterpret_cast<int8_t*>(block);
+  // -128 is no code of this format.
+  for (int i = 0; i < 2048; ++i) codes[i] = codes[i] == -128 ? -127 : codes[i];
+  for (int i = 2048; i < 2112; i += 4) {
+    const float scale = sigma / 74.f * random_spread(random);
+    std::memcpy(block + i, &scale, sizeof(scale));
+  }
+}
+
+void fill_bf16(Random* random, float sigma, uint8_t* block) {
+  // Random sign and mantissa, exponent of sigma: magnitudes in [1, 2) * 2^floor(log2 sigma).
+  fill_words(random, block, 1024);
+  const uint16_t exponent = float_to_bf16_truncated(sigma) & 0x7f80;
+  uint16_t* values = reinterpret_cast<uint16_t*>(block);
+  for (int i = 0; i < 512; ++i) values[i] = (values[i] & 0x807f) | exponent;
+}
+
+void fill_fp8(Random* random, float sigma, uint8_t* block) {
+  const Fp8Block<uint8_t> parts = fp8_block(block);
+  Fp8BlockData data{};
+  fill_words(random, parts.codes, 2048);
+  // Random sign and mantissa, exponents 11 to 14: a root mean square of 108.
+  for (int i = 0; i < 2048; ++i) parts.codes[i] = (parts.codes[i] & 0x9f) + 0x58;
+  // Normally distributed weights whose largest has the largest code leave a zero or a subnormal
+  // number in every fourth block.
+  const uint64_t place = random->next();
+  if (place % 4 == 0) {
+    const int i = static_cast<int>(place / 4 % 2048);
+    parts.codes[i] = static_cast<uint8_t>(place >> 56 & 0x87);
+    data.small = uint32_t{1} << i / 64;
+  }
+  data.scale = sigma / 108.f * random_spread(random);
+  std::memcpy(parts.data, &data, sizeof(data));
+}
+
+void fill_fp32(Random* random, float sigma, uint8_t* block) {
+  fill_words(random, block, 2048);
+  uint32_t exponent;
+  std::memcpy(&exponent, &sigma, sizeof(exponent));
+  uint32_t* values = reinterpret_cast<uint32_t*>(block);
+  for (int i = 0; i < 512; ++i) values[i] = (values[i] & 0x807fffffu) | (exponent & 0x7f800000u);
+}
+
 void fill_block(Format format, Random* random, float sigma, uint8_t* block) {
-  const int weight_bytes = format == Format::kInt4G32 ? 512 : format == Format::kInt8 ? 2048 : 1024;
-  uint64_t* words = reinterpret_cast<uint64_t*>(block);
-  for (int i = 0; i < weight_bytes / 8; ++i) words[i] = random->next();
-  if (format == Format::kBf16) {
-    // Random sign and mantissa, exponent of sigma: magnitudes in [1, 2) * 2^floor(log2 sigma).
-    const uint16_t exponent = float_to_bf16_truncated(sigma) & 0x7f80;
-    uint16_t* values = reinterpret_cast<uint16_t*>(block);
-    for (int i = 0; i < weight_bytes / 2; ++i) values[i] = (values[i] & 0x807f) | exponent;
-    return;
+  switch (format) {
+    case Format::kInt4G32:
+      return fill_int4(random, sigma, block);
+    case Format::kInt8:
+      return fill_int8(random, sigma, block);
+    case Format::kBf16:
+      return fill_bf16(random, sigma, block);
+    case Format::kFp8:
+      return fill_fp8(random, sigma, block);
+    case Format::kFp32:
+      return fill_fp32(random, sigma, block);
   }
-  uint8_t* scales = block + weight_bytes;
-  for (int i = 0; i < 64; i += 2) {
-    // Standard deviation of the uniform codes: 4.6 of -8..7, 74 of -128..127.
-    const float spread = 0.75f + static_cast<float>(random->next() >> 40) * (0.5f / (1 << 24));
-    if (format == Format::kInt4G32) {
-      const uint16_t scale = float_to_bf16_truncated(sigma / 4.6f * spread);
-      std::memcpy(scales + i, &scale, 2);
-    } else if (i % 4 == 0) {
-      const float scale = sigma / 74.f * spread;
-      std::memcpy(scales + i, &scale, 4);
-    }
+}
+
+[[noreturn]] void throw_not_representable(Format format, DType source) {
+  if (source == DType::kFp8) {
+    throw std::invalid_argument(
+        "w contains the codes 0x7f or 0xff, which are NaN in float8_e4m3fn: check that the file "
+        "holds e4m3fn values (not e4m3fnuz or e5m2), or download it again");
   }
-  if (format == Format::kInt8) {
-    // -128 is no code of this format.
-    int8_t* codes = reinterpret_cast<int8_t*>(block);
-    for (int i = 0; i < weight_bytes; ++i) codes[i] = codes[i] == -128 ? -127 : codes[i];
+  throw std::invalid_argument(std::string("w contains NaN or infinity, which ") +
+                              (format == Format::kFp8 ? "fp8 weights" : "integer formats") +
+                              " cannot hold: check the checkpoint, or use format='bf16'");
+}
+
+// Up to `count` rows from `first` on, without scales.
+PanelSource rows_of(const SourceMatrix& source, int64_t first, int64_t count) {
+  PanelSource part{};
+  part.rows = static_cast<int>(std::min(count, source.rows - first));
+  part.data = static_cast<const uint8_t*>(source.data);
+  if (part.rows > 0) {
+    part.data = static_cast<const uint8_t*>(source.data) +
+                first * source.row_stride * dtype_bytes(source.dtype);
   }
+  part.dtype = source.dtype;
+  part.row_stride = source.row_stride;
+  part.k = source.cols;
+  return part;
+}
+
+// The scales of all 128 x 128 blocks, row by row.
+std::vector<float> block_scales(const SourceMatrix& source, const FormatKernels& kernels,
+                                ThreadPool* pool) {
+  // A part is short enough for many workers and long enough for the memory's prefetch.
+  constexpr int64_t kPartCols = 8 * kFp8ScaleBlock;
+  const int64_t bands = ceil_div(source.rows, kFp8ScaleBlock);
+  const int64_t scales_per_row = ceil_div(source.cols, kFp8ScaleBlock);
+  const int64_t parts = ceil_div(source.cols, kPartCols);
+  std::vector<float> scales(static_cast<size_t>(bands * scales_per_row));
+  std::atomic<bool> finite{true};
+  for_each_index(bands * parts, pool, [&](int64_t i) {
+    const int64_t band = i / parts, col = i % parts * kPartCols;
+    PanelSource part = rows_of(source, band * kFp8ScaleBlock, kFp8ScaleBlock);
+    part.data = static_cast<const uint8_t*>(part.data) + col * dtype_bytes(source.dtype);
+    part.k = std::min(kPartCols, source.cols - col);
+    float* first = scales.data() + band * scales_per_row + col / kFp8ScaleBlock;
+    if (!kernels.block_scales(part, first)) finite.store(false, std::memory_order_relaxed);
+  });
+  if (!finite.load()) throw_not_representable(Format::kFp8, source.dtype);
+  return scales;
 }
 
 }  // namespace
@@ -82,27 +179,28 @@ PanelLayout half_pairs(uint8_t* base, Format format, const PairGeometry& geometr
 
 void pack_matrix(Format format, const SourceMatrix& source, const PanelLayout& layout,
                  const KernelTable& table, ThreadPool* pool) {
-  const auto pack = table.formats[static_cast<int>(format)].pack_panel;
+  const FormatKernels& kernels = table.formats[static_cast<int>(format)];
   const int64_t block_stride = 2 * block_shape(format).bytes;
-  const uint8_t* data = static_cast<const uint8_t*>(source.data);
+  std::vector<float> own_scales;
+  const float* scales = source.scale_inv;
+  if (kernels.block_scales != nullptr && source.dtype != DType::kFp8) {
+    own_scales = block_scales(source, kernels, pool);
+    scales = own_scales.data();
+  }
+  const int64_t scales_per_row = ceil_div(source.cols, kFp8ScaleBlock);
   std::atomic<bool> representable{true};
   for_each_index(layout.num_panels, pool, [&](int64_t p) {
-    const int64_t first = p * kPanelRows;
-    const int count =
-        static_cast<int>(std::max<int64_t>(0, std::min<int64_t>(kPanelRows, source.rows - first)));
     // A panel of padding only: its source must not be pointed at beyond the matrix.
-    const uint8_t* start =
-        count > 0 ? data + first * source.row_stride * dtype_bytes(source.dtype) : data;
-    if (!pack(start, source.dtype, source.row_stride, count, source.cols, layout.panel(p),
-              block_stride)) {
+    const int64_t first = std::min(p * kPanelRows, source.rows);
+    PanelSource panel = rows_of(source, first, kPanelRows);
+    if (scales != nullptr && panel.rows > 0) {
+      panel.scales = scales + first / kFp8ScaleBlock * scales_per_row;
+    }
+    if (!kernels.pack_panel(panel, layout.panel(p), block_stride)) {
       representable.store(false, std::memory_order_relaxed);
     }
   });
-  if (!representable.load()) {
-    throw std::invalid_argument(
-        "w contains NaN or infinity, which integer formats cannot hold: check the checkpoint, or "
-        "use format='bf16'");
-  }
+  if (!representable.load()) throw_not_representable(format, source.dtype);
 }
 
 void unpack_matrix(Format format, const PanelLayout& layout, int64_t rows, int64_t cols,
@@ -126,10 +224,17 @@ void unpack_matrix(Format format, const PanelLayout& layout, int64_t rows, int64
         float scale;
         std::memcpy(&scale, block + 2048 + 4 * r, sizeof(scale));
         value = static_cast<float>(static_cast<int8_t>(block[k / 4 * 64 + 4 * r + k % 4])) * scale;
-      } else {
+      } else if (format == Format::kBf16) {
         uint16_t bits;
         std::memcpy(&bits, block + k / 2 * 64 + 4 * r + 2 * (k % 2), sizeof(bits));
         value = bf16_to_float(bits);
+      } else if (format == Format::kFp8) {
+        const Fp8Block<const uint8_t> parts = fp8_block(block);
+        Fp8BlockData data;
+        std::memcpy(&data, parts.data, sizeof(data));
+        value = fp8_value(parts.codes[k / 4 * 64 + 4 * r + fp8_byte(k)]) * data.scale;
+      } else {
+        std::memcpy(&value, block + k * 64 + 4 * r, sizeof(value));
       }
       out[row * cols + col] = value;
     }

@@ -15,6 +15,9 @@ struct SourceMatrix {
   const void* data;
   DType dtype;
   int64_t row_stride, rows, cols;
+  // fp8 only: [ceil(rows / 128), ceil(cols / 128)], what each 128 x 128 block is multiplied by;
+  // finite and not negative.
+  const float* scale_inv;
 };
 
 // Throws std::invalid_argument, naming the value, unless 1 <= value <= 2^20 (or limit).
@@ -48,8 +51,8 @@ PanelLayout whole_pairs(uint8_t* base, Format format, const PairGeometry& geomet
 // The matrix has one panel (0 or 1) of each pair.
 PanelLayout half_pairs(uint8_t* base, Format format, const PairGeometry& geometry, int which);
 
-// Quantises and packs; panels beyond the source's rows become zero. Throws std::invalid_argument if
-// a value cannot be represented; the packed matrix is then undefined.
+// Quantises and packs; fp8 into fp8 keeps every code and scale. Throws std::invalid_argument if a
+// value cannot be represented; the packed matrix is then undefined.
 void pack_matrix(Format format, const SourceMatrix& source, const PanelLayout& layout,
                  const KernelTable& table, ThreadPool* pool);
 // The values that the kernels compute with, fp32 [rows, cols].

@@ -8,8 +8,6 @@
 
 namespace moejet {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Hands out 64-byte aligned parts of one reservation; with a null base it only adds up sizes.
 class Layout {
  public:
@@ -37,7 +35,7 @@ inline Activations take_activations(Layout* layout, Format format, int64_t rows,
   Activations acts{};
   acts.ld = k_padded;
   acts.ld_groups = k_padded / kActGroup;
-  if (format == Format::kBf16) {
+  if (takes_fp32(format)) {
     acts.f32 = layout->take<float>(rows * acts.ld);
   } else {
     acts.q = layout->take<int8_t>(rows * acts.ld);

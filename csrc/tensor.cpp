@@ -56,6 +56,8 @@ ElementType element_type(DlDataType t) {
   if (t.code == 2 && t.bits == 32) return ElementType::kF32;
   if (t.code == 2 && t.bits == 16) return ElementType::kF16;
   if (t.code == 4 && t.bits == 16) return ElementType::kBf16;
+  if (t.code == 10 && t.bits == 8) return ElementType::kFp8;
+  if (t.code == 1 && t.bits == 8) return ElementType::kU8;
   if (t.code == 0 && t.bits == 32) return ElementType::kI32;
   if (t.code == 0 && t.bits == 64) return ElementType::kI64;
   return ElementType::kOther;
@@ -82,6 +84,14 @@ std::string type_text(DlDataType t) {
     case 6:
       kind = "bool";
       break;
+    case 10:
+      return "float8_e4m3fn";
+    case 11:
+      return "float8_e4m3fnuz";
+    case 12:
+      return "float8_e5m2";
+    case 13:
+      return "float8_e5m2fnuz";
     default:
       break;
   }
@@ -142,6 +152,10 @@ const char* element_type_name(ElementType type) {
       return "bfloat16";
     case ElementType::kF16:
       return "float16";
+    case ElementType::kFp8:
+      return "float8_e4m3fn";
+    case ElementType::kU8:
+      return "uint8";
     case ElementType::kI32:
       return "int32";
     case ElementType::kI64:
@@ -285,6 +299,9 @@ DType Tensor::dtype() const {
       return DType::kF32;
     case ElementType::kBf16:
       return DType::kBf16;
+    case ElementType::kFp8:
+    case ElementType::kU8:
+      return DType::kFp8;
     default:
       return DType::kF16;
   }

@@ -12,7 +12,7 @@
 
 namespace moejet {
 
-enum class ElementType { kF32, kBf16, kF16, kI32, kI64, kOther };
+enum class ElementType { kF32, kBf16, kF16, kFp8, kU8, kI32, kI64, kOther };  // kFp8: e4m3fn
 const char* element_type_name(ElementType type);
 
 // Keeps the exporter's memory alive until destroyed. Construct and destroy it with the GIL held.
@@ -46,7 +46,7 @@ class Tensor {
   int64_t row_stride() const;
   void* data() const { return data_; }
   ElementType type() const { return type_; }
-  DType dtype() const;  // of a tensor that was checked to be fp32, bf16 or fp16
+  DType dtype() const;  // of a tensor that was checked to be fp32, bf16, fp16, or fp8 in any form
 
  private:
   // A DLPack managed tensor, released by its own deleter.

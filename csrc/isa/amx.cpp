@@ -2,8 +2,8 @@
 #define MOEJET_ISA_NS amx
 #define MOEJET_VEC_BITS 512
 #include "attention-bf16-inl.h"
+#include "fp8-tiles512-inl.h"
 #include "ops-inl.h"
-#include "tiles512-inl.h"
 
 namespace moejet {
 namespace amx {
@@ -48,7 +48,8 @@ class AmxTiles {
 extern const KernelTable table = {
     Isa::kAmx,
     {format_kernels<Int4, Int4Tiles<AmxTiles>>(), format_kernels<Int8, Int8Tiles<AmxTiles>>(),
-     format_kernels<Bf16, Bf16Tiles<AmxTiles>>()},
+     format_kernels<Bf16, Bf16Tiles<AmxTiles>>(), format_kernels<Fp8, Fp8Tiles<AmxTiles>>(),
+     format_kernels<Fp32, NoTiles>()},
     op_kernels(),
     {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<AmxTiles>>()}};
 

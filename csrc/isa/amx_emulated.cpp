@@ -2,8 +2,8 @@
 #define MOEJET_ISA_NS amx_emulated
 #define MOEJET_VEC_BITS 512
 #include "attention-bf16-inl.h"
+#include "fp8-tiles512-inl.h"
 #include "ops-inl.h"
-#include "tiles512-inl.h"
 
 namespace moejet {
 namespace amx_emulated {
@@ -12,7 +12,8 @@ extern const KernelTable table = {
     Isa::kAmxEmulated,
     {format_kernels<Int4, Int4Tiles<EmulatedTiles>>(),
      format_kernels<Int8, Int8Tiles<EmulatedTiles>>(),
-     format_kernels<Bf16, Bf16Tiles<EmulatedTiles>>()},
+     format_kernels<Bf16, Bf16Tiles<EmulatedTiles>>(),
+     format_kernels<Fp8, Fp8Tiles<EmulatedTiles>>(), format_kernels<Fp32, NoTiles>()},
     op_kernels(),
     {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<EmulatedTiles>>()}};
 

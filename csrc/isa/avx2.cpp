@@ -188,11 +188,14 @@ struct Bf16 {
   }
 };
 
+#include "fp-avx2-inl.h"
+
 }  // namespace
 
 extern const KernelTable table = {Isa::kAvx2,
                                   {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-                                   format_kernels<Bf16, NoTiles>()},
+                                   format_kernels<Bf16, NoTiles>(), format_kernels<Fp8, NoTiles>(),
+                                   format_kernels<Fp32, NoTiles>()},
                                   op_kernels(),
                                   {attention_kernels<Fp32Dot>(), attention_kernels<Fp32Dot>()}};
 

@@ -3,7 +3,7 @@
 #define MOEJET_ISA_NS avx512
 #define MOEJET_VEC_BITS 512
 #include "attention-inl.h"
-#include "avx512-inl.h"
+#include "fp-avx512-inl.h"
 #include "ops-inl.h"
 
 namespace moejet {
@@ -11,7 +11,8 @@ namespace avx512 {
 
 extern const KernelTable table = {Isa::kAvx512,
                                   {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-                                   format_kernels<Bf16, NoTiles>()},
+                                   format_kernels<Bf16, NoTiles>(), format_kernels<Fp8, NoTiles>(),
+                                   format_kernels<Fp32, NoTiles>()},
                                   op_kernels(),
                                   {attention_kernels<Fp32Dot>(), attention_kernels<Fp32Dot>()}};
 

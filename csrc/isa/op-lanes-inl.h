@@ -78,18 +78,7 @@ struct SumLanes {
 };
 
 // ---- Vectors of native width ----
-// Compilers split the 16 lanes of lanes-inl.h well in arithmetic, but badly in comparisons. Where
-// the width cannot change the result, or only the speed counts, these are used.
-
-#if defined(__AVX512F__)
-constexpr int kWide = 16;
-#elif defined(__AVX2__)
-constexpr int kWide = 8;
-#else
-constexpr int kWide = 4;
-#endif
-using W = float __attribute__((vector_size(4 * kWide)));
-using WI = int32_t __attribute__((vector_size(4 * kWide)));
+// Used where the width cannot change the result, or only the speed counts.
 
 // body(vector, i, count) for i = 0, kWide, ...: elements of p from i on, `padding` behind the last.
 template <class Body>

@@ -102,11 +102,63 @@ struct Bf16 {
   }
 };
 
+struct Fp8Values {
+  constexpr Fp8Values() {
+    for (int code = 0; code < 256; ++code) value[code] = fp8_value(static_cast<uint8_t>(code));
+  }
+  float value[256] = {};
+};
+constexpr Fp8Values kFp8Values;
+
+struct Fp8 {
+  static constexpr Format kFormat = Format::kFp8;
+  static constexpr int kMr = 1;
+  template <int MR>
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out, int) {
+    float sum[kPairCols] = {};
+    for (int64_t b = 0; b < 2 * num_blocks; ++b) {
+      const Fp8Block<const uint8_t> block = fp8_block(pair + 2080 * b);
+      Fp8BlockData data;
+      std::memcpy(&data, block.data, sizeof(data));
+      const float* x = rows.f32[0] + b / 2 * 128;
+      float in_block[kPanelRows] = {};
+      for (int k = 0; k < 128; ++k) {
+        const uint8_t* codes = block.codes + k / 4 * 64 + fp8_byte(k);
+        for (int r = 0; r < kPanelRows; ++r) in_block[r] += kFp8Values.value[codes[4 * r]] * x[k];
+      }
+      float* s = sum + b % 2 * kPanelRows;
+      for (int r = 0; r < kPanelRows; ++r) s[r] += in_block[r] * data.scale;
+    }
+    std::memcpy(out, sum, sizeof(sum));
+  }
+};
+
+struct Fp32 {
+  static constexpr Format kFormat = Format::kFp32;
+  static constexpr int kMr = 1;
+  template <int MR>
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out, int) {
+    float sum[kPairCols] = {};
+    const uint8_t* block = pair;
+    for (int64_t b = 0; b < 2 * num_blocks; ++b, block += 2048) {
+      float* s = sum + b % 2 * kPanelRows;
+      const float* x = rows.f32[0] + b / 2 * 32;
+      for (int v = 0; v < 32; ++v) {
+        float w[kPanelRows];
+        std::memcpy(w, block + 64 * v, sizeof(w));
+        for (int r = 0; r < kPanelRows; ++r) s[r] += w[r] * x[v];
+      }
+    }
+    std::memcpy(out, sum, sizeof(sum));
+  }
+};
+
 }  // namespace
 
 extern const KernelTable table = {Isa::kScalar,
                                   {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-                                   format_kernels<Bf16, NoTiles>()},
+                                   format_kernels<Bf16, NoTiles>(), format_kernels<Fp8, NoTiles>(),
+                                   format_kernels<Fp32, NoTiles>()},
                                   op_kernels(),
                                   {attention_kernels<Fp32Dot>(), attention_kernels<Fp32Dot>()}};
 

@@ -24,11 +24,10 @@ def _matrices(
 
 
 def _limit(format: str, isa: str, tokens: int) -> float:
-    if format == "bf16" and not isa.startswith("amx"):
-        return 1e-6
-    if isa.startswith("amx") and tokens >= _C.min_tile_rows(format, isa):
+    tile_rows = _C.min_tile_rows(format, isa)
+    if tile_rows and tokens >= tile_rows:
         return 0.005
-    return 1e-6 if format == "bf16" else 0.02
+    return 1e-6 if format in ("bf16", "fp8", "fp32") else 0.02
 
 
 def _error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moejet import _C
 
-FORMATS = ("int4_g32", "int8", "bf16")
+FORMATS = ("int4_g32", "int8", "bf16", "fp8", "fp32")
 
 
 @dataclass
@@ -77,14 +77,14 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
 def tolerance(format: str, isa: str, ids: Tensor) -> float:
     """Largest relative error of a layer with Gaussian inputs against the truth.
 
-    Vector kernels: fp32 sums (bf16 format), or x and h rounded to 1/127 of the largest of 32
+    Vector kernels: fp32 sums (bf16, fp8, fp32), or x and h rounded to 1/127 of the largest of 32
     values, which costs 1.2 %, and more on a few short tokens. Tiles: x, h and dequantised weights
     rounded to bf16. Experts with few rows stay on the vector kernels, so a layer can mix both.
     """
     counts = torch.bincount(ids[ids >= 0].flatten().long())
     rows = _C.min_tile_rows(format, isa)
     tiled = (counts[counts > 0] >= rows) & (rows > 0)
-    if format == "bf16":
+    if format in ("bf16", "fp8", "fp32"):
         return 5e-3 if tiled.any() else 3e-6
     if tiled.all():
         return 5e-3
