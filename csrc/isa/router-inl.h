@@ -17,6 +17,8 @@ constexpr int kRouterExperts = 4;
 // a time (measured with 1, 2, 4 and 8 rows).
 constexpr int kStreamExperts = 8;
 constexpr int64_t kMaxL1Inputs = 4096;
+// Few tokens: all their inputs stay in L2, and the weights are read in memory order.
+constexpr int64_t kMaxL2Inputs = 64 * 1024;
 #if defined(__AVX512F__)
 constexpr int kRouterTokens = 6;  // 24 sums, 4 weights and an input in 32 registers
 #else
@@ -104,38 +106,44 @@ inline void router_tokens(const RouterMatrix& router, int64_t token_begin, int64
   }
 }
 
+// body(expert, expert end, input, input end) for blocks of E experts and chunks of inputs: the
+// weights in memory order, or chunk by chunk so that the tokens' inputs of one stay in cache.
+template <int E, class Body>
+inline void for_weight_blocks(int64_t inputs, int64_t expert_begin, int64_t expert_end,
+                              bool memory_order, Body&& body) {
+  const int64_t blocks = (expert_end - expert_begin + E - 1) / E;
+  const int64_t chunks = (inputs + kRouterChunk - 1) / kRouterChunk;
+  for (int64_t i = 0; i < blocks * chunks; ++i) {
+    const int64_t e = expert_begin + (memory_order ? i / chunks : i % blocks) * E;
+    const int64_t k = (memory_order ? i % chunks : i / blocks) * kRouterChunk;
+    body(e, e + E < expert_end ? e + E : expert_end, k,
+         k + kRouterChunk < inputs ? k + kRouterChunk : inputs);
+  }
+}
+
 template <class Weight, int E>
 inline void stream_logits(const RouterMatrix& router, int64_t token, int64_t expert_begin,
                           int64_t expert_end) {
-  const int64_t n = router.hidden_size;
-  for (int64_t e = expert_begin; e < expert_end; e += E) {
-    const int64_t e_end = e + E < expert_end ? e + E : expert_end;
-    for (int64_t k = 0; k < n; k += kRouterChunk) {
-      const int64_t end = k + kRouterChunk < n ? k + kRouterChunk : n;
-      router_experts<Weight, E, 1>(router, token, e, e_end, k, end);
-    }
-  }
+  for_weight_blocks<E>(router.hidden_size, expert_begin, expert_end, true,
+                       [&](int64_t e, int64_t e_end, int64_t k, int64_t end) {
+                         router_experts<Weight, E, 1>(router, token, e, e_end, k, end);
+                       });
 }
 
 template <class Weight>
 inline void router_logits_of(const RouterMatrix& router, int64_t token_begin, int64_t token_end,
                              int64_t expert_begin, int64_t expert_end) {
-  const int64_t n = router.hidden_size;
-  if (token_end - token_begin == 1) {
-    if (n <= kMaxL1Inputs) {
-      stream_logits<Weight, 1>(router, token_begin, expert_begin, expert_end);
-    } else {
-      stream_logits<Weight, kStreamExperts>(router, token_begin, expert_begin, expert_end);
-    }
-    return;
-  }
-  // The tokens' inputs of a chunk stay in cache for all experts.
-  for (int64_t k = 0; k < n; k += kRouterChunk) {
-    const int64_t end = k + kRouterChunk < n ? k + kRouterChunk : n;
-    for (int64_t e = expert_begin; e < expert_end; e += kRouterExperts) {
-      const int64_t e_end = e + kRouterExperts < expert_end ? e + kRouterExperts : expert_end;
-      router_tokens<Weight, kRouterTokens>(router, token_begin, token_end, e, e_end, k, end);
-    }
+  const int64_t n = router.hidden_size, tokens = token_end - token_begin;
+  if (tokens == 1 && n <= kMaxL1Inputs) {
+    stream_logits<Weight, 1>(router, token_begin, expert_begin, expert_end);
+  } else if (tokens == 1) {
+    stream_logits<Weight, kStreamExperts>(router, token_begin, expert_begin, expert_end);
+  } else {
+    for_weight_blocks<kRouterExperts>(n, expert_begin, expert_end, tokens * n <= kMaxL2Inputs,
+                                      [&](int64_t e, int64_t e_end, int64_t k, int64_t end) {
+                                        router_tokens<Weight, kRouterTokens>(
+                                            router, token_begin, token_end, e, e_end, k, end);
+                                      });
   }
 }
 
