@@ -13,12 +13,11 @@ const KernelTable* kernel_table(Isa isa) {
 }
 
 const CeilingKernels* ceiling_kernels(Isa isa) {
+  if (isa == Isa::kScalar) return &scalar::ceilings;
 #if defined(__x86_64__)
-  static const CeilingKernels* const kCeilings[kNumIsas] = {
-      &scalar::ceilings, &avx2::ceilings, &avx512::ceilings, &avx512::ceilings, &avx512::ceilings};
-  return kCeilings[static_cast<int>(isa)];
+  return isa == Isa::kAvx2 ? &avx2::ceilings : &avx512::ceilings;
 #else
-  return isa == Isa::kScalar ? &scalar::ceilings : nullptr;
+  return nullptr;
 #endif
 }
 

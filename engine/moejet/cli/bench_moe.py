@@ -123,6 +123,7 @@ def _measure_all(
     pool = create_pool(args.threads)
     stack.callback(pool.close)
     meter = Meter(pool, isa=isa)
+    meter.read()  # takes its memory before the weights are fitted into the rest
     common = {"bench": "moe", **environment, "isa": isa, "threads": pool.num_threads}
     for shape_name in args.shape:
         for weight_format in args.format:

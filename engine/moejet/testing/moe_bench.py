@@ -8,6 +8,7 @@ kernel. The roofline of a call is the longer of (bytes of the experts hit) / (re
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def plan_rotation(
     layer_bytes = num_experts * expert_bytes
     available = topology.available_bytes()
     room = float("inf") if available is None else _MEMORY_SHARE * available
-    count = layers or max(1, min(round(wanted / layer_bytes), int(room / layer_bytes)))
+    count = layers or max(1, min(math.ceil(wanted / layer_bytes), int(room / layer_bytes)))
     if count * layer_bytes > room:
         raise ValueError(
             f"{count} layers of {num_experts} experts take {count * layer_bytes / 1e9:.1f} GB, and "
