@@ -17,7 +17,7 @@ struct SourceMatrix {
   int64_t row_stride, rows, cols;
   // fp8 only: [ceil(rows / 128), ceil(cols / 128)], what each 128 x 128 block is multiplied by;
   // finite and not negative.
-  const float* scale_inv;
+  const float* scale_inv = nullptr;
 };
 
 // Throws std::invalid_argument, naming the value, unless 1 <= value <= 2^20 (or limit).

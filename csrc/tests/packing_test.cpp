@@ -25,7 +25,9 @@ std::vector<float> dequantized(const LinearWeights& weights) {
 }
 
 double error_limit(Format format) {
+  if (format == Format::kFp32) return 1e-12;
   if (format == Format::kBf16) return 2e-3;
+  if (format == Format::kFp8) return 0.03;
   return format == Format::kInt8 ? 7e-3 : 0.1;
 }
 
@@ -107,15 +109,44 @@ TEST(projections_keep_their_places) {
   }
 }
 
-TEST(integer_formats_refuse_what_they_cannot_hold) {
+TEST(formats_refuse_what_they_cannot_hold) {
   std::vector<float> source(40 * 50, 1.f);
   source.back() = std::numeric_limits<float>::quiet_NaN();
   ThreadPool pool({0, 1, 2}, false);
   for (const KernelTable* table : usable_tables()) {
-    for (const Format format : {Format::kInt4G32, Format::kInt8}) {
+    for (const Format format : {Format::kInt4G32, Format::kInt8, Format::kFp8}) {
       LinearWeights weights(1, 40, 50, format);
       CHECK_THROWS(std::invalid_argument, "NaN or infinity",
                    weights.set(0, {source.data(), DType::kF32, 50, 40, 50}, *table, &pool));
+    }
+  }
+}
+
+TEST(fp8_sources_keep_their_codes) {
+  const int64_t rows = 150, cols = 270, stride = 280;
+  // The last row ends where the memory ends, and so do the scales.
+  std::vector<uint8_t> codes(static_cast<size_t>((rows - 1) * stride + cols));
+  for (size_t i = 0; i < codes.size(); ++i) {
+    codes[i] = static_cast<uint8_t>(i * 37 + i / 256);
+    if ((codes[i] & 0x7f) == 0x7f) codes[i] = 0;
+  }
+  const std::vector<float> scales = {1.f, 0.5f, 3e-4f, 0.f, 7.f, 1e-6f};
+  const SourceMatrix source{codes.data(), DType::kFp8, stride, rows, cols, scales.data()};
+  ThreadPool pool({0, 1, 2}, false);
+  for (const KernelTable* table : usable_tables()) {
+    for (const Format format : {Format::kFp8, Format::kFp32}) {
+      LinearWeights weights(1, rows, cols, format);
+      weights.set(0, source, *table, &pool);
+      const std::vector<float> values = dequantized(weights);
+      bool equal = true;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < cols; ++c) {
+          const float scale = scales[static_cast<size_t>(r / 128 * 3 + c / 128)];
+          const float value = fp8_value(codes[static_cast<size_t>(r * stride + c)]) * scale;
+          equal = equal && values[static_cast<size_t>(r * cols + c)] == value;
+        }
+      }
+      CHECK(equal);
     }
   }
 }

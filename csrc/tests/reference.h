@@ -70,9 +70,9 @@ inline double relative_error(const std::vector<float>& got, const std::vector<do
 }
 
 // What the arithmetic of a vector or tile kernel may cost on Gaussian inputs; see
-// moejet.testing.moe_layers. bf16 weights on vector kernels: fp32 throughout.
+// moejet.testing.moe_layers. Float weights on vector kernels: fp32 throughout.
 inline double tolerance(Format format, bool any_tiles) {
-  if (format == Format::kBf16) return any_tiles ? 5e-3 : 3e-6;
+  if (takes_fp32(format)) return any_tiles ? 5e-3 : 3e-6;
   return 2e-2;
 }
 

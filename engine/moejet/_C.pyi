@@ -55,10 +55,14 @@ class ExpertWeights:
         w: _Tensor,
         pool: ThreadPool | None = None,
         isa: str = "auto",
+        scale_inv: _Tensor | None = None,
     ) -> None:
         """Quantises and packs one matrix (fp32, bf16 or fp16). The result does not depend on isa.
 
-        NaN or infinity in an integer format raises ValueError; the projection is then undefined.
+        With scale_inv [ceil(rows / 128), ceil(cols / 128)] fp32, w is float8_e4m3fn (or its bytes as
+        uint8) and each 128 x 128 block is multiplied by its factor; the format fp8 keeps codes and
+        factors. NaN or infinity in fp8 or an integer format raises ValueError; the projection is
+        then undefined.
         """
 
     def set_expert(
@@ -97,9 +101,14 @@ class LinearWeights:
 
     def __init__(self, num_matrices: int, rows: int, cols: int, format: str) -> None: ...
     def set(
-        self, matrix: int, w: _Tensor, pool: ThreadPool | None = None, isa: str = "auto"
+        self,
+        matrix: int,
+        w: _Tensor,
+        pool: ThreadPool | None = None,
+        isa: str = "auto",
+        scale_inv: _Tensor | None = None,
     ) -> None:
-        """Quantises and packs one matrix (fp32, bf16 or fp16), as ExpertWeights does."""
+        """Quantises and packs one matrix, as ExpertWeights does."""
 
     def dequantize(self, matrix: int) -> NDArray[np.float32]:
         """[rows, cols]: the values that the kernels compute with."""

@@ -37,10 +37,14 @@ _MIN_BUFFER, _MAX_BUFFER = 512 << 20, 4 << 30
 
 # Instruction set -> arithmetic of a kernel -> the ceiling that bounds it.
 _BOUNDS: dict[str, dict[str, str]] = {
-    "avx2": {"int8": "avx2_int8", "bf16": "avx2_fma_f32"},
-    "avx512": {"int8": "avx512_vnni_int8", "bf16": "avx512_fma_f32"},
-    "avx512_bf16": {"int8": "avx512_vnni_int8", "bf16": "avx512_bf16_dot"},
-    "amx": {"int8": "amx_int8", "bf16": "amx_bf16"},
+    "avx2": {"int8": "avx2_int8", "bf16": "avx2_fma_f32", "fp32": "avx2_fma_f32"},
+    "avx512": {"int8": "avx512_vnni_int8", "bf16": "avx512_fma_f32", "fp32": "avx512_fma_f32"},
+    "avx512_bf16": {
+        "int8": "avx512_vnni_int8",
+        "bf16": "avx512_bf16_dot",
+        "fp32": "avx512_fma_f32",
+    },
+    "amx": {"int8": "amx_int8", "bf16": "amx_bf16", "fp32": "avx512_fma_f32"},
 }
 _INTEGER_FORMATS = ("int4_g32", "int8")
 
@@ -164,10 +168,12 @@ def arithmetic_names() -> list[str]:
 
 
 def arithmetic_of(isa: str, weight_format: str) -> str:
-    """What the expert kernels multiply in: "int8", or "bf16" for bf16 or fp32 multiply-adds.
+    """What the expert kernels multiply in: "int8", "fp32", or "bf16" for bf16 or fp32 multiply-adds.
 
-    AMX multiplies in bf16 whatever the weights are, except for a few rows per expert.
+    AMX multiplies in bf16 unless the weights are fp32, except for a few rows per expert.
     """
+    if weight_format == "fp32":
+        return "fp32"
     return "int8" if weight_format in _INTEGER_FORMATS and isa != "amx" else "bf16"
 
 

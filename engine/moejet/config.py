@@ -16,14 +16,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-ExpertFormat = Literal["int4_g32", "int8", "bf16"]
-DenseFormat = Literal["int8", "int4_g32", "bf16", "fp32"]
+ExpertFormat = Literal["int4_g32", "int8", "fp8", "bf16", "fp32"]
+DenseFormat = Literal["int8", "int4_g32", "fp8", "bf16", "fp32"]
 CacheDtype = Literal["bf16", "fp32"]
 EXPERT_FORMATS: tuple[str, ...] = get_args(ExpertFormat)
 DENSE_FORMATS: tuple[str, ...] = get_args(DenseFormat)
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
 # Bits per weight, scales included.
-FORMAT_BITS = {"int4_g32": 4.5, "int8": 8.25, "bf16": 16.0, "fp32": 32.0}
+FORMAT_BITS = {"int4_g32": 4.5, "int8": 8.25, "fp8": 8.125, "bf16": 16.0, "fp32": 32.0}
 ISAS = ("scalar", "avx2", "avx512", "amx")
 
 # model_type -> (scoring_func, topk_method) where the file does not say.

@@ -14,6 +14,7 @@ from moejet import topology
 from moejet.config import env_max_isa, env_num_threads
 from moejet.extension import load_extension
 from moejet.ops.experts import moe_experts
+from moejet.ops.linear import fp8_bytes
 
 if TYPE_CHECKING:
     from moejet._C import ThreadPool
@@ -85,7 +86,7 @@ class CpuExperts:
     ) -> None:
         """Reserves memory for all experts; it becomes resident when weights are set.
 
-        format: "int4_g32", "int8" or "bf16". isa: "auto" (the widest usable one, at most
+        format: one of `config.EXPERT_FORMATS`. isa: "auto" (the widest usable one, at most
         MOEJET_MAX_ISA) or a name; a name that cannot run here raises ValueError. Too little
         address space raises MemoryError.
         """
@@ -103,9 +104,16 @@ class CpuExperts:
     def format(self) -> str:
         return str(self.weights.format)
 
-    def set_projection(self, expert: int, projection: str, w: Tensor) -> None:
-        """Quantises and packs one matrix: gate or up [I, D], down [D, I]; fp32, bf16 or fp16."""
-        self.weights.set_projection(expert, projection, w, self.pool, self.isa)
+    def set_projection(
+        self, expert: int, projection: str, w: Tensor, scale_inv: Tensor | None = None
+    ) -> None:
+        """Quantises and packs one matrix: gate or up [I, D], down [D, I]; fp32, bf16, fp16, or float8_e4m3fn.
+
+        scale_inv: for float8_e4m3fn, the fp32 factor of each 128 x 128 block, [ceil(rows / 128), ceil(cols / 128)];
+        the format fp8 then keeps every code and scale, the others quantise the products.
+        """
+        w = fp8_bytes(w, scale_inv)
+        self.weights.set_projection(expert, projection, w, self.pool, self.isa, scale_inv=scale_inv)
 
     def fill_random(self, seed: int) -> None:
         """Random weights of plausible size, the same for the same seed."""

@@ -3,8 +3,8 @@
 out[t, g] = W_g x[t, g], or W_g x[t] where all matrices read the same input.
 
 G = 1 is an ordinary linear layer; MLA's absorbed projections are one matrix per head. Packing and arithmetic are those
-of the experts: integer formats quantise activations to int8 per 32 inputs (bf16 tiles on AMX), bf16 weights multiply
-fp32 activations.
+of the experts: integer formats quantise activations to int8 per 32 inputs (bf16 tiles on AMX), the others multiply
+fp32 activations (fp8 and bf16: bf16 tiles on AMX).
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from moejet.extension import load_extension
 
 if TYPE_CHECKING:
     from moejet._C import ThreadPool
+
+
+def fp8_bytes(w: Tensor, scale_inv: Tensor | None) -> Tensor:
+    """w, or its bytes if it is float8_e4m3fn with scales: not every torch exports that type."""
+    return w.view(torch.uint8) if scale_inv is not None and w.dtype == torch.float8_e4m3fn else w
 
 
 class PackedMatrices:
@@ -37,9 +42,13 @@ class PackedMatrices:
         """Size of the packed weights, padding included."""
         return int(self.weights.nbytes)
 
-    def set(self, matrix: int, w: Tensor) -> None:
-        """Quantises and packs w [rows, cols], fp32, bf16 or fp16."""
-        self.weights.set(matrix, w, self.pool, self.isa)
+    def set(self, matrix: int, w: Tensor, scale_inv: Tensor | None = None) -> None:
+        """Quantises and packs w [rows, cols], fp32, bf16, fp16, or float8_e4m3fn with its block scales.
+
+        scale_inv: as for `CpuExperts.set_projection`.
+        """
+        w = fp8_bytes(w, scale_inv)
+        self.weights.set(matrix, w, self.pool, self.isa, scale_inv=scale_inv)
 
     def dequantize(self, matrix: int) -> Tensor:
         """The values that the kernels compute with, fp32 [rows, cols]."""

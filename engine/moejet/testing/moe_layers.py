@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moejet import _C
 
-FORMATS = ("int4_g32", "int8", "bf16", "fp8", "fp32")
+FORMATS = ("int4_g32", "int8", "fp8", "bf16", "fp32")
 
 
 @dataclass

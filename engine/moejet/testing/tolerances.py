@@ -30,6 +30,7 @@ LOGPROB_LIMITS: dict[str, float] = {
     "fp32": 2e-4,
     "bf16": 0.15,
     "int8": 0.3,
+    "fp8": 1.0,
     "int4_g32": 2.0,
 }
 
