@@ -76,6 +76,9 @@ struct AttentionWorker {
   // The rows that `queries` holds: consecutive tasks often share them. Null: none.
   const AbsorbedPart* packed_part;
   int64_t packed_group;
+  // The worker's next task, whose keys it fetches while it computes; null: none.
+  const AbsorbedPart* next_part;
+  int64_t next_split;
 };
 
 // Kernels for one element type of the cache.

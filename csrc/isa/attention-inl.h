@@ -265,6 +265,24 @@ inline int64_t split_begin(int64_t context, int64_t split, int64_t num_splits) {
   return split == num_splits ? context : context * split / num_splits / 16 * 16;
 }
 
+// Rows to fetch during the last step before keys [begin, end): at most one key block.
+template <class A>
+int rows_ahead(const AttentionBatch& batch, const AbsorbedPart& part, int64_t begin, int64_t end,
+               const uint8_t** rows) {
+  const int64_t count = smaller(A::kKeyBlock, end - begin);
+  latent_rows(batch, part.blocks, begin, count, rows);
+  return static_cast<int>(count);
+}
+template <class A>
+int rows_of_next_task(const AttentionBatch& batch, const AttentionWorker& worker,
+                      const uint8_t** rows) {
+  if (worker.next_part == nullptr) return 0;
+  const AbsorbedPart& part = *worker.next_part;
+  const int64_t context = part.first_position + part.num_queries;
+  return rows_ahead<A>(batch, part, split_begin(context, worker.next_split, part.num_splits),
+                       split_begin(context, worker.next_split + 1, part.num_splits), rows);
+}
+
 template <class A>
 void absorbed(const AttentionBatch& batch, const AbsorbedPart& part, int64_t group, int64_t split,
               AttentionWorker* worker) {
@@ -297,11 +315,13 @@ void absorbed(const AttentionBatch& batch, const AbsorbedPart& part, int64_t gro
   alignas(64) float limits[kQueryBlock];
   for (int64_t key = begin; key < end; key += A::kKeyBlock) {
     const int count = static_cast<int>(smaller(A::kKeyBlock, end - key));
-    const int available = static_cast<int>(smaller(count + A::kKeyBlock, context - key));
-    latent_rows(batch, part.blocks, key, available, source);
-    set_latents<A>(batch, source, count, available, elements, worker, &keys);
+    latent_rows(batch, part.blocks, key, count, source);
+    const int ahead = key + count < end
+                          ? rows_ahead<A>(batch, part, key + count, end, source + count)
+                          : rows_of_next_task<A>(batch, *worker, source + count);
+    set_latents<A>(batch, source, count, count + ahead, elements, worker, &keys);
     const int64_t bytes = (batch.rank + batch.rope) * dtype_bytes(batch.cache_dtype);
-    const int64_t lines = (available - count) * ((bytes + 63) / 64);
+    const int64_t lines = ahead * ((bytes + 63) / 64);
     const int64_t steps = A::mix_steps(rows, cols, count);
     keys.ahead = {source + count, bytes, 0, lines, static_cast<int>((lines + steps - 1) / steps)};
     for (int row = 0; row < rows; row += kQueryBlock) {

@@ -14,7 +14,7 @@ namespace MOEJET_ISA_NS {
 struct Bf16Dot : VectorProducts<Bf16Dot>, Bf16Elements {
   using Bf16Elements::Elem;
   using Operand = __m512i;
-  static constexpr int kKeyBlock = 128, kKeyStep = 2, kMixPanels = 2;
+  static constexpr int kKeyBlock = 256, kKeyStep = 2, kMixPanels = 2;
 
   static Operand load(const Elem* p) { return _mm512_loadu_si512(p); }
   static Operand broadcast(Elem x) { return _mm512_set1_epi32(static_cast<int>(x)); }
