@@ -16,7 +16,7 @@ constexpr int64_t kMaxWaveRows = 8192;
 // fp32 values of all splits' sums in a wave.
 constexpr int64_t kMaxWavePartials = int64_t{16} << 20;
 // Splits have at least this many keys, and a part makes at most this many tasks by splitting.
-constexpr int64_t kMinSplitKeys = 64;
+constexpr int64_t kMinSplitKeys = 128;
 constexpr int64_t kMaxSplits = 64;
 constexpr int64_t kMergeRows = 16;
 constexpr int64_t kGatherKeys = 32;
@@ -348,7 +348,18 @@ bool AttentionTask::next() {
 void AttentionTask::run_item(int64_t item, AttentionWorker* worker) {
   switch (phase_) {
     case Phase::kAttend: {
-      const Item& i = attend_items_[static_cast<size_t>(item)];
+      // Every worker walks through a run of items of its own, so that it can fetch ahead.
+      const int64_t lanes = static_cast<int64_t>(scratch_->workers_.size());
+      const int64_t lane = item % lanes, step = item / lanes;
+      const int64_t index =
+          lane * (num_items_ / lanes) + std::min(lane, num_items_ % lanes) + step;
+      const Item& i = attend_items_[static_cast<size_t>(index)];
+      worker->next_part = nullptr;
+      if (item + lanes < num_items_) {
+        const Item& following = attend_items_[static_cast<size_t>(index + 1)];
+        worker->next_part = &parts_[static_cast<size_t>(following.part)];
+        worker->next_split = following.second;
+      }
       kernels_->absorbed(batch_, parts_[static_cast<size_t>(i.part)], i.first, i.second, worker);
       break;
     }

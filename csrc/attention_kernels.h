@@ -70,12 +70,15 @@ struct AttentionWorker {
   float* staging;  // [16][rank + rope or nope + rope, rounded up to 32]
   void* keys;      // [key_block][row elements]
   void* values;    // packed_value_elements(rank)
-  float* scores;   // [key_block][kQueryBlock]
-  void* weights;   // [key_block][kQueryBlock], and once more for tiles
+  float* scores;   // [kQueryBlock / 16][key_block][16]
+  void* weights;   // [kQueryBlock / 16][key_block / pair][16], and once more for tiles
   float* product;  // [32][32]
   // The rows that `queries` holds: consecutive tasks often share them. Null: none.
   const AbsorbedPart* packed_part;
   int64_t packed_group;
+  // The worker's next task, whose keys it fetches while it computes; null: none.
+  const AbsorbedPart* next_part;
+  int64_t next_split;
 };
 
 // Kernels for one element type of the cache.

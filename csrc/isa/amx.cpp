@@ -1,7 +1,8 @@
 // Kernels for AMX bf16 tiles beside AVX-512.
 #define MOEJET_ISA_NS amx
 #define MOEJET_VEC_BITS 512
-#include "attention-bf16-inl.h"
+#include "attention-tiles-inl.h"
+#include "attention-vectors-inl.h"
 #include "fp8-tiles512-inl.h"
 #include "ops-inl.h"
 

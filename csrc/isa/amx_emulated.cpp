@@ -1,7 +1,8 @@
 // The AMX kernels over tiles in memory: tests their logic on processors without AMX.
 #define MOEJET_ISA_NS amx_emulated
 #define MOEJET_VEC_BITS 512
-#include "attention-bf16-inl.h"
+#include "attention-tiles-inl.h"
+#include "attention-vectors-inl.h"
 #include "fp8-tiles512-inl.h"
 #include "ops-inl.h"
 

@@ -2,23 +2,27 @@
 // two forms and what each function does.
 //
 // Both products run through the same operands:
-//   scores  S[key][row]    = sum_d K[key][d] Q[d][row]    keys broadcast, 16 query rows in a vector
-//   mix     O[row][column] = sum_t P[t][row] V[t][column] rows broadcast, 16 columns in a vector
+//   scores  S[key][row]    = sum_d K[key][d] Q[d][row]     16 query rows side by side
+//   mix     O[row][column] = sum_t P[t][row] V[t][column]  16 columns side by side
 // so a key row is read where it lies, the softmax runs over whole vectors (each lane is a query
 // row), and its weights are the next product's operand as they stand. In bf16, an element holds two
 // neighbours in the dimension that is summed: keys lie that way already, queries are packed so once
-// per task, weights when they are rounded, and only values must be interleaved, once per key block.
+// per task, weights when they are rounded, and values are interleaved when they are loaded
+// (vectors) or once per key block (tiles).
 //
 // An arithmetic is a struct with
-//   Elem, Scalar, kPair           element, the scalars in it, and their number
-//   kDimStep, kKeyBlock           see AttentionKernels
-//   kKeyStep                      weights and values are padded with zeros to so many keys
-//   kGroup                        so many key rows must lie equally far apart (1: anywhere)
-//   exp2(x)                       weights from scores
-//   copy(src, dtype, n, dst)      n values to scalars
-//   Scope                         lives while a task uses scores and mix (tile configuration)
-//   pack_queries, store_weights, load_latent_values, pack_values
-//   scores, mix                   the two products
+//   Elem, Scalar, kPair      element, the scalars in it, and their number
+//   kDimStep, kKeyBlock      see AttentionKernels
+//   kKeyStep                 weights are padded with zeros to so many keys
+//   kGroup                   so many key rows must lie equally far apart (1: anywhere)
+//   kValueRows               values are read as rows, like keys; else set_values arranges them
+//   Scope                    lives while a task uses scores and mix (tile configuration)
+//   exp2(x)                  weights from scores
+//   copy(src, dtype, n, dst) n values to scalars
+//   pack_queries(staging, ld, elements, dst)   16 rows of fp32 to [element][16 rows]
+//   store_weights, finish_weights              weights of a key pair; of all keys
+//   scores, mix              the two products
+//   mix_steps(...)           how often mix calls Ahead::step
 #pragma once
 
 #ifndef MOEJET_ISA_NS
@@ -32,13 +36,36 @@ namespace MOEJET_ISA_NS {
 
 constexpr int kVecs = kQueryPanel / Vec::kWidth;  // of one panel
 
+// Memory to bring into L2 while computing: rows of `bytes` bytes, a few cache lines at a time.
+struct Ahead {
+  const uint8_t* const* row;
+  int64_t bytes, offset;
+  int64_t lines_left;
+  int lines_per_step;
+  void step() {
+    for (int i = 0; i < lines_per_step; ++i) {
+      __builtin_prefetch(*row + offset, 0, 2);
+      offset += 64;
+      row += offset >= bytes;
+      offset = offset >= bytes ? 0 : offset;
+    }
+    lines_left -= lines_per_step;
+    lines_per_step = lines_left >= lines_per_step ? lines_per_step : 0;
+  }
+};
+
 // The keys of one step and their values.
 template <class A>
 struct Keys {
+  using Elem = typename A::Elem;
   int count;
-  const typename A::Elem* rows[kMaxKeyBlock];  // padded to a multiple of 16 with readable rows
-  const typename A::Elem* values;              // of key pair k, columns 16 p ..:
-  int64_t value_step, value_panel;             // values + k value_step + p value_panel
+  const Elem* rows[kMaxKeyBlock + 32];  // at least 16 behind the last are readable
+  // kValueRows: rows (the last once more if their number is odd). Else: `values`, where columns
+  // 16 p .. of all keys begin at p value_panel.
+  const Elem* value_rows[kMaxKeyBlock + 1];
+  const Elem* values;
+  int64_t value_panel;
+  Ahead ahead;  // what mix fetches meanwhile
 };
 
 // Running sums of a block of query rows: [rows, cols], rows `stride` elements apart.
@@ -63,177 +90,6 @@ inline Vec::V load_part(const float* src, int64_t n) {
   return Vec::load(all);
 }
 
-// ---- The two products on vectors ----
-
-// Rows of a register block of kMr x kPanels x kVecs sums, operands and a broadcast beside them.
-constexpr int kMr = Vec::kWidth / 2;
-constexpr int kPanels = Vec::kWidth == 16 ? 3 : 1;
-
-template <class Elem>
-struct RowOperand {  // one pointer per row
-  const Elem* row[kMr];
-  Elem at(int i, int64_t k) const { return row[i][k]; }
-};
-template <class Elem>
-struct ColumnOperand {  // rows adjacent
-  const Elem* data;
-  Elem at(int i, int64_t k) const { return data[k * kQueryBlock + i]; }
-};
-
-// out(i, v, sum over k of a(i, k) * b(k, v)) for kMr rows and NP panels of b.
-template <class Dot, int NP, class Operand, class Out>
-inline void register_block(const Operand& a, const typename Dot::Elem* b, int64_t step,
-                           int64_t panel, int64_t count, const Out& out) {
-  Vec::V sum[kMr][NP * kVecs];
-  for (int i = 0; i < kMr; ++i) {
-    for (int v = 0; v < NP * kVecs; ++v) sum[i][v] = Vec::zero();
-  }
-  for (int64_t k = 0; k < count; ++k, b += step) {
-    typename Dot::Operand columns[NP * kVecs];
-    for (int v = 0; v < NP * kVecs; ++v) {
-      columns[v] = Dot::load(b + v / kVecs * panel + v % kVecs * Vec::kWidth);
-    }
-    for (int i = 0; i < kMr; ++i) {
-      const typename Dot::Operand row = Dot::broadcast(a.at(i, k));
-      for (int v = 0; v < NP * kVecs; ++v) sum[i][v] = Dot::add(sum[i][v], row, columns[v]);
-    }
-  }
-  for (int i = 0; i < kMr; ++i) {
-    for (int v = 0; v < NP * kVecs; ++v) out(i, v, sum[i][v]);
-  }
-}
-
-template <class Dot, int NP>
-void score_panels(const Keys<Dot>& keys, const typename Dot::Elem* queries, int64_t elements,
-                  float* scores) {
-  for (int t = 0; t < keys.count; t += kMr) {
-    RowOperand<typename Dot::Elem> a;
-    for (int i = 0; i < kMr; ++i) a.row[i] = keys.rows[t + i];
-    float* s = scores + t * kQueryBlock;
-    register_block<Dot, NP>(
-        a, queries, kQueryPanel, elements * kQueryPanel, elements,
-        [s](int i, int v, Vec::V sum) { Vec::store(s + i * kQueryBlock + v * Vec::kWidth, sum); });
-  }
-}
-
-template <class Dot, int NP>
-void mix_panels(const Keys<Dot>& keys, const typename Dot::Elem* weights, const float* decay,
-                int64_t panel, const Sums& sums) {
-  const int64_t count = (keys.count + Dot::kPair - 1) / Dot::kPair;
-  const int64_t column = panel * kQueryPanel;
-  for (int row = 0; row < sums.rows; row += kMr) {
-    const ColumnOperand<typename Dot::Elem> a = {weights + row};
-    float* dst = sums.data + row * sums.stride + column;
-    register_block<Dot, NP>(a, keys.values + panel * keys.value_panel, keys.value_step,
-                            keys.value_panel, count, [&](int i, int v, Vec::V sum) {
-                              const int64_t left = sums.cols - column - v * Vec::kWidth;
-                              if (row + i >= sums.rows || left <= 0) return;
-                              float* p = dst + i * sums.stride + v * Vec::kWidth;
-                              if (!sums.first) {
-                                sum = Vec::fma(load_part(p, left), Vec::broadcast(decay[row + i]),
-                                               sum);
-                              }
-                              store_part(p, sum, left);
-                            });
-  }
-}
-
-template <class Dot>
-void vector_scores(const Keys<Dot>& keys, const typename Dot::Elem* queries, int64_t elements,
-                   int panels, float* scores) {
-  for (int p = 0; p < panels;) {
-    const typename Dot::Elem* q = queries + p * elements * kQueryPanel;
-    float* s = scores + p * kQueryPanel;
-    const int left = panels - p;
-    if (kPanels >= 3 && left == 3) {
-      score_panels<Dot, kPanels>(keys, q, elements, s);
-      p += 3;
-    } else if (kPanels >= 2 && left >= 2) {
-      score_panels<Dot, kPanels >= 2 ? 2 : 1>(keys, q, elements, s);
-      p += 2;
-    } else {
-      score_panels<Dot, 1>(keys, q, elements, s);
-      ++p;
-    }
-  }
-}
-
-template <class Dot>
-void vector_mix(const Keys<Dot>& keys, const typename Dot::Elem* weights, const float* decay,
-                const Sums& sums) {
-  const int64_t panels = (sums.cols + kQueryPanel - 1) / kQueryPanel;
-  for (int64_t p = 0; p < panels;) {
-    const int64_t left = panels - p;
-    if (kPanels >= 3 && left >= 3 && left != 4) {
-      mix_panels<Dot, kPanels>(keys, weights, decay, p, sums);
-      p += 3;
-    } else if (kPanels >= 2 && left >= 2) {
-      mix_panels<Dot, kPanels >= 2 ? 2 : 1>(keys, weights, decay, p, sums);
-      p += 2;
-    } else {
-      mix_panels<Dot, 1>(keys, weights, decay, p, sums);
-      ++p;
-    }
-  }
-}
-
-// ---- fp32 arithmetic ----
-
-struct Fp32Dot {
-  using Elem = float;
-  using Scalar = float;
-  using Operand = Vec::V;
-  struct Scope {};
-  static constexpr int kPair = 1, kDimStep = 16, kKeyBlock = 64, kKeyStep = 1, kGroup = 1;
-
-  static Operand load(const Elem* p) { return Vec::load(p); }
-  static Operand broadcast(Elem x) { return Vec::broadcast(x); }
-  static Vec::V add(Vec::V sum, Operand a, Operand b) { return Vec::fma(a, b, sum); }
-  static Vec::V exp2(Vec::V x) { return Vec::exp2(x); }
-
-  static void copy(const void* src, DType dtype, int64_t n, float* dst) {
-    if (dtype == DType::kF32) {
-      std::memcpy(dst, src, n * sizeof(float));
-      return;
-    }
-    const uint16_t* p = static_cast<const uint16_t*>(src);
-    int64_t i = 0;
-    for (; i + Vec::kWidth <= n; i += Vec::kWidth) Vec::store(dst + i, Vec::load_bf16(p + i));
-    for (; i < n; ++i) dst[i] = element(src, dtype, i);
-  }
-  static void pack_queries(const float* staging, int64_t ld, int64_t elements, Elem* dst) {
-    for (int64_t d = 0; d < elements; d += 16) {
-      Vec::transpose16(staging + d, ld, dst + d * kQueryPanel);
-    }
-  }
-  static void store_weights(Elem* dst, Vec::V w, Vec::V) { Vec::store(dst, w); }
-  static void finish_weights(Elem*, int, int) {}
-  // The latent rows, copied for the keys, are row-major values.
-  static void load_latent_values(const AttentionBatch&, const uint8_t* const*, int64_t elements,
-                                 AttentionWorker* worker, Keys<Fp32Dot>* keys) {
-    keys->values = static_cast<const Elem*>(worker->keys);
-    keys->value_step = elements;
-    keys->value_panel = kQueryPanel;
-  }
-  static int64_t value_step(int64_t cols) { return round_up(cols, kQueryPanel); }
-  static int64_t value_panel() { return kQueryPanel; }
-  static void pack_values(const void* src, int64_t stride, int count, int64_t cols, Elem* dst) {
-    const int64_t step = value_step(cols);
-    for (int t = 0; t < count; ++t) {
-      std::memcpy(dst + t * step, static_cast<const float*>(src) + t * stride, cols * 4);
-      for (int64_t c = cols; c < step; ++c) dst[t * step + c] = 0.f;
-    }
-  }
-  static void scores(Scope&, const Keys<Fp32Dot>& keys, const Elem* queries, int64_t elements,
-                     int panels, AttentionWorker* worker) {
-    vector_scores<Fp32Dot>(keys, queries, elements, panels, worker->scores);
-  }
-  static void mix(Scope&, const Keys<Fp32Dot>& keys, const float* decay, const Sums& sums,
-                  AttentionWorker* worker) {
-    vector_mix<Fp32Dot>(keys, static_cast<const Elem*>(worker->weights), decay, sums);
-  }
-};
-
 // ---- Online softmax ----
 
 // One panel: scores become weights, max and sum move on; decay is what earlier sums are worth now.
@@ -241,27 +97,26 @@ struct Fp32Dot {
 template <class A>
 void softmax_panel(int count, float* scores, const float* limits, float* max, float* sum,
                    float* decay, typename A::Elem* weights) {
-  constexpr int kPairStep = kQueryBlock;
   const Vec::V masked = Vec::broadcast(kMaskedScore);
   for (int lane = 0; lane < kQueryPanel; lane += Vec::kWidth) {
     float* s = scores + lane;
     const Vec::V before = Vec::load(max + lane);
     Vec::V m = before;
     for (int t = 0; t < count; ++t) {
-      Vec::V score = Vec::load(s + t * kQueryBlock);
+      Vec::V score = Vec::load(s + t * kQueryPanel);
       if (limits != nullptr) {
         score = Vec::select_greater(Vec::broadcast(static_cast<float>(t)), Vec::load(limits + lane),
                                     masked, score);
-        Vec::store(s + t * kQueryBlock, score);
+        Vec::store(s + t * kQueryPanel, score);
       }
       m = Vec::max(score, m);
     }
-    const auto weight = [&](int t) { return A::exp2(Vec::load(s + t * kQueryBlock) - m); };
+    const auto weight = [&](int t) { return A::exp2(Vec::load(s + t * kQueryPanel) - m); };
     const Vec::V kept = A::exp2(before - m);
     Vec::V total = Vec::load(sum + lane) * kept;
     typename A::Elem* w = weights + lane;
     int t = 0;
-    for (; t + A::kPair <= count; t += A::kPair, w += kPairStep) {
+    for (; t + A::kPair <= count; t += A::kPair, w += kQueryPanel) {
       const Vec::V first = weight(t);
       total = total + first;
       Vec::V second = Vec::zero();
@@ -271,7 +126,7 @@ void softmax_panel(int count, float* scores, const float* limits, float* max, fl
       }
       A::store_weights(w, first, second);
     }
-    for (; t < round_up(count, A::kKeyStep); t += A::kPair, w += kPairStep) {
+    for (; t < round_up(count, A::kKeyStep); t += A::kPair, w += kQueryPanel) {
       Vec::V first = Vec::zero();
       if (t < count) total = total + (first = weight(t));
       A::store_weights(w, first, Vec::zero());
@@ -284,23 +139,31 @@ void softmax_panel(int count, float* scores, const float* limits, float* max, fl
 
 // A block of at most kQueryBlock rows over the keys of one step.
 template <class A>
-void attend(typename A::Scope& scope, const Keys<A>& keys, const typename A::Elem* queries,
-            int64_t elements, const float* limits, float* max, float* sum, const Sums& sums,
+void attend(typename A::Scope& scope, const typename A::Elem* queries, int64_t elements,
+            const float* limits, float* max, float* sum, const Sums& sums, Keys<A>* keys,
             AttentionWorker* worker) {
   const int panels = (sums.rows + kQueryPanel - 1) / kQueryPanel;
   typename A::Elem* weights = static_cast<typename A::Elem*>(worker->weights);
   alignas(64) float decay[kQueryBlock];
-  A::scores(scope, keys, queries, elements, panels, worker);
+  A::scores(scope, *keys, queries, elements, panels, worker);
   for (int p = 0; p < panels; ++p) {
     const int row = p * kQueryPanel;
-    softmax_panel<A>(keys.count, worker->scores + row, limits == nullptr ? nullptr : limits + row,
-                     max + row, sum + row, decay + row, weights + row);
+    softmax_panel<A>(keys->count, worker->scores + row * A::kKeyBlock,
+                     limits == nullptr ? nullptr : limits + row, max + row, sum + row, decay + row,
+                     weights + row * (A::kKeyBlock / A::kPair));
   }
-  A::finish_weights(weights, panels, keys.count);
-  A::mix(scope, keys, decay, sums, worker);
+  A::finish_weights(weights, panels, keys->count);
+  A::mix(scope, decay, sums, keys, worker);
 }
 
-// Packs a panel of query rows; row(i) gives its two parts, or null parts for a row of zeros.
+inline void reset(float* max, float* sum, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) {
+    max[i] = kMaskedScore;
+    sum[i] = 0.f;
+  }
+}
+
+// The two parts of a query row; null for a row of zeros.
 struct QueryRow {
   const float *head, *tail;
 };
@@ -321,57 +184,63 @@ void pack_panel(const RowOf& row_of, int64_t head_dims, int64_t tail_dims, float
   A::pack_queries(staging, ld, elements, dst);
 }
 
-inline void reset(float* max, float* sum, int rows) {
-  for (int i = 0; i < rows; ++i) {
-    max[i] = kMaskedScore;
-    sum[i] = 0.f;
-  }
+// n values to scalars, then zeros up to `padded`.
+template <class A>
+void copy_padded(const void* src, DType dtype, int64_t n, int64_t padded, typename A::Scalar* dst) {
+  A::copy(src, dtype, n, dst);
+  for (int64_t i = n; i < padded; ++i) dst[i] = 0;
 }
 
 // ---- Absorbed form ----
 
-inline const uint8_t* latent_row(const AttentionBatch& batch, const int64_t* blocks, int64_t key) {
-  const int64_t slot = blocks[key / batch.block_size] * batch.block_size + key % batch.block_size;
-  return static_cast<const uint8_t*>(batch.cache) +
-         slot * (batch.rank + batch.rope) * dtype_bytes(batch.cache_dtype);
+// Pointers to the latent rows of keys [begin, begin + count).
+inline void latent_rows(const AttentionBatch& batch, const int64_t* blocks, int64_t begin,
+                        int64_t count, const uint8_t** rows) {
+  const int64_t bytes = (batch.rank + batch.rope) * dtype_bytes(batch.cache_dtype);
+  int64_t block = begin / batch.block_size, offset = begin % batch.block_size;
+  for (int64_t t = 0; t < count; ++block, offset = 0) {
+    const uint8_t* p = static_cast<const uint8_t*>(batch.cache) +
+                       (blocks[block] * batch.block_size + offset) * bytes;
+    for (; offset < batch.block_size && t < count; ++offset, p += bytes) rows[t++] = p;
+  }
 }
 
-// Key rows and values of keys [begin, begin + count). Rows are used in place where the arithmetic
-// can read them so.
+// The keys of one step, `source` their latent rows, used in place where the arithmetic can read
+// them so. The rows behind the last are those of the next step, if `available` counts them.
 template <class A>
-void load_latents(const AttentionBatch& batch, const int64_t* blocks, int64_t begin, int count,
-                  int64_t elements, AttentionWorker* worker, Keys<A>* keys) {
-  const int64_t dims = batch.rank + batch.rope;
+void set_latents(const AttentionBatch& batch, const uint8_t* const* source, int count,
+                 int available, int64_t elements, AttentionWorker* worker, Keys<A>* keys) {
   using Elem = typename A::Elem;
-  using Scalar = typename A::Scalar;
-  const bool fits = dtype_bytes(batch.cache_dtype) == sizeof(Scalar) && A::kPair == 2 &&
-                    dims == elements * A::kPair;
+  const int64_t dims = batch.rank + batch.rope;
+  const bool fits =
+      dtype_bytes(batch.cache_dtype) == sizeof(typename A::Scalar) && dims == elements * A::kPair;
+  Elem* copies = static_cast<Elem*>(worker->keys);
   keys->count = count;
-  const uint8_t* row[kMaxKeyBlock];
-  for (int t = 0; t < count; ++t) row[t] = latent_row(batch, blocks, begin + t);
   for (int group = 0; group < count; group += A::kGroup) {
     bool in_place = fits && group + A::kGroup <= count;
     for (int t = group + 2; in_place && t < group + A::kGroup; ++t) {
-      in_place = row[t] - row[t - 1] == row[t - 1] - row[t - 2];
+      in_place = source[t] - source[t - 1] == source[t - 1] - source[t - 2];
     }
-    const int end = group + A::kGroup < count ? group + A::kGroup : count;
-    for (int t = group; t < end; ++t) {
-      if (in_place) {
-        keys->rows[t] = reinterpret_cast<const Elem*>(row[t]);
-        continue;
-      }
-      Elem* copy = static_cast<Elem*>(worker->keys) + t * elements;
-      Scalar* scalars = reinterpret_cast<Scalar*>(copy);
-      A::copy(row[t], batch.cache_dtype, dims, scalars);
-      for (int64_t d = dims; d < elements * A::kPair; ++d) scalars[d] = 0;
-      keys->rows[t] = copy;
+    for (int t = group; t < group + A::kGroup && t < count; ++t) {
+      keys->rows[t] = in_place ? reinterpret_cast<const Elem*>(source[t]) : copies + t * elements;
+      if (in_place) continue;
+      copy_padded<A>(source[t], batch.cache_dtype, dims, elements * A::kPair,
+                     reinterpret_cast<typename A::Scalar*>(copies + t * elements));
     }
   }
-  for (int t = count; t < round_up(count, 16); ++t) {
-    keys->rows[t] = A::kGroup == 1 ? keys->rows[count - 1]
-                                   : static_cast<const Elem*>(worker->keys) + t * elements;
+  // A group that is not whole consists of copies, whole it must be readable.
+  for (int t = count; t < round_up(count, 16) + 16; ++t) {
+    keys->rows[t] = A::kGroup > 1           ? copies + t % A::kKeyBlock * elements
+                    : fits && t < available ? reinterpret_cast<const Elem*>(source[t])
+                                            : keys->rows[count - 1];
   }
-  A::load_latent_values(batch, row, elements, worker, keys);
+  if constexpr (A::kValueRows) {
+    for (int t = 0; t < count; ++t) keys->value_rows[t] = keys->rows[t];
+    keys->value_rows[count] = keys->rows[count - 1];
+  } else {
+    A::set_values(reinterpret_cast<const typename A::Scalar* const*>(keys->rows), count, batch.rank,
+                  static_cast<Elem*>(worker->values), keys);
+  }
 }
 
 template <class A>
@@ -396,9 +265,28 @@ inline int64_t split_begin(int64_t context, int64_t split, int64_t num_splits) {
   return split == num_splits ? context : context * split / num_splits / 16 * 16;
 }
 
+// Rows to fetch during the last step before keys [begin, end): at most one key block.
+template <class A>
+int rows_ahead(const AttentionBatch& batch, const AbsorbedPart& part, int64_t begin, int64_t end,
+               const uint8_t** rows) {
+  const int64_t count = smaller(A::kKeyBlock, end - begin);
+  latent_rows(batch, part.blocks, begin, count, rows);
+  return static_cast<int>(count);
+}
+template <class A>
+int rows_of_next_task(const AttentionBatch& batch, const AttentionWorker& worker,
+                      const uint8_t** rows) {
+  if (worker.next_part == nullptr) return 0;
+  const AbsorbedPart& part = *worker.next_part;
+  const int64_t context = part.first_position + part.num_queries;
+  return rows_ahead<A>(batch, part, split_begin(context, worker.next_split, part.num_splits),
+                       split_begin(context, worker.next_split + 1, part.num_splits), rows);
+}
+
 template <class A>
 void absorbed(const AttentionBatch& batch, const AbsorbedPart& part, int64_t group, int64_t split,
               AttentionWorker* worker) {
+  using Elem = typename A::Elem;
   const int64_t elements = round_up(batch.rank + batch.rope, A::kDimStep) / A::kPair;
   const int64_t cols = round_up(batch.rank, kQueryPanel);
   const int64_t all_rows = part.num_queries * batch.heads;
@@ -409,32 +297,43 @@ void absorbed(const AttentionBatch& batch, const AbsorbedPart& part, int64_t gro
     worker->packed_part = &part;
     worker->packed_group = group;
   }
-  const auto position = [&](int64_t row) { return part.first_position + row / batch.heads; };
+  const auto position = [&](int64_t row) {
+    return part.first_position + (first_row + row) / batch.heads;
+  };
   const int64_t context = part.first_position + part.num_queries;
   const int64_t begin = split_begin(context, split, part.num_splits);
   const int64_t end =
-      smaller(split_begin(context, split + 1, part.num_splits), position(first_row + rows - 1) + 1);
+      smaller(split_begin(context, split + 1, part.num_splits), position(rows - 1) + 1);
   const int64_t state = split * round_up(all_rows, kQueryPanel) + first_row;
+  float *max = part.max + state, *sum = part.sum + state;
   float* partial = part.partial + (split * all_rows + first_row) * cols;
-  reset(part.max + state, part.sum + state, static_cast<int>(round_up(rows, kQueryPanel)));
+  reset(max, sum, round_up(rows, kQueryPanel));
 
   typename A::Scope scope;
   Keys<A> keys;
+  const uint8_t* source[2 * kMaxKeyBlock];
   alignas(64) float limits[kQueryBlock];
   for (int64_t key = begin; key < end; key += A::kKeyBlock) {
-    load_latents<A>(batch, part.blocks, key, static_cast<int>(smaller(A::kKeyBlock, end - key)),
-                    elements, worker, &keys);
+    const int count = static_cast<int>(smaller(A::kKeyBlock, end - key));
+    latent_rows(batch, part.blocks, key, count, source);
+    const int ahead = key + count < end
+                          ? rows_ahead<A>(batch, part, key + count, end, source + count)
+                          : rows_of_next_task<A>(batch, *worker, source + count);
+    set_latents<A>(batch, source, count, count + ahead, elements, worker, &keys);
+    const int64_t bytes = (batch.rank + batch.rope) * dtype_bytes(batch.cache_dtype);
+    const int64_t lines = ahead * ((bytes + 63) / 64);
+    const int64_t steps = A::mix_steps(rows, cols, count);
+    keys.ahead = {source + count, bytes, 0, lines, static_cast<int>((lines + steps - 1) / steps)};
     for (int row = 0; row < rows; row += kQueryBlock) {
       const int block_rows = rows - row < kQueryBlock ? rows - row : kQueryBlock;
-      if (position(first_row + row + block_rows - 1) < key) continue;
-      const bool causal = position(first_row + row) < key + keys.count - 1;
+      if (position(row + block_rows - 1) < key) continue;
+      const bool causal = position(row) < key + count - 1;
       for (int i = 0; causal && i < kQueryBlock; ++i) {
-        limits[i] = static_cast<float>(position(first_row + row + i) - key);
+        limits[i] = static_cast<float>(position(row + i) - key);
       }
       const Sums sums = {partial + row * cols, cols, block_rows, cols, key == begin};
-      attend<A>(scope, keys, static_cast<const typename A::Elem*>(worker->queries) + row * elements,
-                elements, causal ? limits : nullptr, part.max + state + row, part.sum + state + row,
-                sums, worker);
+      attend<A>(scope, static_cast<const Elem*>(worker->queries) + row * elements, elements,
+                causal ? limits : nullptr, max + row, sum + row, sums, &keys, worker);
     }
   }
 }
@@ -447,26 +346,25 @@ inline void merge(const AttentionBatch& batch, const AbsorbedPart& part, int64_t
   const int64_t padded_rows = round_up(all_rows, kQueryPanel);
   const int64_t cols = round_up(batch.rank, kQueryPanel);
   for (int64_t row = row_begin; row < row_end; ++row) {
-    float* mixed = part.mixed + row * batch.rank;
+    const auto max_of = [&](int64_t s) { return part.max[s * padded_rows + row]; };
+    const auto sum_of = [&](int64_t s) { return part.sum[s * padded_rows + row]; };
+    const auto counts = [&](int64_t s) {
+      return max_of(s) > kMaskedScore || sum_of(s) != sum_of(s);
+    };
     float largest = kMaskedScore;
     for (int64_t s = 0; s < part.num_splits; ++s) {
-      const float m = part.max[s * padded_rows + row];
-      largest = m > largest ? m : largest;
+      largest = max_of(s) > largest ? max_of(s) : largest;
     }
     const auto share = [&](int64_t s) {
       float lanes[Vec::kWidth];
-      const float m = part.max[s * padded_rows + row];
-      Vec::store(lanes, Vec::exp2(Vec::broadcast(m - largest)));
+      Vec::store(lanes, Vec::exp2(Vec::broadcast(max_of(s) - largest)));
       return lanes[0];
-    };
-    const auto counts = [&](int64_t s) {
-      const float total = part.sum[s * padded_rows + row];
-      return part.max[s * padded_rows + row] > kMaskedScore || total != total;
     };
     float total = 0.f;
     for (int64_t s = 0; s < part.num_splits; ++s) {
-      if (counts(s)) total += share(s) * part.sum[s * padded_rows + row];
+      if (counts(s)) total += share(s) * sum_of(s);
     }
+    float* mixed = part.mixed + row * batch.rank;
     bool first = true;
     for (int64_t s = 0; s < part.num_splits; ++s) {
       if (!counts(s)) continue;
@@ -485,36 +383,72 @@ inline void merge(const AttentionBatch& batch, const AbsorbedPart& part, int64_t
 
 // ---- Expanded form ----
 
+// Packed keys and values of sub-block `index` = head * sub-blocks + sub-block.
+template <class A>
+typename A::Elem* packed_keys(const ExpandedBlock& block, int64_t index, int64_t elements) {
+  return static_cast<typename A::Elem*>(block.packed_keys) + index * A::kKeyBlock * elements;
+}
+template <class A>
+typename A::Elem* packed_values(const AttentionBatch& batch, const ExpandedBlock& block,
+                                int64_t index) {
+  return static_cast<typename A::Elem*>(block.packed_values) +
+         index * (A::kKeyBlock / A::kPair) * round_up(batch.value, kQueryPanel);
+}
+
 template <class A>
 void pack_expanded(const AttentionBatch& batch, const ExpandedBlock& block, int64_t head,
                    int64_t sub_block) {
+  using Elem = typename A::Elem;
   using Scalar = typename A::Scalar;
-  const int64_t dims = batch.nope + batch.rope;
-  const int64_t elements = round_up(dims, A::kDimStep) / A::kPair;
+  const DType dtype = A::kPair == 1 ? DType::kF32 : DType::kBf16;
+  const int64_t elements = round_up(batch.nope + batch.rope, A::kDimStep) / A::kPair;
   const int64_t sub_blocks = (block.num_keys + A::kKeyBlock - 1) / A::kKeyBlock;
+  const int64_t index = head * sub_blocks + sub_block;
   const int64_t begin = sub_block * A::kKeyBlock;
   const int count = static_cast<int>(smaller(A::kKeyBlock, block.num_keys - begin));
-  const int64_t index = head * sub_blocks + sub_block;
-  const DType dtype = A::kPair == 1 ? DType::kF32 : DType::kBf16;
+  const uint8_t* latents[kMaxKeyBlock];
+  latent_rows(batch, block.blocks, block.key_begin + begin, count, latents);
 
-  typename A::Elem* rows =
-      static_cast<typename A::Elem*>(block.packed_keys) + index * A::kKeyBlock * elements;
-  const int64_t key_stride = batch.heads * batch.nope;
-  const Scalar* nope = static_cast<const Scalar*>(block.keys) + begin * key_stride;
+  Elem* rows = packed_keys<A>(block, index, elements);
+  const Scalar* keys =
+      static_cast<const Scalar*>(block.keys) + (begin * batch.heads + head) * batch.nope;
   for (int t = 0; t < count; ++t) {
     Scalar* dst = reinterpret_cast<Scalar*>(rows + t * elements);
-    A::copy(nope + t * key_stride + head * batch.nope, dtype, batch.nope, dst);
-    const uint8_t* latent = latent_row(batch, block.blocks, block.key_begin + begin + t);
-    A::copy(latent + batch.rank * dtype_bytes(batch.cache_dtype), batch.cache_dtype, batch.rope,
-            dst + batch.nope);
-    for (int64_t d = dims; d < elements * A::kPair; ++d) dst[d] = 0;
+    A::copy(keys + t * batch.heads * batch.nope, dtype, batch.nope, dst);
+    copy_padded<A>(latents[t] + batch.rank * dtype_bytes(batch.cache_dtype), batch.cache_dtype,
+                   batch.rope, elements * A::kPair - batch.nope, dst + batch.nope);
   }
-  typename A::Elem* values = static_cast<typename A::Elem*>(block.packed_values) +
-                             index * (A::kKeyBlock / A::kPair) * round_up(batch.value, kQueryPanel);
-  const int64_t value_stride = batch.heads * batch.value;
-  A::pack_values(
-      static_cast<const Scalar*>(block.values) + begin * value_stride + head * batch.value,
-      value_stride, count, batch.value, values);
+
+  Elem* packed = packed_values<A>(batch, block, index);
+  const Scalar* values =
+      static_cast<const Scalar*>(block.values) + (begin * batch.heads + head) * batch.value;
+  const int64_t stride = batch.heads * batch.value, width = round_up(batch.value, kQueryPanel);
+  if constexpr (A::kValueRows) {
+    for (int t = 0; t < count; ++t) {
+      copy_padded<A>(values + t * stride, dtype, batch.value, width,
+                     reinterpret_cast<Scalar*>(packed) + t * width);
+    }
+  } else {
+    const Scalar* value_rows[kMaxKeyBlock];
+    for (int t = 0; t < count; ++t) value_rows[t] = values + t * stride;
+    Keys<A> unused;
+    A::set_values(value_rows, count, batch.value, packed, &unused);
+  }
+}
+
+template <class A>
+void set_packed(const AttentionBatch& batch, const ExpandedBlock& block, int64_t index,
+                int64_t elements, int count, Keys<A>* keys) {
+  const typename A::Elem* rows = packed_keys<A>(block, index, elements);
+  keys->count = count;
+  for (int t = 0; t < round_up(count, 16) + 16; ++t) keys->rows[t] = rows + t * elements;
+  keys->values = packed_values<A>(batch, block, index);
+  keys->value_panel = A::kKeyBlock / A::kPair * kQueryPanel;
+  if constexpr (A::kValueRows) {
+    const int64_t width = round_up(batch.value, kQueryPanel) / A::kPair;
+    for (int t = 0; t < count; ++t) keys->value_rows[t] = keys->values + t * width;
+    keys->value_rows[count] = keys->value_rows[count - 1];
+  }
 }
 
 inline void divide_rows(const Sums& sums, const float* divisor) {
@@ -530,6 +464,7 @@ inline void divide_rows(const Sums& sums, const float* divisor) {
 template <class A>
 void expanded(const AttentionBatch& batch, const ExpandedBlock& block, int64_t head,
               int64_t query_block, AttentionWorker* worker) {
+  using Elem = typename A::Elem;
   const int64_t elements = round_up(batch.nope + batch.rope, A::kDimStep) / A::kPair;
   const int64_t first = query_block * kQueryBlock;
   const int rows = static_cast<int>(smaller(kQueryBlock, block.num_queries - first));
@@ -537,7 +472,7 @@ void expanded(const AttentionBatch& batch, const ExpandedBlock& block, int64_t h
   const int64_t visible = smaller(block.num_keys, position + rows - block.key_begin);
   if (visible <= 0) return;
 
-  typename A::Elem* queries = static_cast<typename A::Elem*>(worker->queries);
+  Elem* queries = static_cast<Elem*>(worker->queries);
   const float* q = batch.q + (block.token + first) * batch.q_stride + head * batch.q_head_stride;
   for (int p = 0; p < rows; p += kQueryPanel) {
     const auto row_of = [&](int i) -> QueryRow {
@@ -557,25 +492,18 @@ void expanded(const AttentionBatch& batch, const ExpandedBlock& block, int64_t h
   const int64_t sub_blocks = (block.num_keys + A::kKeyBlock - 1) / A::kKeyBlock;
   typename A::Scope scope;
   Keys<A> keys;
-  keys.value_step = A::value_step(batch.value);
-  keys.value_panel = A::value_panel();
+  keys.ahead = {};
   alignas(64) float limits[kQueryBlock];
   for (int64_t key = 0; key < visible; key += A::kKeyBlock) {
-    const int64_t index = head * sub_blocks + key / A::kKeyBlock;
-    keys.count = static_cast<int>(smaller(A::kKeyBlock, visible - key));
-    for (int t = 0; t < round_up(keys.count, 16); ++t) {
-      keys.rows[t] = static_cast<const typename A::Elem*>(block.packed_keys) +
-                     (index * A::kKeyBlock + t) * elements;
-    }
-    keys.values = static_cast<const typename A::Elem*>(block.packed_values) +
-                  index * (A::kKeyBlock / A::kPair) * round_up(batch.value, kQueryPanel);
+    const int count = static_cast<int>(smaller(A::kKeyBlock, visible - key));
+    set_packed<A>(batch, block, head * sub_blocks + key / A::kKeyBlock, elements, count, &keys);
     const int64_t first_key = block.key_begin + key;
-    const bool causal = position < first_key + keys.count - 1;
+    const bool causal = position < first_key + count - 1;
     for (int i = 0; causal && i < kQueryBlock; ++i) {
       limits[i] = static_cast<float>(position + i - first_key);
     }
     sums.first = first_key == 0;
-    attend<A>(scope, keys, queries, elements, causal ? limits : nullptr, max, sum, sums, worker);
+    attend<A>(scope, queries, elements, causal ? limits : nullptr, max, sum, sums, &keys, worker);
   }
   if (position + rows <= block.key_begin + block.num_keys) divide_rows(sums, sum);
 }

@@ -6,28 +6,35 @@
 #endif
 
 #include "attention-bf16-inl.h"
+#include "attention-vectors-inl.h"
 
 namespace moejet {
 namespace MOEJET_ISA_NS {
 
-struct Bf16Dot : Bf16Elements<Bf16Dot, 64, 2> {
+struct Bf16Dot : VectorProducts<Bf16Dot>, Bf16Elements {
+  using Bf16Elements::Elem;
   using Operand = __m512i;
-  struct Scope {};
-  static constexpr int kDimStep = 16, kGroup = 1;
+  static constexpr int kKeyBlock = 256, kKeyStep = 2, kMixPanels = 2;
 
   static Operand load(const Elem* p) { return _mm512_loadu_si512(p); }
   static Operand broadcast(Elem x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static Vec::V add(Vec::V sum, Operand a, Operand b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
-  static void finish_weights(Elem*, int, int) {}
-  static void scores(Scope&, const Keys<Bf16Dot>& keys, const Elem* queries, int64_t elements,
-                     int panels, AttentionWorker* worker) {
-    vector_scores<Bf16Dot>(keys, queries, elements, panels, worker->scores);
-  }
-  static void mix(Scope&, const Keys<Bf16Dot>& keys, const float* decay, const Sums& sums,
-                  AttentionWorker* worker) {
-    vector_mix<Bf16Dot>(keys, static_cast<const Elem*>(worker->weights), decay, sums);
+  // Shuffles run beside the dot products: as fast as values interleaved in advance.
+  template <int NP>
+  static void load_values(const Elem* const* rows, int64_t column, Operand* dst) {
+    const uint16_t* a = reinterpret_cast<const uint16_t*>(rows[0]) + column;
+    const uint16_t* b = reinterpret_cast<const uint16_t*>(rows[1]) + column;
+    if constexpr (NP == 2) {
+      const __m512i va = _mm512_loadu_si512(a), vb = _mm512_loadu_si512(b);
+      dst[0] = interleave_low(va, vb);
+      dst[1] = interleave_high(va, vb);
+    } else {
+      dst[0] = interleave_low(
+          _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
+          _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b))));
+    }
   }
 };
 

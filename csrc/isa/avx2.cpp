@@ -8,7 +8,7 @@
 #include <immintrin.h>
 
 #include "../moe-inl.h"
-#include "attention-inl.h"
+#include "attention-vectors-inl.h"
 #include "ops-inl.h"
 
 namespace moejet {

@@ -2,7 +2,7 @@
 // half the rate of fp32 multiply-adds on the processors measured, and rounds the activations.
 #define MOEJET_ISA_NS avx512
 #define MOEJET_VEC_BITS 512
-#include "attention-inl.h"
+#include "attention-vectors-inl.h"
 #include "fp-avx512-inl.h"
 #include "ops-inl.h"
 

@@ -4,7 +4,7 @@
 #include <math.h>
 
 #include "../moe-inl.h"
-#include "attention-inl.h"
+#include "attention-vectors-inl.h"
 #include "ops-inl.h"
 
 namespace moejet {
