@@ -4,8 +4,9 @@ namespace moejet {
 
 const KernelTable* kernel_table(Isa isa) {
 #if defined(__x86_64__)
-  static const KernelTable* const kTables[kNumIsas] = {&scalar::table, &avx2::table, &avx512::table,
-                                                       &amx::table, &amx_emulated::table};
+  static const KernelTable* const kTables[kNumIsas] = {&scalar::table, &avx2::table,
+                                                       &avx512::table, &avx512_bf16::table,
+                                                       &amx::table,    &amx_emulated::table};
   return kTables[static_cast<int>(isa)];
 #else
   return isa == Isa::kScalar ? &scalar::table : nullptr;
@@ -14,8 +15,9 @@ const KernelTable* kernel_table(Isa isa) {
 
 const CeilingKernels* ceiling_kernels(Isa isa) {
 #if defined(__x86_64__)
-  static const CeilingKernels* const kCeilings[kNumIsas] = {
-      &scalar::ceilings, &avx2::ceilings, &avx512::ceilings, &avx512::ceilings, &avx512::ceilings};
+  static const CeilingKernels* const kCeilings[kNumIsas] = {&scalar::ceilings, &avx2::ceilings,
+                                                            &avx512::ceilings, &avx512::ceilings,
+                                                            &avx512::ceilings, &avx512::ceilings};
   return kCeilings[static_cast<int>(isa)];
 #else
   return isa == Isa::kScalar ? &scalar::ceilings : nullptr;

@@ -88,8 +88,8 @@ def test_logprobs_of_every_position(family, checkpoint, exact_isa):
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
-@pytest.mark.parametrize("isa", ["amx", "amx_emulated"])
-def test_amx_log_probabilities(family, isa, checkpoint, usable_isa):
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx", "amx_emulated"])
+def test_tile_log_probabilities(family, isa, checkpoint, usable_isa):
     ids = _prompt(120, 5)
     logits = reference_logits(checkpoint(family), ids)
     expected = _next_token_logprobs(logits, ids)
