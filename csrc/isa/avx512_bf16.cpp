@@ -67,7 +67,7 @@ void dot_rows_of(int mr, const uint16_t* a, const uint16_t* b, int64_t k_tiles, 
 
 struct Dots {
   // Fewer rows leave the time to memory, which the vector kernels read faster.
-  static constexpr int min_rows(Format) { return 6; }
+  static constexpr int min_rows(Format format) { return format == Format::kFp8 ? 4 : 6; }
 
   // results[pair][m][0..31] = A B for m rows of A in tile form.
   template <class TileMk>
