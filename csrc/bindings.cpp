@@ -56,7 +56,7 @@ py::dict cpu_info_dict() {
     const IsaState& state = info.isas[i];
     isas[isa_name(static_cast<Isa>(i))] =
         py::dict(py::arg("compiled") = state.compiled, py::arg("usable") = state.usable,
-                 py::arg("reason") = state.reason);
+                 py::arg("automatic") = state.automatic, py::arg("reason") = state.reason);
   }
   return py::dict(py::arg("features") = info.features, py::arg("isas") = isas,
                   py::arg("amx_permission") = info.amx_permission);
@@ -391,7 +391,7 @@ PYBIND11_MODULE(_C, m) {
         return table_of(isa).formats[static_cast<int>(parse_format(format))].min_tile_rows;
       },
       py::arg("format"), py::arg("isa") = "auto",
-      "Rows of one expert from which tiles (bf16 arithmetic) compute it; 0: never.");
+      "Rows of one expert from which tile kernels (bf16 arithmetic) compute it; 0: never.");
   register_pool(m);
   register_weights(m);
   register_linear(m);

@@ -8,10 +8,6 @@
 
 #include "isa.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 namespace moejet {
 namespace {
 
@@ -78,7 +74,7 @@ const Kind kKinds[] = {
     {"amx_bf16", Isa::kAmx, "", Operands::kBf16, amx::ceilings.bf16},
     {"amx_int8", Isa::kAmx, "amx_int8", Operands::kInt8, amx::ceilings.int8},
     {"avx512_vnni_int8", Isa::kAvx512, "", Operands::kInt8, avx512::ceilings.int8},
-    {"avx512_bf16_dot", Isa::kAvx512, "avx512_bf16", Operands::kBf16, avx512_bf16::ceilings.bf16},
+    {"avx512_bf16_dot", Isa::kAvx512Bf16, "", Operands::kBf16, avx512_bf16::ceilings.bf16},
     {"avx512_fma_f32", Isa::kAvx512, "", Operands::kF32, avx512::ceilings.f32},
     {"avx2_int8", Isa::kAvx2, "", Operands::kInt8, avx2::ceilings.int8},
     {"avx2_fma_f32", Isa::kAvx2, "", Operands::kF32, avx2::ceilings.f32},
@@ -86,10 +82,6 @@ const Kind kKinds[] = {
 const Kind* const kKindsEnd = kKinds + sizeof(kKinds) / sizeof(kKinds[0]);
 
 bool has_feature(const std::string& name) {
-  if (name == "avx512_bf16") {
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
-  }
   const std::vector<std::string>& features = cpu_info().features;
   return std::find(features.begin(), features.end(), name) != features.end();
 }

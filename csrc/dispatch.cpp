@@ -4,8 +4,9 @@ namespace moejet {
 
 const KernelTable* kernel_table(Isa isa) {
 #if defined(__x86_64__)
-  static const KernelTable* const kTables[kNumIsas] = {&scalar::table, &avx2::table, &avx512::table,
-                                                       &amx::table, &amx_emulated::table};
+  static const KernelTable* const kTables[kNumIsas] = {&scalar::table, &avx2::table,
+                                                       &avx512::table, &avx512_bf16::table,
+                                                       &amx::table,    &amx_emulated::table};
   return kTables[static_cast<int>(isa)];
 #else
   return isa == Isa::kScalar ? &scalar::table : nullptr;

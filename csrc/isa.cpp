@@ -16,11 +16,13 @@
 namespace moejet {
 namespace {
 
-constexpr const char* kNames[kNumIsas] = {"scalar", "avx2", "avx512", "amx", "amx_emulated"};
+constexpr const char* kNames[kNumIsas] = {"scalar",      "avx2", "avx512",
+                                          "avx512_bf16", "amx",  "amx_emulated"};
 
 struct Features {
   bool avx2 = false, fma = false, f16c = false;
   bool avx512f = false, avx512bw = false, avx512dq = false, avx512vl = false, avx512vnni = false;
+  bool avx512bf16 = false, intel = false;
   bool amx_tile = false, amx_bf16 = false, amx_int8 = false;
   bool os_ymm = false, os_zmm = false, os_tiles = false;
 };
@@ -35,6 +37,8 @@ uint64_t read_xcr0() {
 Features detect_features() {
   Features f;
   unsigned a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d)) return f;
+  f.intel = b == signature_INTEL_ebx;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return f;
   const bool osxsave = c & (1u << 27);
   f.fma = c & (1u << 12);
@@ -55,6 +59,7 @@ Features detect_features() {
   f.amx_bf16 = d & (1u << 22);
   f.amx_tile = d & (1u << 24);
   f.amx_int8 = d & (1u << 25);
+  if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avx512bf16 = a & (1u << 5);
   return f;
 }
 
@@ -103,6 +108,9 @@ CpuInfo detect() {
   need(f.os_ymm, "ymm state enabled by the operating system", &avx2);
   reasons[static_cast<int>(Isa::kAvx512)] = missing_avx512(f);
   reasons[static_cast<int>(Isa::kAmxEmulated)] = missing_avx512(f);
+  std::string& dots = reasons[static_cast<int>(Isa::kAvx512Bf16)];
+  dots = missing_avx512(f);
+  need(f.avx512bf16, "avx512_bf16", &dots);
   std::string& amx = reasons[static_cast<int>(Isa::kAmx)];
   amx = missing_avx512(f);
   need(f.amx_tile, "amx_tile", &amx);
@@ -112,17 +120,26 @@ CpuInfo detect() {
   for (int i = 0; i < kNumIsas; ++i) {
     const bool compiled = kernel_table(static_cast<Isa>(i)) != nullptr;
     const std::string reason = compiled ? reasons[i] : "not part of this build";
-    info.isas[i] = {compiled, compiled && reason.empty(), reason};
+    const bool usable = compiled && reason.empty();
+    info.isas[i] = {compiled, usable, usable && static_cast<Isa>(i) != Isa::kAmxEmulated, reason};
   }
+  // Intel's cores execute one vdpbf16ps in two cycles: fp32 multiply-adds are as fast and exact.
+  if (f.intel) info.isas[static_cast<int>(Isa::kAvx512Bf16)].automatic = false;
   const struct {
     bool has;
     const char* name;
   } named[] = {
-      {f.avx2 && f.os_ymm, "avx2"},           {f.fma && f.os_ymm, "fma"},
-      {f.f16c && f.os_ymm, "f16c"},           {f.avx512f && f.os_zmm, "avx512f"},
-      {f.avx512bw && f.os_zmm, "avx512bw"},   {f.avx512dq && f.os_zmm, "avx512dq"},
-      {f.avx512vl && f.os_zmm, "avx512vl"},   {f.avx512vnni && f.os_zmm, "avx512vnni"},
-      {f.amx_tile && f.os_tiles, "amx_tile"}, {f.amx_bf16 && f.os_tiles, "amx_bf16"},
+      {f.avx2 && f.os_ymm, "avx2"},
+      {f.fma && f.os_ymm, "fma"},
+      {f.f16c && f.os_ymm, "f16c"},
+      {f.avx512f && f.os_zmm, "avx512f"},
+      {f.avx512bw && f.os_zmm, "avx512bw"},
+      {f.avx512dq && f.os_zmm, "avx512dq"},
+      {f.avx512vl && f.os_zmm, "avx512vl"},
+      {f.avx512vnni && f.os_zmm, "avx512vnni"},
+      {f.avx512bf16 && f.os_zmm, "avx512_bf16"},
+      {f.amx_tile && f.os_tiles, "amx_tile"},
+      {f.amx_bf16 && f.os_tiles, "amx_bf16"},
       {f.amx_int8 && f.os_tiles, "amx_int8"},
   };
   for (const auto& entry : named) {
@@ -135,8 +152,9 @@ Isa parse_isa(const std::string& argument, const std::string& name) {
   for (int i = 0; i < kNumIsas; ++i) {
     if (name == kNames[i]) return static_cast<Isa>(i);
   }
-  throw std::invalid_argument(argument + "='" + name +
-                              "' is unknown: use one of scalar, avx2, avx512, amx, amx_emulated");
+  throw std::invalid_argument(
+      argument + "='" + name +
+      "' is unknown: use one of scalar, avx2, avx512, avx512_bf16, amx, amx_emulated");
 }
 
 }  // namespace
@@ -153,11 +171,11 @@ Isa resolve_isa(const std::string& name, const std::string& max_isa) {
   const Isa limit = max_isa.empty() ? Isa::kAmx : parse_isa("max_isa", max_isa);
   if (limit == Isa::kAmxEmulated) {
     throw std::invalid_argument(
-        "max_isa='amx_emulated' is no limit: use scalar, avx2, avx512, amx");
+        "max_isa='amx_emulated' is no limit: use scalar, avx2, avx512, avx512_bf16, amx");
   }
   if (name == "auto") {
     for (int i = static_cast<int>(limit); i > 0; --i) {
-      if (info.isas[i].usable) return static_cast<Isa>(i);
+      if (info.isas[i].automatic) return static_cast<Isa>(i);
     }
     return Isa::kScalar;
   }

@@ -7,14 +7,15 @@
 namespace moejet {
 
 // Narrow to wide. kAmxEmulated runs the AMX code over tiles written in C++: for tests only.
-enum class Isa { kScalar = 0, kAvx2, kAvx512, kAmx, kAmxEmulated };
-constexpr int kNumIsas = 5;
+enum class Isa { kScalar = 0, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated };
+constexpr int kNumIsas = 6;
 
 const char* isa_name(Isa isa);
 
 struct IsaState {
   bool compiled;       // this build holds the kernels
   bool usable;         // compiled, and processor and kernel allow it
+  bool automatic;      // usable, and "auto" may choose it
   std::string reason;  // why not usable; empty if it is
 };
 
@@ -27,7 +28,7 @@ struct CpuInfo {
 // Detected once; the first call asks the kernel for permission to use AMX tiles.
 const CpuInfo& cpu_info();
 
-// "auto" gives the widest usable set, not above max_isa (empty: no limit). Any other name gives
+// "auto" gives the widest automatic set, not above max_isa (empty: no limit). Any other name gives
 // exactly that set. Throws std::invalid_argument if it is unknown, unusable or above max_isa.
 Isa resolve_isa(const std::string& name, const std::string& max_isa);
 

@@ -17,12 +17,13 @@ static constexpr int dtype_bytes(DType dtype) {
   return dtype == DType::kF32 ? 4 : dtype == DType::kFp8 ? 1 : 2;
 }
 
-// Rows of one expert that the vector kernels take at a time: bounds the worker's buffers.
-constexpr int kVectorRowBlock = 128;
-// The same for tiles, where it also is how often one unpacking of weights is used.
-constexpr int kTileRowBlock = 256;
+// Rows of one expert and pairs of panels that are computed at a time: how often one unpacking of
+// weights and one read of activations is used, and the size of the worker's buffers.
+constexpr int kRowBlock = 256;
+constexpr int kPairBlock = 8;
 // Inputs unpacked at a time for tiles: 32 rows x 2048 x 2 bytes = 128 KB, a part of L2.
 constexpr int kTileChunkK = 2048;
+constexpr int kUnpackedBytes = 2 * kPairCols * kTileChunkK;
 constexpr int kTileRows = 16;
 constexpr int kTileK = 32;  // bf16 inputs of one tile
 
@@ -94,9 +95,9 @@ struct LinearBatch {
 // Memory of one worker; sizes in moe.cpp.
 struct WorkerScratch {
   float* row;          // [max k_padded], one activation row
-  float* gate_up;      // [row block, 64]
+  float* results;      // [kPairBlock][kRowBlock][32]
   float* accumulator;  // [num_tokens, 32 * pairs of a down task]
-  uint16_t* unpacked;  // [kTileChunkK / 32][2 panels][16][32] bf16 B tiles
+  uint8_t* unpacked;   // kUnpackedBytes of weights
 };
 
 // Rows of a matrix that is being packed.
@@ -131,7 +132,7 @@ struct FormatKernels {
   // Outputs [32 pair_begin, 32 pair_end) of one matrix for all tokens.
   void (*linear)(const LinearBatch& batch, int64_t matrix, int64_t pair_begin, int64_t pair_end,
                  WorkerScratch* scratch);
-  // Rows from which an expert goes to the tile kernel; 0: no tile kernel.
+  // Rows from which an expert goes to the tile kernel (bf16 arithmetic); 0: no tile kernel.
   int min_tile_rows;
 };
 
@@ -179,15 +180,16 @@ namespace avx512 {
 extern const KernelTable table;
 extern const CeilingKernels ceilings;
 }  // namespace avx512
+namespace avx512_bf16 {
+extern const KernelTable table;
+extern const CeilingKernels ceilings;
+}  // namespace avx512_bf16
 namespace amx {
 extern const KernelTable table;
 extern const CeilingKernels ceilings;
 }  // namespace amx
 namespace amx_emulated {
 extern const KernelTable table;
-}
-namespace avx512_bf16 {
-extern const CeilingKernels ceilings;
 }
 #endif
 

@@ -30,8 +30,8 @@ void take_scratch(Layout* layout, int64_t input_rows, int64_t input_tile_rows, L
   }
   for (WorkerScratch& worker : *workers) {
     worker.row = layout->take<float>(k_padded);
-    worker.gate_up = layout->take<float>(std::max(kVectorRowBlock, kTileRowBlock) * kPairCols);
-    worker.unpacked = layout->take<uint16_t>(batch->tiles ? kTileChunkK * kPairCols : 0);
+    worker.results = layout->take<float>(kPairBlock * kRowBlock * kPairCols);
+    worker.unpacked = layout->take<uint8_t>(kUnpackedBytes);
   }
 }
 

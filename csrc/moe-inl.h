@@ -1,11 +1,6 @@
 // The phases of an MoE layer as templates over a microkernel; see kernels.h for what each does.
 //
-// A vector microkernel is a struct with
-//   kFormat, kMr               weight format, rows at most in one call
-//   tile<MR>(pair, num_blocks, rows, out, ld)    out[m][0..31] = pair's 32 rows times activation
-//   row m
-// It reads int8 activations (integer formats) or fp32 (the others). The order of floating-point
-// operations for one row does not depend on MR, so a token's result does not depend on its batch.
+// Vector microkernels are described in gemm-inl.h.
 //
 // A tile microkernel is a struct with
 //   Tiles                      tile registers, real or emulated (tiles-inl.h)
@@ -18,6 +13,7 @@
 #error "moe-inl.h belongs into a file of isa/"
 #endif
 
+#include "gemm-inl.h"
 #include "lanes-inl.h"
 #include "pack-inl.h"
 #include "tiles-inl.h"
@@ -28,46 +24,6 @@ namespace MOEJET_ISA_NS {
 struct NoTiles {
   static constexpr int kMinRows = 0;
 };
-
-constexpr int kMaxMr = 8;
-struct RowRefs {
-  const int8_t* q[kMaxMr];
-  const float* scale[kMaxMr];
-  const int32_t* offset[kMaxMr];
-  const float* f32[kMaxMr];
-};
-
-template <class Mk, int MR>
-inline void tile_of(int mr, const uint8_t* pair, int64_t num_blocks, const RowRefs& rows,
-                    float* out, int ld) {
-  if constexpr (MR > 1) {
-    if (mr < MR) return tile_of<Mk, MR - 1>(mr, pair, num_blocks, rows, out, ld);
-  }
-  Mk::template tile<MR>(pair, num_blocks, rows, out, ld);
-}
-
-// out[m][0..31] for m rows: acts rows index[0..m), or first .. first + m if index is null.
-template <class Mk>
-inline void vector_gemm(const uint8_t* pair, int64_t num_blocks, const Activations& acts,
-                        const int32_t* index, int64_t first, int m, float* out, int ld) {
-  int groups = (m + Mk::kMr - 1) / Mk::kMr;
-  for (int done = 0; done < m; --groups) {
-    const int mr = (m - done + groups - 1) / groups;  // even shares: 7 rows as 4 + 3, not 6 + 1
-    RowRefs refs;
-    for (int i = 0; i < mr; ++i) {
-      const int64_t row = index != nullptr ? index[done + i] : first + done + i;
-      if constexpr (takes_fp32(Mk::kFormat)) {
-        refs.f32[i] = acts.f32 + row * acts.ld;
-      } else {
-        refs.q[i] = acts.q + row * acts.ld;
-        refs.scale[i] = acts.scale + row * acts.ld_groups;
-        refs.offset[i] = acts.offset + row * acts.ld_groups;
-      }
-    }
-    tile_of<Mk, Mk::kMr>(mr, pair, num_blocks, refs, out + done * ld, ld);
-    done += mr;
-  }
-}
 
 inline uint16_t* tile_row(uint16_t* tiles, int64_t k_padded, int64_t row, int64_t k_tile) {
   const int64_t tile = row / kTileRows * (k_padded / kTileK) + k_tile;
@@ -102,17 +58,24 @@ void prepare(const MoeBatch& batch, int64_t t, WorkerScratch* scratch) {
   }
 }
 
-// h of one row and unit from [gate 16 | up 16 | gate 16 | up 16]; padded channels are zero.
-inline void unit_outputs(const float* gate_up, int64_t valid, float* h) {
-  store(h, silu_mul(load<F>(gate_up), load<F>(gate_up + 16)));
-  store(h + kLanes, silu_mul(load<F>(gate_up + 32), load<F>(gate_up + 48)));
+// h of one row and unit from its two pairs' [gate 16 | up 16]; padded channels are zero.
+inline void unit_outputs(const float* first, const float* second, int64_t valid, float* h) {
+  store(h, silu_mul(load<F>(first), load<F>(first + kLanes)));
+  store(h + kLanes, silu_mul(load<F>(second), load<F>(second + kLanes)));
   for (int64_t i = valid; i < kUnitCols; ++i) h[i] = 0.f;
 }
 
-constexpr int kGateUpLd = 2 * kPairCols;  // a unit's two pairs side by side
-
-inline const uint8_t* gate_up_pair(const MoeBatch& batch, int slot, int64_t unit, int half) {
-  return batch.slot_weights[slot] + (2 * unit + half) * batch.gate_up.pair_bytes;
+// Calls body(units in this step, their first, pairs) for [unit_begin, unit_end) of a slot.
+template <class Body>
+inline void for_unit_runs(const MoeBatch& batch, int slot, int64_t unit_begin, int64_t unit_end,
+                          const Body& body) {
+  constexpr int64_t kUnits = kPairBlock / 2;
+  for (int64_t unit = unit_begin; unit < unit_end; unit += kUnits) {
+    const int count = static_cast<int>(smaller(kUnits, unit_end - unit));
+    const PairRun pairs = {batch.slot_weights[slot] + 2 * unit * batch.gate_up.pair_bytes,
+                           2 * count, &batch.gate_up};
+    body(unit, count, pairs);
+  }
 }
 
 template <class TileMk>
@@ -122,23 +85,25 @@ void gate_up_tiles(const MoeBatch& batch, int slot, int64_t unit_begin, int64_t 
   const int64_t rows = batch.slot_begin[slot + 1] - batch.slot_begin[slot];
   const int64_t first = batch.slot_tile[slot], h_padded = batch.down.k_padded;
   alignas(64) float h[kUnitCols];
-  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    for (int64_t row = 0; row < rows; row += kTileRowBlock) {
-      const int m = static_cast<int>(smaller(kTileRowBlock, rows - row));
-      const uint16_t* a = tile_row(batch.x_tiles, batch.gate_up.k_padded, first + row, 0);
-      for (int half = 0; half < 2; ++half) {
-        tile_gemm<TileMk>(tiles, gate_up_pair(batch, slot, unit, half), batch.gate_up, a, m,
-                          scratch->gate_up + half * kPairCols, kGateUpLd, scratch->unpacked);
-      }
-      for (int i = 0; i < m; ++i) {
-        unit_outputs(scratch->gate_up + i * kGateUpLd, batch.intermediate_size - unit * kUnitCols,
-                     h);
-        uint16_t* dst = tile_row(batch.h_tiles, h_padded, first + row + i, unit);
-        store_bf16(load<F>(h), dst);
-        store_bf16(load<F>(h + kLanes), dst + kLanes);
-      }
-    }
-  }
+  for_unit_runs(
+      batch, slot, unit_begin, unit_end, [&](int64_t unit, int count, const PairRun& pairs) {
+        for (int64_t row = 0; row < rows; row += kRowBlock) {
+          const int m = static_cast<int>(smaller(kRowBlock, rows - row));
+          tiles.template gemm<TileMk>(
+              pairs, tile_row(batch.x_tiles, batch.gate_up.k_padded, first + row, 0), m,
+              scratch->results, scratch->unpacked);
+          for (int u = 0; u < count; ++u) {
+            const float* gate_up = scratch->results + 2 * u * result_stride(m);
+            for (int i = 0; i < m; ++i, gate_up += kPairCols) {
+              unit_outputs(gate_up, gate_up + result_stride(m),
+                           batch.intermediate_size - (unit + u) * kUnitCols, h);
+              uint16_t* dst = tile_row(batch.h_tiles, h_padded, first + row + i, unit + u);
+              store_bf16(load<F>(h), dst);
+              store_bf16(load<F>(h + kLanes), dst + kLanes);
+            }
+          }
+        }
+      });
   // The down projection reads whole blocks of k: clear what no unit writes.
   const int64_t num_units = batch.gate_up.num_pairs / 2;
   for (int64_t row = 0; unit_end == num_units && row < rows; ++row) {
@@ -175,28 +140,28 @@ void gate_up(const MoeBatch& batch, int slot, int64_t unit_begin, int64_t unit_e
   const int64_t begin = batch.slot_begin[slot], end = batch.slot_begin[slot + 1];
   const Activations& acts = batch.h_acts;
   alignas(64) float h[kUnitCols];
-  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    for (int64_t row = begin; row < end; row += kVectorRowBlock) {
-      const int m = static_cast<int>(smaller(kVectorRowBlock, end - row));
-      for (int half = 0; half < 2; ++half) {
-        vector_gemm<Mk>(gate_up_pair(batch, slot, unit, half), batch.gate_up.num_blocks,
-                        batch.x_acts, batch.row_token + row, 0, m,
-                        scratch->gate_up + half * kPairCols, kGateUpLd);
-      }
-      for (int i = 0; i < m; ++i) {
-        unit_outputs(scratch->gate_up + i * kGateUpLd, batch.intermediate_size - unit * kUnitCols,
-                     h);
-        const int64_t r = row + i;
-        if constexpr (takes_fp32(Mk::kFormat)) {
-          std::memcpy(acts.f32 + r * acts.ld + unit * kUnitCols, h, sizeof(h));
-        } else {
-          const int64_t group = r * acts.ld_groups + unit;
-          quantize_group(h, acts.q + r * acts.ld + unit * kUnitCols, acts.scale + group,
-                         acts.offset + group);
+  for_unit_runs(
+      batch, slot, unit_begin, unit_end, [&](int64_t unit, int count, const PairRun& pairs) {
+        for (int64_t row = begin; row < end; row += kRowBlock) {
+          const int m = static_cast<int>(smaller(kRowBlock, end - row));
+          vector_gemm<Mk>(pairs, {&batch.x_acts, batch.row_token + row, 0}, m, scratch->results,
+                          scratch->unpacked);
+          for (int u = 0; u < count; ++u) {
+            const float* gate_up = scratch->results + 2 * u * result_stride(m);
+            for (int i = 0; i < m; ++i, gate_up += kPairCols) {
+              const int64_t r = row + i, k = (unit + u) * kUnitCols;
+              unit_outputs(gate_up, gate_up + result_stride(m), batch.intermediate_size - k, h);
+              if constexpr (takes_fp32(Mk::kFormat)) {
+                std::memcpy(acts.f32 + r * acts.ld + k, h, sizeof(h));
+              } else {
+                const int64_t group = r * acts.ld_groups + unit + u;
+                quantize_group(h, acts.q + r * acts.ld + k, acts.scale + group,
+                               acts.offset + group);
+              }
+            }
+          }
         }
-      }
-    }
-  }
+      });
   // The down projection reads whole blocks of k: clear what no unit writes.
   if (unit_end == batch.gate_up.num_pairs / 2) {
     for (int64_t r = begin; r < end; ++r) clear_padding<Mk>(batch, r);
@@ -215,43 +180,41 @@ inline void accumulate(const MoeBatch& batch, int64_t first_row, int m, const fl
   }
 }
 
-template <class TileMk>
-void down_slot_tiles(const MoeBatch& batch, int slot, int64_t pair_begin, int64_t pair_end,
-                     WorkerScratch* scratch) {
-  typename TileMk::Tiles tiles;
+// Adds one slot's results for pairs [pair_begin, pair_end) to the tokens' sums.
+template <class Mk, class TileMk>
+void down_slot(const MoeBatch& batch, int slot, int64_t pair_begin, int64_t pair_end,
+               WorkerScratch* scratch) {
   const int64_t begin = batch.slot_begin[slot], rows = batch.slot_begin[slot + 1] - begin;
   const int64_t width = (pair_end - pair_begin) * kPairCols;
   const uint8_t* weights = batch.slot_weights[slot] + batch.down_offset;
-  float* results = scratch->gate_up;
-  for (int64_t p = pair_begin; p < pair_end; ++p) {
-    float* accumulator = scratch->accumulator + (p - pair_begin) * kPairCols;
-    for (int64_t row = 0; row < rows; row += kTileRowBlock) {
-      const int m = static_cast<int>(smaller(kTileRowBlock, rows - row));
-      const uint16_t* a =
-          tile_row(batch.h_tiles, batch.down.k_padded, batch.slot_tile[slot] + row, 0);
-      tile_gemm<TileMk>(tiles, weights + p * batch.down.pair_bytes, batch.down, a, m, results,
-                        kPairCols, scratch->unpacked);
-      accumulate(batch, begin + row, m, results, accumulator, width);
+  const auto for_blocks = [&](const auto& gemm) {
+    for (int64_t p = pair_begin; p < pair_end; p += kPairBlock) {
+      const PairRun pairs = {weights + p * batch.down.pair_bytes,
+                             static_cast<int>(smaller(kPairBlock, pair_end - p)), &batch.down};
+      for (int64_t row = 0; row < rows; row += kRowBlock) {
+        const int m = static_cast<int>(smaller(kRowBlock, rows - row));
+        gemm(pairs, row, m);
+        for (int i = 0; i < pairs.num; ++i) {
+          accumulate(batch, begin + row, m, scratch->results + i * result_stride(m),
+                     scratch->accumulator + (p + i - pair_begin) * kPairCols, width);
+        }
+      }
+    }
+  };
+  if constexpr (TileMk::kMinRows > 0) {
+    if (batch.slot_tile[slot] >= 0) {
+      typename TileMk::Tiles tiles;
+      return for_blocks([&](const PairRun& pairs, int64_t row, int m) {
+        const uint16_t* a =
+            tile_row(batch.h_tiles, batch.down.k_padded, batch.slot_tile[slot] + row, 0);
+        tiles.template gemm<TileMk>(pairs, a, m, scratch->results, scratch->unpacked);
+      });
     }
   }
-}
-
-template <class Mk>
-void down_slot(const MoeBatch& batch, int slot, int64_t pair_begin, int64_t pair_end,
-               WorkerScratch* scratch) {
-  const int64_t begin = batch.slot_begin[slot], end = batch.slot_begin[slot + 1];
-  const int64_t width = (pair_end - pair_begin) * kPairCols;
-  const uint8_t* weights = batch.slot_weights[slot] + batch.down_offset;
-  float* results = scratch->gate_up;
-  for (int64_t p = pair_begin; p < pair_end; ++p) {
-    float* accumulator = scratch->accumulator + (p - pair_begin) * kPairCols;
-    for (int64_t row = begin; row < end; row += kVectorRowBlock) {
-      const int m = static_cast<int>(smaller(kVectorRowBlock, end - row));
-      vector_gemm<Mk>(weights + p * batch.down.pair_bytes, batch.down.num_blocks, batch.h_acts,
-                      nullptr, row, m, results, kPairCols);
-      accumulate(batch, row, m, results, accumulator, width);
-    }
-  }
+  for_blocks([&](const PairRun& pairs, int64_t row, int m) {
+    vector_gemm<Mk>(pairs, {&batch.h_acts, nullptr, begin + row}, m, scratch->results,
+                    scratch->unpacked);
+  });
 }
 
 template <class Mk, class TileMk>
@@ -259,13 +222,7 @@ void down(const MoeBatch& batch, int64_t pair_begin, int64_t pair_end, WorkerScr
   const int64_t width = (pair_end - pair_begin) * kPairCols;
   std::memset(scratch->accumulator, 0, batch.num_tokens * width * sizeof(float));
   for (int slot = 0; slot < batch.num_slots; ++slot) {
-    if constexpr (TileMk::kMinRows > 0) {
-      if (batch.slot_tile[slot] >= 0) {
-        down_slot_tiles<TileMk>(batch, slot, pair_begin, pair_end, scratch);
-        continue;
-      }
-    }
-    down_slot<Mk>(batch, slot, pair_begin, pair_end, scratch);
+    down_slot<Mk, TileMk>(batch, slot, pair_begin, pair_end, scratch);
   }
   uint8_t* out = static_cast<uint8_t*>(batch.out);
   for (int64_t t = 0; t < batch.num_tokens; ++t) {
@@ -319,40 +276,38 @@ inline void store_linear(const LinearBatch& batch, int64_t matrix, int64_t first
   }
 }
 
-template <class TileMk>
-void linear_tiles(const LinearBatch& batch, int64_t matrix, int64_t pair_begin, int64_t pair_end,
-                  WorkerScratch* scratch) {
-  typename TileMk::Tiles tiles;
-  const uint8_t* weights = batch.weights + matrix * batch.matrix_bytes;
-  const int64_t input = batch.x_matrix_stride == 0 ? 0 : matrix;
-  const int64_t first = input * round_up(batch.num_tokens, kTileRows);
-  for (int64_t p = pair_begin; p < pair_end; ++p) {
-    for (int64_t row = 0; row < batch.num_tokens; row += kTileRowBlock) {
-      const int m = static_cast<int>(smaller(kTileRowBlock, batch.num_tokens - row));
-      tile_gemm<TileMk>(tiles, weights + p * batch.geometry.pair_bytes, batch.geometry,
-                        tile_row(batch.a_tiles, batch.geometry.k_padded, first + row, 0), m,
-                        scratch->gate_up, kPairCols, scratch->unpacked);
-      store_linear(batch, matrix, row, m, p, scratch->gate_up);
-    }
-  }
-}
-
 template <class Mk, class TileMk>
 void linear(const LinearBatch& batch, int64_t matrix, int64_t pair_begin, int64_t pair_end,
             WorkerScratch* scratch) {
+  const int64_t input = batch.x_matrix_stride == 0 ? 0 : matrix;
+  const auto for_blocks = [&](const auto& gemm) {
+    for (int64_t p = pair_begin; p < pair_end; p += kPairBlock) {
+      const PairRun pairs = {
+          batch.weights + matrix * batch.matrix_bytes + p * batch.geometry.pair_bytes,
+          static_cast<int>(smaller(kPairBlock, pair_end - p)), &batch.geometry};
+      for (int64_t row = 0; row < batch.num_tokens; row += kRowBlock) {
+        const int m = static_cast<int>(smaller(kRowBlock, batch.num_tokens - row));
+        gemm(pairs, row, m);
+        for (int i = 0; i < pairs.num; ++i) {
+          store_linear(batch, matrix, row, m, p + i, scratch->results + i * result_stride(m));
+        }
+      }
+    }
+  };
   if constexpr (TileMk::kMinRows > 0) {
-    if (batch.tiles) return linear_tiles<TileMk>(batch, matrix, pair_begin, pair_end, scratch);
-  }
-  const uint8_t* weights = batch.weights + matrix * batch.matrix_bytes;
-  const int64_t first = batch.x_matrix_stride == 0 ? 0 : matrix * batch.num_tokens;
-  for (int64_t p = pair_begin; p < pair_end; ++p) {
-    for (int64_t row = 0; row < batch.num_tokens; row += kVectorRowBlock) {
-      const int m = static_cast<int>(smaller(kVectorRowBlock, batch.num_tokens - row));
-      vector_gemm<Mk>(weights + p * batch.geometry.pair_bytes, batch.geometry.num_blocks,
-                      batch.acts, nullptr, first + row, m, scratch->gate_up, kPairCols);
-      store_linear(batch, matrix, row, m, p, scratch->gate_up);
+    if (batch.tiles) {
+      typename TileMk::Tiles tiles;
+      const int64_t first = input * round_up(batch.num_tokens, kTileRows);
+      return for_blocks([&](const PairRun& pairs, int64_t row, int m) {
+        const uint16_t* a = tile_row(batch.a_tiles, batch.geometry.k_padded, first + row, 0);
+        tiles.template gemm<TileMk>(pairs, a, m, scratch->results, scratch->unpacked);
+      });
     }
   }
+  for_blocks([&](const PairRun& pairs, int64_t row, int m) {
+    vector_gemm<Mk>(pairs, {&batch.acts, nullptr, input * batch.num_tokens + row}, m,
+                    scratch->results, scratch->unpacked);
+  });
 }
 
 template <class Mk, class TileMk>

@@ -29,10 +29,9 @@ void take_scratch(Layout* layout, const Routing& routing, int64_t pairs_per_task
   batch->h_tiles = layout->take<uint16_t>(routing.num_tile_rows * h_padded);
   for (WorkerScratch& worker : *workers) {
     worker.row = layout->take<float>(x_padded);
-    worker.gate_up = layout->take<float>(std::max(kVectorRowBlock, kTileRowBlock) * 2 * kPairCols);
+    worker.results = layout->take<float>(kPairBlock * kRowBlock * kPairCols);
     worker.accumulator = layout->take<float>(batch->num_tokens * pairs_per_task * kPairCols);
-    worker.unpacked =
-        layout->take<uint16_t>(routing.num_tile_rows > 0 ? kTileChunkK * kPairCols : 0);
+    worker.unpacked = layout->take<uint8_t>(kUnpackedBytes);
   }
 }
 

@@ -8,10 +8,18 @@
 #error "tiles-inl.h belongs into a file of isa/"
 #endif
 
+#include "gemm-inl.h"
 #include "lanes-inl.h"
 
 namespace moejet {
 namespace MOEJET_ISA_NS {
+
+// Rows from which an expert goes to tiles. A tile multiply costs the same for 1 to 16 rows and the
+// unpacking comes on top; the vector kernels' time grows with the rows and meets it near 6 to 8
+// rows in int4 and int8. Floating-point weights need little unpacking or none, and their vector
+// kernels have fewer products in an instruction.
+constexpr int kMinTileRowsInt = 8;
+constexpr int kMinTileRowsFloat = 4;
 
 constexpr int kTileBytes = 1024;
 constexpr int kTileWords = kTileBytes / 2;
@@ -67,65 +75,85 @@ class EmulatedTiles {
   alignas(64) uint8_t tile_[8][kTileBytes];
 };
 
-// c[m][0..31] = A B for one pair of panels, m rows of A in tile form (tile_row in moe-inl.h).
-// Writes whole tiles: c has room for m rounded up to 16 rows. k runs in chunks whose B tiles fit
-// into L2; between chunks C lies in memory.
-template <class TileMk>
-void tile_gemm(typename TileMk::Tiles& tiles, const uint8_t* pair, const PairGeometry& geometry,
-               const uint16_t* a, int m, float* c, int ld, uint16_t* unpacked) {
-  constexpr BlockShape kBlock = block_shape(TileMk::kFormat);
-  constexpr int64_t kChunkBlocks = kTileChunkK / kBlock.k;
-  const int64_t k_tiles = geometry.k_padded / kTileK;
-  const int64_t num_chunks = (geometry.num_blocks + kChunkBlocks - 1) / kChunkBlocks;
-  const int row_tiles = (m + kTileRows - 1) / kTileRows;
-  const int64_t ld_bytes = ld * static_cast<int64_t>(sizeof(float));
-  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-    const int64_t block = geometry.num_blocks * chunk / num_chunks;
-    const int64_t block_end = geometry.num_blocks * (chunk + 1) / num_chunks;
-    const uint16_t* b =
-        TileMk::b_tiles(pair + block * 2 * kBlock.bytes, block_end - block, unpacked);
-    const int64_t kt_begin = block * kBlock.k / kTileK;
-    const int64_t count = (block_end - block) * kBlock.k / kTileK;
-    for (int mt = 0; mt < row_tiles; mt += 2) {
-      const bool two = mt + 1 < row_tiles;
-      const uint16_t* a0 = a + (mt * k_tiles + kt_begin) * kTileWords;
-      const uint16_t* a1 = a0 + k_tiles * kTileWords;
-      float* c0 = c + mt * kTileRows * ld;
-      float* c1 = c0 + kTileRows * ld;
-      if (chunk == 0) {
-        tiles.template zero<0>();
-        tiles.template zero<1>();
-        tiles.template zero<2>();
-        tiles.template zero<3>();
-      } else {
-        tiles.template load<0>(c0, ld_bytes);
-        tiles.template load<1>(c0 + kPanelRows, ld_bytes);
-        if (two) {
-          tiles.template load<2>(c1, ld_bytes);
-          tiles.template load<3>(c1 + kPanelRows, ld_bytes);
+// Matrix multiplication on tile registers, real (AmxTiles) or emulated.
+template <class Registers>
+class TileBlocks {
+ public:
+  static constexpr int min_rows(Format format) {
+    return takes_fp32(format) ? kMinTileRowsFloat : kMinTileRowsInt;
+  }
+
+  // results[pair][m][0..31] = A B for m rows of A in tile form (tile_row in moe-inl.h). Writes
+  // whole tiles.
+  template <class TileMk>
+  void gemm(const PairRun& pairs, const uint16_t* a, int m, float* results, uint8_t* unpacked) {
+    for (int p = 0; p < pairs.num; ++p) {
+      pair_gemm<TileMk>(pairs.pair(p), *pairs.geometry, a, m, results + p * result_stride(m),
+                        reinterpret_cast<uint16_t*>(unpacked));
+    }
+  }
+
+ private:
+  template <class TileMk>
+  void pair_gemm(const uint8_t* pair, const PairGeometry& geometry, const uint16_t* a, int m,
+                 float* c, uint16_t* unpacked) {
+    constexpr int ld = kPairCols;
+    constexpr BlockShape kBlock = block_shape(TileMk::kFormat);
+    constexpr int64_t kChunkBlocks = kTileChunkK / kBlock.k;
+    const int64_t k_tiles = geometry.k_padded / kTileK;
+    const int64_t num_chunks = (geometry.num_blocks + kChunkBlocks - 1) / kChunkBlocks;
+    const int row_tiles = (m + kTileRows - 1) / kTileRows;
+    const int64_t ld_bytes = ld * static_cast<int64_t>(sizeof(float));
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      const int64_t block = geometry.num_blocks * chunk / num_chunks;
+      const int64_t block_end = geometry.num_blocks * (chunk + 1) / num_chunks;
+      const uint16_t* b =
+          TileMk::b_tiles(pair + block * 2 * kBlock.bytes, block_end - block, unpacked);
+      const int64_t kt_begin = block * kBlock.k / kTileK;
+      const int64_t count = (block_end - block) * kBlock.k / kTileK;
+      for (int mt = 0; mt < row_tiles; mt += 2) {
+        const bool two = mt + 1 < row_tiles;
+        const uint16_t* a0 = a + (mt * k_tiles + kt_begin) * kTileWords;
+        const uint16_t* a1 = a0 + k_tiles * kTileWords;
+        float* c0 = c + mt * kTileRows * ld;
+        float* c1 = c0 + kTileRows * ld;
+        if (chunk == 0) {
+          tiles_.template zero<0>();
+          tiles_.template zero<1>();
+          tiles_.template zero<2>();
+          tiles_.template zero<3>();
+        } else {
+          tiles_.template load<0>(c0, ld_bytes);
+          tiles_.template load<1>(c0 + kPanelRows, ld_bytes);
+          if (two) {
+            tiles_.template load<2>(c1, ld_bytes);
+            tiles_.template load<3>(c1 + kPanelRows, ld_bytes);
+          }
         }
-      }
-      for (int64_t k = 0; k < count; ++k) {
-        tiles.template load<4>(a0 + k * kTileWords, 64);
-        tiles.template load<6>(b + 2 * k * kTileWords, 64);
-        tiles.template load<7>(b + (2 * k + 1) * kTileWords, 64);
-        tiles.template dot_bf16<0, 4, 6>();
-        tiles.template dot_bf16<1, 4, 7>();
-        if (two) {
-          tiles.template load<5>(a1 + k * kTileWords, 64);
-          tiles.template dot_bf16<2, 5, 6>();
-          tiles.template dot_bf16<3, 5, 7>();
+        for (int64_t k = 0; k < count; ++k) {
+          tiles_.template load<4>(a0 + k * kTileWords, 64);
+          tiles_.template load<6>(b + 2 * k * kTileWords, 64);
+          tiles_.template load<7>(b + (2 * k + 1) * kTileWords, 64);
+          tiles_.template dot_bf16<0, 4, 6>();
+          tiles_.template dot_bf16<1, 4, 7>();
+          if (two) {
+            tiles_.template load<5>(a1 + k * kTileWords, 64);
+            tiles_.template dot_bf16<2, 5, 6>();
+            tiles_.template dot_bf16<3, 5, 7>();
+          }
         }
-      }
-      tiles.template store<0>(c0, ld_bytes);
-      tiles.template store<1>(c0 + kPanelRows, ld_bytes);
-      if (two) {
-        tiles.template store<2>(c1, ld_bytes);
-        tiles.template store<3>(c1 + kPanelRows, ld_bytes);
+        tiles_.template store<0>(c0, ld_bytes);
+        tiles_.template store<1>(c0 + kPanelRows, ld_bytes);
+        if (two) {
+          tiles_.template store<2>(c1, ld_bytes);
+          tiles_.template store<3>(c1 + kPanelRows, ld_bytes);
+        }
       }
     }
   }
-}
+
+  Registers tiles_;
+};
 
 }  // namespace MOEJET_ISA_NS
 }  // namespace moejet

@@ -72,7 +72,7 @@ def test_the_best_variant_is_kept(pool):
 
 
 @pytest.mark.parametrize("num_bytes", [1, 5000, 3 * MEGABYTE + 17, 130 * MEGABYTE])
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_reads_of_any_size(pool, num_bytes, isa, usable_isa):
     probe = _C.ReadProbe(num_bytes, pool)
     assert num_bytes <= probe.nbytes <= num_bytes + 2 * 30 * MEGABYTE

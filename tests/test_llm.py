@@ -128,8 +128,9 @@ def test_logprobs_agree_with_score(llm):
     output = result.outputs[0]
     scores = llm.score([*result.prompt_token_ids, *output.token_ids])
     tail = scores[-len(output.token_ids) :]
-    assert [e.logprob for e in output.logprobs] == pytest.approx(tail, abs=1e-3)
-    assert output.cumulative_logprob == pytest.approx(sum(tail), abs=1e-2)
+    # Many tokens at once may be computed in bf16, single ones in fp32.
+    assert [e.logprob for e in output.logprobs] == pytest.approx(tail, abs=5e-2)
+    assert output.cumulative_logprob == pytest.approx(sum(tail), abs=0.2)
     assert all(len(e.top) == 3 for e in output.logprobs)
 
 

@@ -48,9 +48,10 @@ class AmxTiles {
 
 extern const KernelTable table = {
     Isa::kAmx,
-    {format_kernels<Int4, Int4Tiles<AmxTiles>>(), format_kernels<Int8, Int8Tiles<AmxTiles>>(),
-     format_kernels<Bf16, Bf16Tiles<AmxTiles>>(), format_kernels<Fp8, Fp8Tiles<AmxTiles>>(),
-     format_kernels<Fp32, NoTiles>()},
+    {format_kernels<Int4, Int4Tiles<TileBlocks<AmxTiles>>>(),
+     format_kernels<Int8, Int8Tiles<TileBlocks<AmxTiles>>>(),
+     format_kernels<Bf16, Bf16Tiles<TileBlocks<AmxTiles>>>(),
+     format_kernels<Fp8, Fp8Tiles<TileBlocks<AmxTiles>>>(), format_kernels<Fp32, NoTiles>()},
     op_kernels(),
     {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<AmxTiles>>()}};
 

@@ -11,10 +11,10 @@ namespace amx_emulated {
 
 extern const KernelTable table = {
     Isa::kAmxEmulated,
-    {format_kernels<Int4, Int4Tiles<EmulatedTiles>>(),
-     format_kernels<Int8, Int8Tiles<EmulatedTiles>>(),
-     format_kernels<Bf16, Bf16Tiles<EmulatedTiles>>(),
-     format_kernels<Fp8, Fp8Tiles<EmulatedTiles>>(), format_kernels<Fp32, NoTiles>()},
+    {format_kernels<Int4, Int4Tiles<TileBlocks<EmulatedTiles>>>(),
+     format_kernels<Int8, Int8Tiles<TileBlocks<EmulatedTiles>>>(),
+     format_kernels<Bf16, Bf16Tiles<TileBlocks<EmulatedTiles>>>(),
+     format_kernels<Fp8, Fp8Tiles<TileBlocks<EmulatedTiles>>>(), format_kernels<Fp32, NoTiles>()},
     op_kernels(),
     {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<EmulatedTiles>>()}};
 

@@ -39,6 +39,7 @@ inline void reload_activations() { __asm__ volatile("" : : : "memory"); }
 struct Int4 {
   static constexpr Format kFormat = Format::kInt4G32;
   static constexpr int kMr = 4;
+  static constexpr int kManyRows = 0;
 
   // Adds one group: 16-bit sums, their zero point, and both scales.
   static __m256 add_group(__m256 sum, __m256i sum16, int32_t offset, __m256 scale, float x_scale) {
@@ -49,8 +50,7 @@ struct Int4 {
   }
 
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                   int ld) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     __m256 sum[MR][4];
     for (int m = 0; m < MR; ++m) {
       for (int i = 0; i < 4; ++i) sum[m][i] = _mm256_setzero_ps();
@@ -90,7 +90,7 @@ struct Int4 {
       }
     }
     for (int m = 0; m < MR; ++m) {
-      for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + m * ld + 8 * i, sum[m][i]);
+      for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + m * kPairCols + 8 * i, sum[m][i]);
     }
   }
 };
@@ -98,9 +98,9 @@ struct Int4 {
 struct Int8 {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr int kMr = 4;
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                   int ld) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     __m256 sum[MR][4];
     for (int m = 0; m < MR; ++m) {
       for (int i = 0; i < 4; ++i) sum[m][i] = _mm256_setzero_ps();
@@ -145,7 +145,7 @@ struct Int8 {
       }
     }
     for (int m = 0; m < MR; ++m) {
-      for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + m * ld + 8 * i, sum[m][i]);
+      for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + m * kPairCols + 8 * i, sum[m][i]);
     }
   }
 };
@@ -153,9 +153,9 @@ struct Int8 {
 struct Bf16 {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr int kMr = 3;  // 12 sums of 16 registers
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                   int ld) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     __m256 sum[MR][4];
     for (int m = 0; m < MR; ++m) {
       for (int i = 0; i < 4; ++i) sum[m][i] = _mm256_setzero_ps();
@@ -183,7 +183,7 @@ struct Bf16 {
       }
     }
     for (int m = 0; m < MR; ++m) {
-      for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + m * ld + 8 * i, sum[m][i]);
+      for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + m * kPairCols + 8 * i, sum[m][i]);
     }
   }
 };

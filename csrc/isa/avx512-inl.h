@@ -45,9 +45,9 @@ inline void reload_activations() { __asm__ volatile("" : : : "memory"); }
 struct Int4 {
   static constexpr Format kFormat = Format::kInt4G32;
   static constexpr int kMr = 6;  // 12 integer + 12 float sums of 32 registers
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                   int ld) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     __m512 sum[MR][2];
     for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     const __m512i low_mask = _mm512_set1_epi8(0x0f);
@@ -88,8 +88,8 @@ struct Int4 {
       }
     }
     for (int m = 0; m < MR; ++m) {
-      _mm512_storeu_ps(out + m * ld, sum[m][0]);
-      _mm512_storeu_ps(out + m * ld + 16, sum[m][1]);
+      _mm512_storeu_ps(out + m * kPairCols, sum[m][0]);
+      _mm512_storeu_ps(out + m * kPairCols + 16, sum[m][1]);
     }
   }
 };
@@ -97,9 +97,9 @@ struct Int4 {
 struct Int8 {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr int kMr = 6;
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                   int ld) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     __m512 sum[MR][2];
     for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     const __m512i sign_bit = _mm512_set1_epi8(static_cast<char>(0x80));
@@ -139,8 +139,8 @@ struct Int8 {
       }
     }
     for (int m = 0; m < MR; ++m) {
-      _mm512_storeu_ps(out + m * ld, sum[m][0]);
-      _mm512_storeu_ps(out + m * ld + 16, sum[m][1]);
+      _mm512_storeu_ps(out + m * kPairCols, sum[m][0]);
+      _mm512_storeu_ps(out + m * kPairCols + 16, sum[m][1]);
     }
   }
 };
@@ -148,9 +148,9 @@ struct Int8 {
 struct Bf16 {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr int kMr = 8;
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                   int ld) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     __m512 sum[MR][2];
     for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     const uint8_t* block = pair;
@@ -173,8 +173,8 @@ struct Bf16 {
       }
     }
     for (int m = 0; m < MR; ++m) {
-      _mm512_storeu_ps(out + m * ld, sum[m][0]);
-      _mm512_storeu_ps(out + m * ld + 16, sum[m][1]);
+      _mm512_storeu_ps(out + m * kPairCols, sum[m][0]);
+      _mm512_storeu_ps(out + m * kPairCols + 16, sum[m][1]);
     }
   }
 };

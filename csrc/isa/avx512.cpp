@@ -1,5 +1,4 @@
-// Kernels for AVX-512 F, BW, DQ, VL and VNNI. AVX512_BF16 is not needed: its dot product runs at
-// half the rate of fp32 multiply-adds on the processors measured, and rounds the activations.
+// Kernels for AVX-512 F, BW, DQ, VL and VNNI.
 #define MOEJET_ISA_NS avx512
 #define MOEJET_VEC_BITS 512
 #include "attention-vectors-inl.h"

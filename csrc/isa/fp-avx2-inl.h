@@ -9,6 +9,7 @@
 struct Fp8 {
   static constexpr Format kFormat = Format::kFp8;
   static constexpr int kMr = 2;  // 8 sums of 16 registers
+  static constexpr int kManyRows = 0;
   static constexpr float kFactor = 256.f;
 
   // 16 words with an e4m3 code in their high bytes to bf16, as values / kFactor.
@@ -55,9 +56,8 @@ struct Fp8 {
   }
 
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                   int ld) {
-    for (int m = 0; m < MR; ++m) std::memset(out + m * ld, 0, kPairCols * sizeof(float));
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
+    for (int m = 0; m < MR; ++m) std::memset(out + m * kPairCols, 0, kPairCols * sizeof(float));
     for (int64_t b = 0; b < num_blocks; ++b) {
       for (int part = 0; part < 4; ++part) {  // panel, half of its rows
         const Fp8Block<const uint8_t> block = fp8_block(pair + (2 * b + part / 2) * 2080);
@@ -80,7 +80,7 @@ struct Fp8 {
         }
         const __m256 scale = _mm256_set1_ps(data.scale), factor = _mm256_set1_ps(kFactor);
         for (int m = 0; m < MR; ++m) {
-          float* to = out + m * ld + 8 * part;
+          float* to = out + m * kPairCols + 8 * part;
           const __m256 in_block = _mm256_mul_ps(_mm256_add_ps(_mm256_add_ps(sum[m][0], sum[m][1]),
                                                               _mm256_add_ps(sum[m][2], sum[m][3])),
                                                 factor);
@@ -94,9 +94,9 @@ struct Fp8 {
 struct Fp32 {
   static constexpr Format kFormat = Format::kFp32;
   static constexpr int kMr = 3;  // 12 sums of 16 registers
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                   int ld) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     __m256 sum[MR][4];
     for (int m = 0; m < MR; ++m) {
       for (int i = 0; i < 4; ++i) sum[m][i] = _mm256_setzero_ps();
@@ -121,7 +121,7 @@ struct Fp32 {
       }
     }
     for (int m = 0; m < MR; ++m) {
-      for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + m * ld + 8 * i, sum[m][i]);
+      for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + m * kPairCols + 8 * i, sum[m][i]);
     }
   }
 };

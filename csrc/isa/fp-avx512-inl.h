@@ -58,6 +58,7 @@ struct Fp8Vectors {
 struct Fp8 {
   static constexpr Format kFormat = Format::kFp8;
   static constexpr int kMr = 6;  // 24 sums of 32 registers
+  static constexpr int kManyRows = 0;
 
   // Eight vectors, 32 inputs. Four sums for each row: a single one would wait for the latency of
   // the multiply-adds.
@@ -81,10 +82,10 @@ struct Fp8 {
   }
 
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                   int ld) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     for (int m = 0; m < MR; ++m) {
-      for (int i = 0; i < 2; ++i) _mm512_storeu_ps(out + m * ld + 16 * i, _mm512_setzero_ps());
+      for (int i = 0; i < 2; ++i)
+        _mm512_storeu_ps(out + m * kPairCols + 16 * i, _mm512_setzero_ps());
     }
     for (int64_t b = 0; b < num_blocks; ++b) {
       for (int panel = 0; panel < 2; ++panel) {
@@ -108,7 +109,7 @@ struct Fp8 {
         }
         const __m512 scale = _mm512_set1_ps(data.scale), factor = _mm512_set1_ps(kFp8Factor);
         for (int m = 0; m < MR; ++m) {
-          float* to = out + m * ld + 16 * panel;
+          float* to = out + m * kPairCols + 16 * panel;
           const __m512 in_block = _mm512_mul_ps(_mm512_add_ps(_mm512_add_ps(sum[m][0], sum[m][1]),
                                                               _mm512_add_ps(sum[m][2], sum[m][3])),
                                                 factor);
@@ -122,9 +123,9 @@ struct Fp8 {
 struct Fp32 {
   static constexpr Format kFormat = Format::kFp32;
   static constexpr int kMr = 8;
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out,
-                   int ld) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     __m512 sum[MR][2];
     for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     const uint8_t* block = pair;
@@ -145,8 +146,8 @@ struct Fp32 {
       }
     }
     for (int m = 0; m < MR; ++m) {
-      _mm512_storeu_ps(out + m * ld, sum[m][0]);
-      _mm512_storeu_ps(out + m * ld + 16, sum[m][1]);
+      _mm512_storeu_ps(out + m * kPairCols, sum[m][0]);
+      _mm512_storeu_ps(out + m * kPairCols + 16, sum[m][1]);
     }
   }
 };

@@ -24,8 +24,7 @@ template <class TilesT>
 struct Fp8Tiles {
   using Tiles = TilesT;
   static constexpr Format kFormat = Format::kFp8;
-  // A tile multiplies up to 16 rows in the time that the vector kernel needs for 3.
-  static constexpr int kMinRows = 4;
+  static constexpr int kMinRows = Tiles::min_rows(kFormat);
 
   struct Lookup {
     __m512i normal;  // words by code % 32, for codes 0..31 as if their exponent were not zero

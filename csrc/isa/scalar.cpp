@@ -25,8 +25,9 @@ inline uint32_t word(const uint8_t* p, int lane) {
 struct Int4 {
   static constexpr Format kFormat = Format::kInt4G32;
   static constexpr int kMr = 1;
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out, int) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     float sum[kPairCols] = {};
     const uint8_t* block = pair;
     for (int64_t b = 0; b < 2 * num_blocks; ++b, block += 576) {
@@ -53,8 +54,9 @@ struct Int4 {
 struct Int8 {
   static constexpr Format kFormat = Format::kInt8;
   static constexpr int kMr = 1;
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out, int) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     float sum[kPairCols] = {};
     const uint8_t* block = pair;
     for (int64_t b = 0; b < 2 * num_blocks; ++b, block += 2112) {
@@ -83,8 +85,9 @@ struct Int8 {
 struct Bf16 {
   static constexpr Format kFormat = Format::kBf16;
   static constexpr int kMr = 1;
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out, int) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     float sum[kPairCols] = {};
     const uint8_t* block = pair;
     for (int64_t b = 0; b < 2 * num_blocks; ++b, block += 1024) {
@@ -113,8 +116,9 @@ constexpr Fp8Values kFp8Values;
 struct Fp8 {
   static constexpr Format kFormat = Format::kFp8;
   static constexpr int kMr = 1;
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out, int) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     float sum[kPairCols] = {};
     for (int64_t b = 0; b < 2 * num_blocks; ++b) {
       const Fp8Block<const uint8_t> block = fp8_block(pair + 2080 * b);
@@ -136,8 +140,9 @@ struct Fp8 {
 struct Fp32 {
   static constexpr Format kFormat = Format::kFp32;
   static constexpr int kMr = 1;
+  static constexpr int kManyRows = 0;
   template <int MR>
-  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out, int) {
+  static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
     float sum[kPairCols] = {};
     const uint8_t* block = pair;
     for (int64_t b = 0; b < 2 * num_blocks; ++b, block += 2048) {

@@ -12,13 +12,6 @@
 namespace moejet {
 namespace MOEJET_ISA_NS {
 
-// Rows from which an expert goes to tiles. A tile multiply costs the same for 1 to 16 rows and the
-// unpacking comes on top; the vector kernels' time grows with the rows and meets it near 6 to 8
-// rows in int4 and int8. bf16 weights need no unpacking, and their vector kernel reads 2 bytes per
-// product.
-constexpr int kMinTileRowsInt = 8;
-constexpr int kMinTileRowsBf16 = 4;
-
 // Two fp32 vectors to one vector of bf16 pairs: a in the low halves, b in the high ones. Rounds to
 // nearest, ties away from zero.
 inline __m512i bf16_pairs(__m512 a, __m512 b) {
@@ -32,7 +25,7 @@ template <class TilesT>
 struct Int4Tiles {
   using Tiles = TilesT;
   static constexpr Format kFormat = Format::kInt4G32;
-  static constexpr int kMinRows = kMinTileRowsInt;
+  static constexpr int kMinRows = Tiles::min_rows(kFormat);
 
   // One panel block (64 k): B tile of k 0..31 to low, of k 32..63 to high. Lane r of a vector holds
   // eight codes of row r, so its scale is one lane of the scale vector and nothing is shuffled.
@@ -72,7 +65,7 @@ template <class TilesT>
 struct Int8Tiles {
   using Tiles = TilesT;
   static constexpr Format kFormat = Format::kInt8;
-  static constexpr int kMinRows = kMinTileRowsInt;
+  static constexpr int kMinRows = Tiles::min_rows(kFormat);
 
   static const uint16_t* b_tiles(const uint8_t* pair, int64_t num_blocks, uint16_t* unpacked) {
     uint16_t* out = unpacked;
@@ -101,7 +94,7 @@ template <class TilesT>
 struct Bf16Tiles {
   using Tiles = TilesT;
   static constexpr Format kFormat = Format::kBf16;
-  static constexpr int kMinRows = kMinTileRowsBf16;
+  static constexpr int kMinRows = Tiles::min_rows(kFormat);
   // The packed layout is B tiles already.
   static const uint16_t* b_tiles(const uint8_t* pair, int64_t, uint16_t*) {
     return reinterpret_cast<const uint16_t*>(pair);

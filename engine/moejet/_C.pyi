@@ -1,7 +1,8 @@
 """CPU kernels. A tensor is any object with __dlpack__ in CPU memory (torch, numpy).
 
-Instruction sets, narrow to wide: scalar, avx2, avx512, amx; and amx_emulated, the AMX code over
-tiles in memory, which tests use. "auto" is the widest usable one and never amx_emulated.
+Instruction sets, narrow to wide: scalar, avx2, avx512, avx512_bf16, amx; and amx_emulated, the AMX
+code over tiles in memory, which tests use. "auto" is the widest automatic one: never amx_emulated,
+nor avx512_bf16 on Intel's processors, where its dot product is slow.
 Errors: ValueError (shapes, ranges, names), TypeError (dtypes), MemoryError, RuntimeError (pool).
 """
 
@@ -17,15 +18,15 @@ class _Tensor(Protocol):
 def cpu_info() -> dict[str, Any]:
     """What this processor and this build can do.
 
-    {"features": [str], "isas": {name: {"compiled": bool, "usable": bool, "reason": str}},
-    "amx_permission": bool}; `reason` says why a set is not usable.
+    {"features": [str], "isas": {name: {"compiled": bool, "usable": bool, "automatic": bool,
+    "reason": str}}, "amx_permission": bool}; `reason` says why a set is not usable.
     """
 
 def resolve_isa(name: str = "auto", max_isa: str | None = None) -> str:
     """The set to use. A name that is unknown, unusable or above max_isa raises ValueError."""
 
 def min_tile_rows(format: str, isa: str = "auto") -> int:
-    """Rows of one expert from which AMX tiles (bf16 arithmetic) compute it; 0: never."""
+    """Rows of one expert from which tile kernels (bf16 arithmetic) compute it; 0: never."""
 
 class ThreadPool:
     """Workers on the given CPUs. The calling thread works as worker 0; callers take turns."""

@@ -24,7 +24,7 @@ DENSE_FORMATS: tuple[str, ...] = get_args(DenseFormat)
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
 # Bits per weight, scales included.
 FORMAT_BITS = {"int4_g32": 4.5, "int8": 8.25, "fp8": 8.125, "bf16": 16.0, "fp32": 32.0}
-ISAS = ("scalar", "avx2", "avx512", "amx")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 
 # model_type -> (scoring_func, topk_method) where the file does not say.
 _FAMILIES: dict[str, tuple[str, str]] = {

@@ -5,7 +5,7 @@ import pytest
 
 from moejet import _C
 
-ISAS = ("scalar", "avx2", "avx512", "amx", "amx_emulated")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 
 
 @pytest.fixture(params=ISAS)

@@ -11,7 +11,7 @@ import pytest
 
 from moejet import _C
 
-NAMES = ("scalar", "avx2", "avx512", "amx", "amx_emulated")
+NAMES = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 
 
 def test_cpu_info_describes_every_set() -> None:
@@ -20,6 +20,7 @@ def test_cpu_info_describes_every_set() -> None:
     assert info["isas"]["scalar"]["usable"]
     for state in info["isas"].values():
         assert state["usable"] == (state["reason"] == "")
+        assert state["usable"] or not state["automatic"]
         assert state["compiled"] or not state["usable"]
 
 
@@ -31,7 +32,7 @@ def test_required_sets_are_usable(request: pytest.FixtureRequest) -> None:
 
 def test_auto_is_the_widest_usable_and_never_emulated() -> None:
     isas = _C.cpu_info()["isas"]
-    widest = [name for name in NAMES[:4] if isas[name]["usable"]][-1]
+    widest = [name for name in NAMES[:5] if isas[name]["automatic"]][-1]
     assert _C.resolve_isa() == widest
     assert _C.resolve_isa("auto", "amx") == widest
 
@@ -87,7 +88,7 @@ REQUIRED = {
     "avx512": ("vpdpbusd",),
     "amx_emulated": ("vpdpbusd",),
     "amx": ("vpdpbusd", "ldtilecfg", "tdpbf16ps", "tdpbssd", "tilestored", "tilerelease"),
-    "avx512_bf16": ("vdpbf16ps",),
+    "avx512_bf16": ("vpdpbusd", "vdpbf16ps"),
 }
 
 

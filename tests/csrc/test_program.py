@@ -117,7 +117,7 @@ def test_program_matches_torch(chunks: list[int], pool: _C.ThreadPool, isa: str)
     expected = small.truth(IDS)
     for chunk in chunks:
         got = small.run(IDS[done : done + chunk], done, TABLE, list(range(chunk)))
-        limit = 2e-2 if isa.startswith("amx") else 1e-4
+        limit = 2e-2 if _C.min_tile_rows("bf16", isa) else 1e-4
         assert float((got.double() - expected[done : done + chunk]).abs().max()) < limit
         done += chunk
 
@@ -125,7 +125,11 @@ def test_program_matches_torch(chunks: list[int], pool: _C.ThreadPool, isa: str)
 def test_only_wanted_rows_are_computed(pool: _C.ThreadPool) -> None:
     small = Small(pool, "auto")
     everything = small.run(IDS, 0, TABLE, list(range(30)))
-    torch.testing.assert_close(small.run(IDS, 0, TABLE, [3, 29]), everything[[3, 29]])
+    # Tile kernels compute many rows in bf16, and two in fp32.
+    atol = 2e-2 if _C.min_tile_rows("bf16") else 1e-5
+    torch.testing.assert_close(
+        small.run(IDS, 0, TABLE, [3, 29]), everything[[3, 29]], atol=atol, rtol=1e-5
+    )
     assert small.run(IDS, 0, TABLE, []).shape == (0, VOCAB)
 
 

@@ -88,8 +88,8 @@ def test_logprobs_of_every_position(family, checkpoint, exact_isa):
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
-@pytest.mark.parametrize("isa", ["amx", "amx_emulated"])
-def test_amx_log_probabilities(family, isa, checkpoint, usable_isa):
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx", "amx_emulated"])
+def test_tile_log_probabilities(family, isa, checkpoint, usable_isa):
     ids = _prompt(120, 5)
     logits = reference_logits(checkpoint(family), ids)
     expected = _next_token_logprobs(logits, ids)
@@ -105,7 +105,7 @@ def _next_token_logprobs(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("expert_format", "allowed"), [("bf16", 1.5), ("int8", 1.5), ("int4_g32", 4.0)]
+    ("expert_format", "allowed"), [("bf16", 1.5), ("int8", 2.0), ("int4_g32", 4.0)]
 )
 def test_default_precision_costs_no_more_than_bf16_does(expert_format, allowed, checkpoint):
     """bf16 dense layers and packed experts, measured by what transformers itself loses in bf16.
