@@ -259,11 +259,13 @@ void set_matrix(LinearWeights& weights, int64_t matrix, const py::object& w, Thr
 
 void register_linear(py::module_& m) {
   py::class_<LinearWeights>(m, "LinearWeights", "G packed matrices [rows, cols] of one shape.")
-      .def(
-          py::init([](int64_t num_matrices, int64_t rows, int64_t cols, const std::string& format) {
-            return std::make_unique<LinearWeights>(num_matrices, rows, cols, parse_format(format));
-          }),
-          py::arg("num_matrices"), py::arg("rows"), py::arg("cols"), py::arg("format"))
+      .def(py::init([](int64_t num_matrices, int64_t rows, int64_t cols, const std::string& format,
+                       const std::vector<int>& memory_nodes) {
+             return std::make_unique<LinearWeights>(num_matrices, rows, cols, parse_format(format),
+                                                    memory_nodes);
+           }),
+           py::arg("num_matrices"), py::arg("rows"), py::arg("cols"), py::arg("format"),
+           py::arg("memory_nodes") = std::vector<int>{kAnyNode})
       .def("set", &set_matrix, py::arg("matrix"), py::arg("w"), py::arg("pool") = py::none(),
            py::arg("isa") = "auto", py::arg("scale_inv") = py::none(),
            "Quantises and packs one matrix; fp32, bf16, fp16, or float8_e4m3fn with scale_inv.")
@@ -287,7 +289,8 @@ void register_linear(py::module_& m) {
       .def_property_readonly(
           "format",
           [](const LinearWeights& self) { return kFormatNames[static_cast<int>(self.format())]; })
-      .def_property_readonly("nbytes", &LinearWeights::bytes);
+      .def_property_readonly("nbytes", &LinearWeights::bytes)
+      .def_property_readonly("bind_error", &LinearWeights::bind_error);
 }
 
 std::vector<int> probe(ThreadPool& pool, std::optional<int> fail_worker) {
@@ -305,8 +308,12 @@ std::vector<int> probe(ThreadPool& pool, std::optional<int> fail_worker) {
 void register_pool(py::module_& m) {
   py::class_<ThreadPool>(m, "ThreadPool",
                          "Worker threads, one per CPU in cpus. The calling thread is worker 0.")
-      .def(py::init<std::vector<int>, bool>(), py::arg("cpus"), py::arg("pin") = true)
+      .def(py::init<std::vector<int>, bool, std::vector<int>, std::vector<int>>(), py::arg("cpus"),
+           py::arg("pin") = true, py::arg("worker_nodes") = std::vector<int>{},
+           py::arg("memory_nodes") = std::vector<int>{kAnyNode})
       .def_property_readonly("num_threads", &ThreadPool::num_threads)
+      .def_property_readonly("worker_nodes", &ThreadPool::worker_nodes)
+      .def_property_readonly("memory_nodes", &ThreadPool::memory_nodes)
       .def("close", &ThreadPool::close, py::call_guard<py::gil_scoped_release>(),
            "Ends the threads; idempotent. Later use raises RuntimeError.")
       .def("probe", &probe, py::arg("fail_worker") = py::none(),
@@ -316,12 +323,12 @@ void register_pool(py::module_& m) {
 void register_weights(py::module_& m) {
   py::class_<ExpertWeights>(m, "ExpertWeights", "Packed routed experts of one MoE layer.")
       .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
-                       const std::string& format) {
+                       const std::string& format, const std::vector<int>& memory_nodes) {
              return std::make_unique<ExpertWeights>(num_experts, hidden_size, intermediate_size,
-                                                    parse_format(format));
+                                                    parse_format(format), memory_nodes);
            }),
            py::arg("num_experts"), py::arg("hidden_size"), py::arg("intermediate_size"),
-           py::arg("format"))
+           py::arg("format"), py::arg("memory_nodes") = std::vector<int>{kAnyNode})
       .def(
           "set_projection",
           [](ExpertWeights& self, int64_t expert, const std::string& projection,
@@ -367,7 +374,8 @@ void register_weights(py::module_& m) {
           "format",
           [](const ExpertWeights& self) { return kFormatNames[static_cast<int>(self.format())]; })
       .def_property_readonly("nbytes", &ExpertWeights::bytes)
-      .def_property_readonly("expert_nbytes", &ExpertWeights::expert_bytes);
+      .def_property_readonly("expert_nbytes", &ExpertWeights::expert_bytes)
+      .def_property_readonly("bind_error", &ExpertWeights::bind_error);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <utility>
 
 namespace moejet {
 namespace {
@@ -37,22 +38,35 @@ PairGeometry down_geometry(Format format, int64_t hidden, int64_t intermediate) 
 }  // namespace
 
 ExpertWeights::ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
-                             Format format)
+                             Format format, const std::vector<int>& memory_nodes)
     : num_experts_((check_size("num_experts", num_experts, kMaxExperts), num_experts)),
       hidden_(hidden_size),
       intermediate_(intermediate_size),
       format_(format),
       gate_up_(gate_up_geometry(format, hidden_size, intermediate_size)),
       down_(down_geometry(format, hidden_size, intermediate_size)),
-      expert_bytes_(
-          round_up(gate_up_.num_pairs * gate_up_.pair_bytes + down_.num_pairs * down_.pair_bytes,
-                   kExpertAlignment)),
-      memory_(num_experts, expert_bytes_, "experts") {}
+      gate_up_slices_(gate_up_.num_pairs, check_nodes(memory_nodes), 2),
+      down_slices_(down_.num_pairs, check_nodes(memory_nodes)),
+      memory_(memory_nodes, num_experts, slice_bytes(), "experts") {}
+
+std::vector<int64_t> ExpertWeights::slice_bytes() const {
+  std::vector<int64_t> bytes;
+  for (int node = 0; node < gate_up_slices_.num_nodes(); ++node) {
+    bytes.push_back(round_up(gate_up_slices_.size(node) * gate_up_.pair_bytes +
+                                 down_slices_.size(node) * down_.pair_bytes,
+                             kExpertAlignment));
+  }
+  return bytes;
+}
 
 PanelLayout ExpertWeights::layout(int64_t expert, Projection projection) const {
-  uint8_t* base = memory_.data() + expert * expert_bytes_;
-  if (projection == Projection::kDown) return whole_pairs(base + down_offset(), format_, down_);
-  return half_pairs(base, format_, gate_up_, projection == Projection::kGate ? 0 : 1);
+  const bool is_down = projection == Projection::kDown;
+  std::vector<uint8_t*> origins;
+  for (int node = 0; node < num_nodes(); ++node) {
+    origins.push_back(origin(expert, node) + (is_down ? down_offset(node) : 0));
+  }
+  if (is_down) return whole_pairs(std::move(origins), format_, down_);
+  return half_pairs(std::move(origins), format_, gate_up_, projection == Projection::kGate ? 0 : 1);
 }
 
 void ExpertWeights::set_projection(int64_t expert, Projection projection,
@@ -68,10 +82,16 @@ void ExpertWeights::dequantize(int64_t expert, Projection projection, float* out
 uint64_t ExpertWeights::checksum(ThreadPool* pool) const {
   constexpr int64_t kChunk = int64_t{1} << 20;
   std::atomic<uint64_t> total{0};
-  for_each_index((bytes() + kChunk - 1) / kChunk, pool, [&](int64_t i) {
-    const int64_t size = std::min(kChunk, bytes() - i * kChunk);  // whole 4096-byte units
-    const uint64_t* words = reinterpret_cast<const uint64_t*>(memory_.data() + i * kChunk);
-    total.fetch_add(sum_words(words, size / 8), std::memory_order_relaxed);
+  std::vector<int64_t> chunks;
+  for (int node = 0; node < num_nodes(); ++node) {
+    chunks.push_back((memory_.node_bytes(node) + kChunk - 1) / kChunk);
+  }
+  for_each_on_nodes(chunks, pool, [&](int node, int64_t i) {
+    // Slices are whole 4096-byte units.
+    const int64_t size = std::min(kChunk, memory_.node_bytes(node) - i * kChunk);
+    const uint8_t* start = memory_.slice(0, node) + i * kChunk;
+    total.fetch_add(sum_words(reinterpret_cast<const uint64_t*>(start), size / 8),
+                    std::memory_order_relaxed);
   });
   return total.load();
 }
@@ -79,16 +99,29 @@ uint64_t ExpertWeights::checksum(ThreadPool* pool) const {
 void ExpertWeights::fill_random(uint64_t seed, ThreadPool* pool) {
   const float gate_up_sigma = 1.f / std::sqrt(static_cast<float>(hidden_));
   const float down_sigma = 1.f / std::sqrt(static_cast<float>(intermediate_));
-  const int64_t pairs = gate_up_.num_pairs + down_.num_pairs;
-  for_each_index(num_experts_ * pairs, pool, [&](int64_t i) {
-    const int64_t pair = i % pairs;
-    const bool is_down = pair >= gate_up_.num_pairs;
-    uint8_t* start = memory_.data() + i / pairs * expert_bytes_ +
-                     (is_down ? down_offset() + (pair - gate_up_.num_pairs) * down_.pair_bytes
-                              : pair * gate_up_.pair_bytes);
+  std::vector<int64_t> counts;
+  for (int node = 0; node < num_nodes(); ++node) {
+    counts.push_back(num_experts_ * (gate_up_slices_.size(node) + down_slices_.size(node)));
+  }
+  for_each_on_nodes(counts, pool, [&](int node, int64_t i) {
+    const int64_t per_expert = gate_up_slices_.size(node) + down_slices_.size(node);
+    const int64_t expert = i / per_expert;
+    int64_t pair = i % per_expert;
+    const bool is_down = pair >= gate_up_slices_.size(node);
+    uint8_t* base = origin(expert, node);
+    if (is_down) {
+      pair += down_slices_.begin(node) - gate_up_slices_.size(node);
+      base += down_offset(node) + pair * down_.pair_bytes;
+    } else {
+      pair += gate_up_slices_.begin(node);
+      base += pair * gate_up_.pair_bytes;
+    }
+    // The pair's number in its layer, whatever its node.
+    const int64_t number =
+        expert * (gate_up_.num_pairs + down_.num_pairs) + (is_down ? gate_up_.num_pairs : 0) + pair;
     fill_pair(format_, is_down ? down_ : gate_up_,
-              seed * 0x2545f4914f6cdd1dull + static_cast<uint64_t>(i),
-              is_down ? down_sigma : gate_up_sigma, start);
+              seed * 0x2545f4914f6cdd1dull + static_cast<uint64_t>(number),
+              is_down ? down_sigma : gate_up_sigma, base);
   });
 }
 

@@ -1,9 +1,13 @@
-// The packed routed experts of one MoE layer, in huge-page backed memory of their own.
+// The packed routed experts of one MoE layer, in huge-page backed memory of their own, sliced among
+// the machine's memory nodes (nodes.h): intermediate channels of gate and up, outputs of down.
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "kernels.h"
+#include "nodes.h"
 #include "pack.h"
 #include "packed_memory.h"
 #include "packing.h"
@@ -17,8 +21,10 @@ class ExpertWeights {
  public:
   // Memory is reserved now and becomes resident when written. Unwritten weights are zero (bf16) or
   // have zero scales, so unset experts contribute zero. Throws std::invalid_argument for sizes out
-  // of range and OutOfMemory if the address space cannot be had.
-  ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Format format);
+  // of range and OutOfMemory if the address space cannot be had. memory_nodes: the system's numbers
+  // of the nodes to divide every expert among, kAnyNode for memory wherever it comes.
+  ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Format format,
+                const std::vector<int>& memory_nodes = {kAnyNode});
 
   // Packs a [rows(projection), cols(projection)] matrix; see pack_matrix.
   void set_projection(int64_t expert, Projection projection, const SourceMatrix& source,
@@ -40,19 +46,34 @@ class ExpertWeights {
   Format format() const { return format_; }
   const PairGeometry& gate_up() const { return gate_up_; }
   const PairGeometry& down() const { return down_; }
-  int64_t down_offset() const { return gate_up_.num_pairs * gate_up_.pair_bytes; }
-  int64_t expert_bytes() const { return expert_bytes_; }
-  int64_t bytes() const { return num_experts_ * expert_bytes_; }
-  const uint8_t* expert(int64_t e) const { return memory_.data() + e * expert_bytes_; }
+  int num_nodes() const { return memory_.num_nodes(); }
+  // The pairs that lie with each node.
+  const Slices& gate_up_slices() const { return gate_up_slices_; }
+  const Slices& down_slices() const { return down_slices_; }
+  // Pair p of the node's slice lies at expert(e, node) + p * pair_bytes, for the down projection at
+  // expert(e, node) + down_offset(node) + p * pair_bytes.
+  const uint8_t* expert(int64_t e, int node) const { return origin(e, node); }
+  int64_t down_offset(int node) const {
+    return gate_up_slices_.end(node) * gate_up_.pair_bytes -
+           down_slices_.begin(node) * down_.pair_bytes;
+  }
+  int64_t expert_bytes() const { return bytes() / num_experts_; }
+  int64_t bytes() const { return memory_.bytes(); }
+  // Why the system would not place the memory on its nodes, or empty.
+  std::string bind_error() const { return memory_.bind_error(); }
 
  private:
   PanelLayout layout(int64_t expert, Projection projection) const;
+  std::vector<int64_t> slice_bytes() const;
+  uint8_t* origin(int64_t expert, int node) const {
+    return memory_.slice(expert, node) - gate_up_slices_.begin(node) * gate_up_.pair_bytes;
+  }
 
   const int64_t num_experts_, hidden_, intermediate_;
   const Format format_;
   const PairGeometry gate_up_, down_;
-  const int64_t expert_bytes_;
-  PackedMemory memory_;
+  const Slices gate_up_slices_, down_slices_;
+  const NodeMemory memory_;
 };
 
 }  // namespace moejet

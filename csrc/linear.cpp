@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "scratch.h"
 
@@ -37,13 +38,29 @@ void take_scratch(Layout* layout, int64_t input_rows, int64_t input_tile_rows, L
 
 }  // namespace
 
-LinearWeights::LinearWeights(int64_t num_matrices, int64_t rows, int64_t cols, Format format)
+LinearWeights::LinearWeights(int64_t num_matrices, int64_t rows, int64_t cols, Format format,
+                             const std::vector<int>& memory_nodes)
     : num_matrices_((check_size("num_matrices", num_matrices), num_matrices)),
       rows_(rows),
       cols_(cols),
       format_(format),
       geometry_(linear_geometry(format, rows, cols)),
-      memory_(num_matrices, matrix_bytes(), "matrices") {}
+      slices_(geometry_.num_pairs, check_nodes(memory_nodes)),
+      memory_(memory_nodes, num_matrices, slice_bytes(), "matrices") {}
+
+std::vector<int64_t> LinearWeights::slice_bytes() const {
+  std::vector<int64_t> bytes;
+  for (int node = 0; node < slices_.num_nodes(); ++node) {
+    bytes.push_back(slices_.size(node) * geometry_.pair_bytes);
+  }
+  return bytes;
+}
+
+PanelLayout LinearWeights::layout(int64_t matrix) const {
+  std::vector<uint8_t*> origins;
+  for (int node = 0; node < num_nodes(); ++node) origins.push_back(origin(matrix, node));
+  return whole_pairs(std::move(origins), format_, geometry_);
+}
 
 void LinearWeights::set(int64_t matrix, const SourceMatrix& source, const KernelTable& table,
                         ThreadPool* pool) {
@@ -56,9 +73,16 @@ void LinearWeights::dequantize(int64_t matrix, float* out) const {
 
 void LinearWeights::fill_random(uint64_t seed, ThreadPool* pool) {
   const float sigma = 1.f / std::sqrt(static_cast<float>(cols_));
-  for_each_index(num_matrices_ * geometry_.num_pairs, pool, [&](int64_t i) {
-    fill_pair(format_, geometry_, seed * 0x2545f4914f6cdd1dull + static_cast<uint64_t>(i), sigma,
-              memory_.data() + i * geometry_.pair_bytes);
+  std::vector<int64_t> counts;
+  for (int node = 0; node < num_nodes(); ++node) {
+    counts.push_back(num_matrices_ * slices_.size(node));
+  }
+  for_each_on_nodes(counts, pool, [&](int node, int64_t i) {
+    const int64_t matrix = i / slices_.size(node);
+    const int64_t pair = slices_.begin(node) + i % slices_.size(node);
+    const int64_t number = matrix * geometry_.num_pairs + pair;  // whatever its node
+    fill_pair(format_, geometry_, seed * 0x2545f4914f6cdd1dull + static_cast<uint64_t>(number),
+              sigma, origin(matrix, node) + pair * geometry_.pair_bytes);
   });
 }
 
@@ -67,14 +91,13 @@ LinearTask::LinearTask(const LinearWeights& weights, const KernelTable& table, W
     : weights_(weights),
       kernels_(table.formats[static_cast<int>(weights.format())]),
       workspace_(workspace),
-      scratch_(static_cast<size_t>(num_threads)) {
+      scratch_(static_cast<size_t>(num_threads)),
+      items_(weights.num_nodes()) {
   batch_.format = weights.format();
   batch_.num_matrices = weights.num_matrices();
   batch_.rows = weights.rows();
   batch_.cols = weights.cols();
   batch_.geometry = weights.geometry();
-  batch_.weights = weights.data();
-  batch_.matrix_bytes = weights.matrix_bytes();
 }
 
 void LinearTask::begin(const LinearCall& call) {
@@ -113,45 +136,61 @@ void LinearTask::begin_chunk() {
   const int64_t all_pairs = batch_.geometry.num_pairs * batch_.num_matrices;
   pairs_per_task_ = std::clamp<int64_t>(ceil_div(all_pairs, kTasksPerThread * num_threads), 1,
                                         batch_.geometry.num_pairs);
-  tasks_per_matrix_ = ceil_div(batch_.geometry.num_pairs, pairs_per_task_);
-  num_tasks_ = tasks_per_matrix_ * batch_.num_matrices;
+  node_batches_.assign(static_cast<size_t>(weights_.num_nodes()), batch_);
+  for (int node = 0; node < weights_.num_nodes(); ++node) {
+    LinearBatch& batch = node_batches_[static_cast<size_t>(node)];
+    batch.weights = weights_.data(node);
+    batch.matrix_bytes = weights_.matrix_bytes(node);
+  }
+}
+
+// A task is a part of one matrix's pairs on one node.
+int64_t LinearTask::tasks_per_matrix(int node) const {
+  return ceil_div(weights_.slices().size(node), pairs_per_task_);
+}
+
+bool LinearTask::begin_compute() {
+  phase_ = Phase::kCompute;
+  for (int node = 0; node < weights_.num_nodes(); ++node) {
+    items_.set(node, tasks_per_matrix(node) * batch_.num_matrices);
+  }
+  return true;
 }
 
 bool LinearTask::next() {
-  next_item_.store(0, std::memory_order_relaxed);
   switch (phase_) {
     case Phase::kPrepare:
-      phase_ = Phase::kCompute;
-      return true;
+      return begin_compute();
     case Phase::kCompute:
     case Phase::kChunk:
       if (chunk_ == num_chunks_) return false;
       begin_chunk();
       phase_ = Phase::kPrepare;
+      items_.set_all(input_rows_);
       if (input_rows_ * batch_.cols > kSerialPrepareValues) return true;
       for (int64_t row = 0; row < input_rows_; ++row) {
         kernels_.linear_prepare(batch_, row, &scratch_[0]);
       }
-      phase_ = Phase::kCompute;
-      return true;
+      return begin_compute();
   }
   return false;
 }
 
 void LinearTask::work(int worker) {
   WorkerScratch* scratch = &scratch_[static_cast<size_t>(worker)];
-  const auto take = [this] { return next_item_.fetch_add(1, std::memory_order_relaxed); };
+  const int own_node = ThreadPool::current_node();
   if (phase_ == Phase::kPrepare) {
-    for (int64_t row; (row = take()) < input_rows_;) {
-      kernels_.linear_prepare(batch_, row, scratch);
-    }
+    items_.drain(own_node,
+                 [&](int, int64_t row) { kernels_.linear_prepare(batch_, row, scratch); });
     return;
   }
-  for (int64_t task; (task = take()) < num_tasks_;) {
-    const int64_t pair = task % tasks_per_matrix_ * pairs_per_task_;
-    kernels_.linear(batch_, task / tasks_per_matrix_, pair,
-                    std::min(pair + pairs_per_task_, batch_.geometry.num_pairs), scratch);
-  }
+  items_.drain(own_node, [&](int node, int64_t task) {
+    const Slices& slices = weights_.slices();
+    const int64_t tasks = tasks_per_matrix(node);
+    const int64_t pair = slices.begin(node) + task % tasks * pairs_per_task_;
+    kernels_.linear(node_batches_[static_cast<size_t>(node)], task / tasks, pair,
+                    std::min(pair + pairs_per_task_, slices.end(node)), scratch);
+  });
 }
 
 void linear_forward(const LinearWeights& weights, const LinearCall& call, ThreadPool* pool,

@@ -1,11 +1,12 @@
 // Dense projections on the CPU: G packed matrices of one shape, applied side by side.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
+#include "nodes.h"
 #include "packed_memory.h"
 #include "packing.h"
 #include "task.h"
@@ -16,8 +17,10 @@ namespace moejet {
 
 class LinearWeights {
  public:
-  // G matrices [rows, cols]; unset ones are zero.
-  LinearWeights(int64_t num_matrices, int64_t rows, int64_t cols, Format format);
+  // G matrices [rows, cols]; unset ones are zero. The rows of each are divided among memory_nodes;
+  // see ExpertWeights.
+  LinearWeights(int64_t num_matrices, int64_t rows, int64_t cols, Format format,
+                const std::vector<int>& memory_nodes = {kAnyNode});
 
   void set(int64_t matrix, const SourceMatrix& source, const KernelTable& table, ThreadPool* pool);
   void dequantize(int64_t matrix, float* out) const;
@@ -28,19 +31,29 @@ class LinearWeights {
   int64_t cols() const { return cols_; }
   Format format() const { return format_; }
   const PairGeometry& geometry() const { return geometry_; }
-  int64_t matrix_bytes() const { return geometry_.num_pairs * geometry_.pair_bytes; }
+  int num_nodes() const { return memory_.num_nodes(); }
+  // The pairs that lie with each node.
+  const Slices& slices() const { return slices_; }
+  // Pair p of matrix g in the node's slice lies at data(node) + g * matrix_bytes(node) + p *
+  // pair_bytes.
+  const uint8_t* data(int node) const { return origin(0, node); }
+  int64_t matrix_bytes(int node) const { return memory_.slice_bytes(node); }
   int64_t bytes() const { return memory_.bytes(); }
-  const uint8_t* data() const { return memory_.data(); }
+  // Why the system would not place the memory on its nodes, or empty.
+  std::string bind_error() const { return memory_.bind_error(); }
 
  private:
-  PanelLayout layout(int64_t matrix) const {
-    return whole_pairs(memory_.data() + matrix * matrix_bytes(), format_, geometry_);
+  PanelLayout layout(int64_t matrix) const;
+  std::vector<int64_t> slice_bytes() const;
+  uint8_t* origin(int64_t matrix, int node) const {
+    return memory_.slice(matrix, node) - slices_.begin(node) * geometry_.pair_bytes;
   }
 
   const int64_t num_matrices_, rows_, cols_;
   const Format format_;
   const PairGeometry geometry_;
-  PackedMemory memory_;
+  const Slices slices_;
+  const NodeMemory memory_;
 };
 
 struct LinearCall {
@@ -66,6 +79,8 @@ class LinearTask final : public Task {
 
  private:
   void begin_chunk();
+  bool begin_compute();
+  int64_t tasks_per_matrix(int node) const;
 
   const LinearWeights& weights_;
   const FormatKernels& kernels_;
@@ -75,8 +90,9 @@ class LinearTask final : public Task {
   int64_t chunk_ = 0, num_chunks_ = 0;
   enum class Phase { kChunk, kPrepare, kCompute } phase_ = Phase::kChunk;
   LinearBatch batch_{};
-  int64_t input_rows_ = 0, pairs_per_task_ = 0, tasks_per_matrix_ = 0, num_tasks_ = 0;
-  std::atomic<int64_t> next_item_{0};  // of the phase
+  std::vector<LinearBatch> node_batches_;  // batch_ with each node's weights
+  int64_t input_rows_ = 0, pairs_per_task_ = 0;
+  NodeItems items_;  // of the phase
 };
 
 void linear_forward(const LinearWeights& weights, const LinearCall& call, ThreadPool* pool,

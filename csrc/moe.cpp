@@ -42,13 +42,14 @@ MoeTask::MoeTask(const ExpertWeights& weights, const KernelTable& table, Workspa
     : weights_(weights),
       kernels_(table.formats[static_cast<int>(weights.format())]),
       workspace_(workspace),
-      scratch_(static_cast<size_t>(num_threads)) {
+      scratch_(static_cast<size_t>(num_threads)),
+      units_(weights.gate_up().num_pairs / 2, weights.num_nodes()),
+      items_(weights.num_nodes()) {
   batch_.format = weights.format();
   batch_.hidden_size = weights.hidden_size();
   batch_.intermediate_size = weights.intermediate_size();
   batch_.gate_up = weights.gate_up();
   batch_.down = weights.down();
-  batch_.down_offset = weights.down_offset();
 }
 
 void MoeTask::begin(const MoeCall& call) {
@@ -86,6 +87,7 @@ void MoeTask::begin_chunk() {
   take_scratch(&sizes, routing_, pairs_per_task_, &batch_, &scratch_);
   Layout layout(workspace_->reserve(static_cast<size_t>(sizes.bytes())));
   take_scratch(&layout, routing_, pairs_per_task_, &batch_, &scratch_);
+  divide_among_nodes();
 }
 
 void MoeTask::route(const MoeCall& call) {
@@ -94,7 +96,7 @@ void MoeTask::route(const MoeCall& call) {
   Routing& r = routing_;
   r.num_rows = r.num_tile_rows = 0;
   r.any_vector = false;
-  r.slot_weights.clear();
+  r.slot_expert.clear();
   r.slot_tile.clear();
   r.token_tiles.clear();
   r.slot_begin.assign(1, 0);
@@ -115,7 +117,7 @@ void MoeTask::route(const MoeCall& call) {
       r.num_tile_rows += round_up(count, kTileRows);
     }
     r.any_vector |= !tiles;
-    r.slot_weights.push_back(weights_.expert(e));
+    r.slot_expert.push_back(static_cast<int32_t>(e));
     r.slot_tile.push_back(r.next_tile[e]);
     r.num_rows += count;
     r.slot_begin.push_back(static_cast<int32_t>(r.num_rows));
@@ -132,8 +134,7 @@ void MoeTask::route(const MoeCall& call) {
     }
     r.token_begin.push_back(static_cast<int32_t>(r.token_tiles.size()));
   }
-  batch_.num_slots = static_cast<int>(r.slot_weights.size());
-  batch_.slot_weights = r.slot_weights.data();
+  batch_.num_slots = static_cast<int>(r.slot_expert.size());
   batch_.slot_begin = r.slot_begin.data();
   batch_.slot_tile = r.slot_tile.data();
   batch_.row_token = r.row_token.data();
@@ -145,56 +146,94 @@ void MoeTask::route(const MoeCall& call) {
 
 void MoeTask::plan() {
   const int64_t num_threads = static_cast<int64_t>(scratch_.size());
-  units_ = batch_.gate_up.num_pairs / 2;
-  const int64_t all_units = units_ * std::max(batch_.num_slots, 1);
+  const int64_t units = batch_.gate_up.num_pairs / 2;
+  const int64_t all_units = units * std::max(batch_.num_slots, 1);
   units_per_task_ =
-      std::clamp<int64_t>(ceil_div(all_units, kGateUpTasksPerThread * num_threads), 1, units_);
-  gate_up_tasks_ = ceil_div(units_, units_per_task_) * batch_.num_slots;
+      std::clamp<int64_t>(ceil_div(all_units, kGateUpTasksPerThread * num_threads), 1, units);
   const int64_t by_threads = ceil_div(batch_.down.num_pairs, kDownTasksPerThread * num_threads);
   const int64_t by_memory = kMaxAccumulatorFloats / (kPairCols * batch_.num_tokens);
   pairs_per_task_ = std::max<int64_t>(1, std::min(by_threads, by_memory));
-  down_tasks_ = ceil_div(batch_.down.num_pairs, pairs_per_task_);
+}
+
+// Kernels see one batch per node, in which pairs keep their numbers and the weights begin so that
+// the node's pairs are found.
+void MoeTask::divide_among_nodes() {
+  const size_t num_nodes = static_cast<size_t>(weights_.num_nodes());
+  const size_t num_slots = routing_.slot_expert.size();
+  routing_.slot_weights.resize(num_nodes * num_slots);
+  node_batches_.assign(num_nodes, batch_);
+  for (size_t n = 0; n < num_nodes; ++n) {
+    const int node = static_cast<int>(n);
+    const uint8_t** slots = routing_.slot_weights.data() + n * num_slots;
+    for (size_t s = 0; s < num_slots; ++s) {
+      slots[s] = weights_.expert(routing_.slot_expert[s], node);
+    }
+    node_batches_[n].slot_weights = slots;
+    node_batches_[n].down_offset = weights_.down_offset(node);
+  }
+}
+
+// A gate-up task is a part of one expert's units on one node.
+int64_t MoeTask::gate_up_tasks_per_slot(int node) const {
+  return ceil_div(units_.size(node), units_per_task_);
+}
+
+bool MoeTask::begin_gate_up() {
+  phase_ = Phase::kGateUp;
+  for (int node = 0; node < units_.num_nodes(); ++node) {
+    items_.set(node, gate_up_tasks_per_slot(node) * batch_.num_slots);
+  }
+  return true;
+}
+
+// A down task is a part of one node's pairs, for all experts.
+bool MoeTask::begin_down() {
+  phase_ = Phase::kDown;
+  for (int node = 0; node < units_.num_nodes(); ++node) {
+    items_.set(node, ceil_div(weights_.down_slices().size(node), pairs_per_task_));
+  }
+  return true;
 }
 
 bool MoeTask::next() {
-  next_item_.store(0, std::memory_order_relaxed);
   switch (phase_) {
     case Phase::kPrepare:
-      phase_ = Phase::kGateUp;
-      return true;
+      return begin_gate_up();
     case Phase::kGateUp:
-      phase_ = Phase::kDown;
-      return true;
+      return begin_down();
     case Phase::kDown:
     case Phase::kChunk:
       if (chunk_ == num_chunks_) return false;
       begin_chunk();
       phase_ = Phase::kPrepare;
+      items_.set_all(batch_.num_tokens);
       if (batch_.num_tokens * batch_.hidden_size > kSerialPrepareValues) return true;
       for (int64_t t = 0; t < batch_.num_tokens; ++t) kernels_.prepare(batch_, t, &scratch_[0]);
-      phase_ = Phase::kGateUp;
-      return true;
+      return begin_gate_up();
   }
   return false;
 }
 
 void MoeTask::work(int worker) {
   WorkerScratch* scratch = &scratch_[static_cast<size_t>(worker)];
-  const auto take = [this] { return next_item_.fetch_add(1, std::memory_order_relaxed); };
+  const int own_node = ThreadPool::current_node();
   if (phase_ == Phase::kPrepare) {
-    for (int64_t t; (t = take()) < batch_.num_tokens;) kernels_.prepare(batch_, t, scratch);
+    items_.drain(own_node, [&](int, int64_t t) { kernels_.prepare(batch_, t, scratch); });
   } else if (phase_ == Phase::kGateUp) {
-    for (int64_t task; (task = take()) < gate_up_tasks_;) {
-      const int64_t tasks_per_slot = gate_up_tasks_ / batch_.num_slots;
-      const int64_t unit = task % tasks_per_slot * units_per_task_;
-      kernels_.gate_up(batch_, static_cast<int>(task / tasks_per_slot), unit,
-                       std::min(unit + units_per_task_, units_), scratch);
-    }
+    items_.drain(own_node, [&](int node, int64_t task) {
+      const int64_t tasks_per_slot = gate_up_tasks_per_slot(node);
+      const int64_t unit = units_.begin(node) + task % tasks_per_slot * units_per_task_;
+      kernels_.gate_up(node_batches_[static_cast<size_t>(node)],
+                       static_cast<int>(task / tasks_per_slot), unit,
+                       std::min(unit + units_per_task_, units_.end(node)), scratch);
+    });
   } else {
-    for (int64_t task; (task = take()) < down_tasks_;) {
-      const int64_t pair = task * pairs_per_task_;
-      kernels_.down(batch_, pair, std::min(pair + pairs_per_task_, batch_.down.num_pairs), scratch);
-    }
+    items_.drain(own_node, [&](int node, int64_t task) {
+      const Slices& pairs = weights_.down_slices();
+      const int64_t pair = pairs.begin(node) + task * pairs_per_task_;
+      kernels_.down(node_batches_[static_cast<size_t>(node)], pair,
+                    std::min(pair + pairs_per_task_, pairs.end(node)), scratch);
+    });
   }
 }
 

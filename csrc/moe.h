@@ -1,12 +1,12 @@
 // One MoE layer's routed experts on the CPU: routing, scratch memory and the parallel region.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <vector>
 
 #include "expert_weights.h"
 #include "kernels.h"
+#include "nodes.h"
 #include "task.h"
 #include "thread_pool.h"
 #include "workspace.h"
@@ -28,8 +28,8 @@ struct MoeCall {
 
 // Routed rows of a chunk, sorted by expert (counting sort, stable in token order).
 struct Routing {
-  std::vector<const uint8_t*> slot_weights;
-  std::vector<int32_t> slot_begin, slot_tile;
+  std::vector<int32_t> slot_expert, slot_begin, slot_tile;
+  std::vector<const uint8_t*> slot_weights;  // of the first node's slots, then the second's, ...
   std::vector<int32_t> row_token;
   std::vector<float> row_weight;
   std::vector<int32_t> token_begin, token_tiles;
@@ -55,6 +55,10 @@ class MoeTask final : public Task {
   void begin_chunk();
   void route(const MoeCall& call);
   void plan();
+  void divide_among_nodes();
+  bool begin_gate_up();
+  bool begin_down();
+  int64_t gate_up_tasks_per_slot(int node) const;
 
   const ExpertWeights& weights_;
   const FormatKernels& kernels_;
@@ -65,9 +69,10 @@ class MoeTask final : public Task {
   enum class Phase { kChunk, kPrepare, kGateUp, kDown } phase_ = Phase::kChunk;
   Routing routing_;
   MoeBatch batch_{};
-  int64_t units_ = 0, units_per_task_ = 0, gate_up_tasks_ = 0;
-  int64_t pairs_per_task_ = 0, down_tasks_ = 0;
-  std::atomic<int64_t> next_item_{0};  // of the phase
+  std::vector<MoeBatch> node_batches_;  // batch_ with each node's weights
+  const Slices units_;
+  int64_t units_per_task_ = 0, pairs_per_task_ = 0;
+  NodeItems items_;  // of the phase
 };
 
 void moe_forward(const ExpertWeights& weights, const MoeCall& call, ThreadPool* pool,

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace moejet {
@@ -169,12 +170,18 @@ void check_size(const char* name, int64_t value, int64_t limit) {
   }
 }
 
-PanelLayout whole_pairs(uint8_t* base, Format format, const PairGeometry& geometry) {
-  return {base, 2 * geometry.num_pairs, 2, geometry.pair_bytes, block_shape(format).bytes};
+PanelLayout whole_pairs(std::vector<uint8_t*> origins, Format format,
+                        const PairGeometry& geometry) {
+  const int64_t panels = 2 * geometry.num_pairs;
+  const Slices slices(panels, static_cast<int>(origins.size()), 2);
+  return {std::move(origins), slices, panels, 2, geometry.pair_bytes, block_shape(format).bytes};
 }
 
-PanelLayout half_pairs(uint8_t* base, Format format, const PairGeometry& geometry, int which) {
-  return {base + which * block_shape(format).bytes, geometry.num_pairs, 1, geometry.pair_bytes, 0};
+PanelLayout half_pairs(std::vector<uint8_t*> origins, Format format, const PairGeometry& geometry,
+                       int which) {
+  for (uint8_t*& origin : origins) origin += which * block_shape(format).bytes;
+  const Slices slices(geometry.num_pairs, static_cast<int>(origins.size()), 2);
+  return {std::move(origins), slices, geometry.num_pairs, 1, geometry.pair_bytes, 0};
 }
 
 void pack_matrix(Format format, const SourceMatrix& source, const PanelLayout& layout,
@@ -189,7 +196,12 @@ void pack_matrix(Format format, const SourceMatrix& source, const PanelLayout& l
   }
   const int64_t scales_per_row = ceil_div(source.cols, kFp8ScaleBlock);
   std::atomic<bool> representable{true};
-  for_each_index(layout.num_panels, pool, [&](int64_t p) {
+  std::vector<int64_t> counts;
+  for (size_t n = 0; n < layout.origins.size(); ++n) {
+    counts.push_back(layout.slices.size(static_cast<int>(n)));
+  }
+  for_each_on_nodes(counts, pool, [&](int node, int64_t i) {
+    const int64_t p = layout.slices.begin(node) + i;
     // A panel of padding only: its source must not be pointed at beyond the matrix.
     const int64_t first = std::min(p * kPanelRows, source.rows);
     PanelSource panel = rows_of(source, first, kPanelRows);

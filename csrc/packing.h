@@ -3,8 +3,10 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
+#include "nodes.h"
 #include "pack.h"
 #include "thread_pool.h"
 
@@ -36,20 +38,36 @@ void for_each_index(int64_t count, ThreadPool* pool, const Body& body) {
   });
 }
 
-// Where the panels of a matrix lie: panel p starts at base + p / per_group * group_bytes + p %
-// per_group * panel_bytes; its blocks are 2 * block bytes apart.
+// body(node, i) for i in [0, counts[node]) of every node, as far as possible by that node's
+// workers.
+template <class Body>
+void for_each_on_nodes(const std::vector<int64_t>& counts, ThreadPool* pool, const Body& body) {
+  NodeItems items(static_cast<int>(counts.size()));
+  for (size_t node = 0; node < counts.size(); ++node) {
+    items.set(static_cast<int>(node), counts[node]);
+  }
+  if (pool == nullptr) return items.drain(0, body);
+  pool->acquire().run(1, [&](int, int) { items.drain(ThreadPool::current_node(), body); });
+}
+
+// Where the panels of a matrix lie: panel p of a node's slice starts at origins[node] + p /
+// per_group * group_bytes + p % per_group * panel_bytes; its blocks are 2 * block bytes apart.
 struct PanelLayout {
-  uint8_t* base;
+  std::vector<uint8_t*> origins;
+  Slices slices;  // of the panels
   int64_t num_panels;
   int64_t per_group, group_bytes, panel_bytes;
   uint8_t* panel(int64_t p) const {
-    return base + p / per_group * group_bytes + p % per_group * panel_bytes;
+    return origins[static_cast<size_t>(slices.node_of(p))] + p / per_group * group_bytes +
+           p % per_group * panel_bytes;
   }
 };
-// Both panels of each pair belong to the matrix.
-PanelLayout whole_pairs(uint8_t* base, Format format, const PairGeometry& geometry);
-// The matrix has one panel (0 or 1) of each pair.
-PanelLayout half_pairs(uint8_t* base, Format format, const PairGeometry& geometry, int which);
+// origins: where pair 0 would lie if the node had all pairs. Both panels of each pair belong to the
+// matrix.
+PanelLayout whole_pairs(std::vector<uint8_t*> origins, Format format, const PairGeometry& geometry);
+// The matrix has one panel (0 or 1) of each pair; nodes have whole units.
+PanelLayout half_pairs(std::vector<uint8_t*> origins, Format format, const PairGeometry& geometry,
+                       int which);
 
 // Quantises and packs; fp8 into fp8 keeps every code and scale. Throws std::invalid_argument if a
 // value cannot be represented; the packed matrix is then undefined.

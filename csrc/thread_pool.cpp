@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "packed_memory.h"
 
 namespace moejet {
 namespace {
@@ -36,14 +39,37 @@ cpu_set_t single_cpu(int cpu) {
   return set;
 }
 
-// Keeps the calling thread off the other workers' CPUs while it works, then restores its affinity.
+thread_local int worker_node = 0;
+
+// The calling thread counts as a worker of this node until destruction.
+class CallerNode {
+ public:
+  explicit CallerNode(int node) : saved_(std::exchange(worker_node, node)) {}
+  ~CallerNode() { worker_node = saved_; }
+  CallerNode(const CallerNode&) = delete;
+  CallerNode& operator=(const CallerNode&) = delete;
+
+ private:
+  const int saved_;
+};
+
+bool runs_on_node(int node) {
+  unsigned here = 0;
+  return syscall(SYS_getcpu, nullptr, &here, nullptr) != 0 || static_cast<int>(here) == node;
+}
+
+// Keeps the calling thread off the other workers' CPUs and on its node (if it has a number) while
+// it works, then restores its affinity.
 class CallerPlacement {
  public:
-  CallerPlacement(const std::vector<int>& cpus, bool pin) {
+  CallerPlacement(const std::vector<int>& cpus, bool pin, int node) {
     if (!pin || cpus.size() < 2) return;
     const int here = sched_getcpu();
     if (here < 0 || here == cpus[0]) return;
-    if (std::find(cpus.begin() + 1, cpus.end(), here) == cpus.end()) return;
+    if (std::find(cpus.begin() + 1, cpus.end(), here) == cpus.end() &&
+        (node == kAnyNode || runs_on_node(node))) {
+      return;
+    }
     if (sched_getaffinity(0, sizeof(saved_), &saved_) != 0) return;
     const cpu_set_t target = single_cpu(cpus[0]);
     moved_ = sched_setaffinity(0, sizeof(target), &target) == 0;
@@ -71,6 +97,23 @@ void validate(const std::vector<int>& cpus) {
                                   " occurs twice: give every worker a CPU of its own");
     }
   }
+}
+
+// One entry per worker. check_nodes has counted the nodes.
+std::vector<int> checked_worker_nodes(std::vector<int> worker_nodes, size_t num_workers,
+                                      int num_nodes) {
+  if (worker_nodes.empty()) worker_nodes.assign(num_workers, 0);
+  if (worker_nodes.size() != num_workers) {
+    throw std::invalid_argument("worker_nodes has " + std::to_string(worker_nodes.size()) +
+                                " entries for " + std::to_string(num_workers) + " cpus");
+  }
+  for (const int node : worker_nodes) {
+    if (node < 0 || node >= num_nodes) {
+      throw std::invalid_argument("worker_nodes: " + std::to_string(node) + " is no index of the " +
+                                  std::to_string(num_nodes) + " memory_nodes");
+    }
+  }
+  return worker_nodes;
 }
 
 }  // namespace
@@ -165,10 +208,14 @@ struct ThreadPool::State {
   }
 };
 
-ThreadPool::ThreadPool(std::vector<int> cpus, bool pin)
+ThreadPool::ThreadPool(std::vector<int> cpus, bool pin, std::vector<int> worker_nodes,
+                       std::vector<int> memory_nodes)
     : num_threads_((validate(cpus), static_cast<int>(cpus.size()))),
       cpus_(std::move(cpus)),
       pin_(pin),
+      worker_nodes_(
+          checked_worker_nodes(std::move(worker_nodes), cpus_.size(), check_nodes(memory_nodes))),
+      memory_nodes_(std::move(memory_nodes)),
       pid_(getpid()),
       state_(std::make_unique<State>(num_threads_)) {
   try {
@@ -184,7 +231,8 @@ ThreadPool::ThreadPool(std::vector<int> cpus, bool pin)
       }
     }
     for (int worker = 1; worker < num_threads_; ++worker) {
-      state_->threads.emplace_back(&ThreadPool::work, state_.get(), worker);
+      state_->threads.emplace_back(&ThreadPool::work, state_.get(), worker,
+                                   worker_nodes_[static_cast<size_t>(worker)]);
       if (!pin_) continue;
       const cpu_set_t set = single_cpu(cpus_[worker]);
       const int rc =
@@ -251,7 +299,10 @@ void ThreadPool::run_task(State* state, int worker) {
   }
 }
 
-void ThreadPool::work(State* state, int worker) {
+int ThreadPool::current_node() { return worker_node; }
+
+void ThreadPool::work(State* state, int worker, int node) {
+  worker_node = node;
   for (uint32_t seen = 0;;) {
     state->wait_for_region(seen);
     ++seen;  // a region's first phase waits for all workers, so none is missed
@@ -262,7 +313,9 @@ void ThreadPool::work(State* state, int worker) {
 
 void ThreadPool::run_region(Task* task) {
   State* state = state_.get();
-  const CallerPlacement placement(cpus_, pin_);
+  const CallerNode caller_node(worker_nodes_[0]);
+  const CallerPlacement placement(cpus_, pin_,
+                                  memory_nodes_[static_cast<size_t>(worker_nodes_[0])]);
   state->task = task;
   state->error = nullptr;
   state->failed.store(false, std::memory_order_relaxed);

@@ -20,6 +20,7 @@
 #include <thread>
 #include <vector>
 
+#include "nodes.h"
 #include "task.h"
 #include "workspace.h"
 
@@ -29,13 +30,23 @@ class ThreadPool {
  public:
   // One worker per entry of cpus (distinct logical CPU numbers). With pin, worker i runs on
   // cpus[i]; worker 0, the caller, is only moved away from CPUs that belong to other workers.
-  // Throws std::invalid_argument if a CPU may not be used by this process.
-  ThreadPool(std::vector<int> cpus, bool pin);
+  // worker_nodes[i] is the index in memory_nodes of worker i's node (empty: 0); a node's number in
+  // the system, or kAnyNode, is what weights are placed by. With numbered nodes and pin, the caller
+  // is also moved to its node. Throws std::invalid_argument if a CPU may not be used by this
+  // process.
+  ThreadPool(std::vector<int> cpus, bool pin, std::vector<int> worker_nodes = {},
+             std::vector<int> memory_nodes = {kAnyNode});
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int num_threads() const { return num_threads_; }
+  const std::vector<int>& worker_nodes() const { return worker_nodes_; }
+  const std::vector<int>& memory_nodes() const { return memory_nodes_; }
+
+  // The node of the worker that this thread is, as an index in its pool's memory_nodes; 0 outside
+  // of regions.
+  static int current_node();
 
   // Waits for the region in progress, ends the threads, frees the workspace. Idempotent. Does
   // nothing in a forked child.
@@ -83,13 +94,14 @@ class ThreadPool {
 
   void run_region(Task* task);
   void check_process() const;
-  static void work(State* state, int worker);
+  static void work(State* state, int worker, int node);
   static void run_task(State* state, int worker);
   void stop_threads();
 
   const int num_threads_;
   const std::vector<int> cpus_;
   const bool pin_;
+  const std::vector<int> worker_nodes_, memory_nodes_;
   const pid_t pid_;
   std::mutex caller_mutex_;
   bool closed_ = false;  // under caller_mutex_

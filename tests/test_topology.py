@@ -53,6 +53,43 @@ def test_cpu_lists(text, cpus):
     assert topology.parse_cpu_list(text) == cpus
 
 
+def _two_sockets(allowed: str | None) -> dict[str, str]:
+    """Nodes 0 and 2 have CPUs and memory, node 1 CPUs only, node 3 memory only."""
+    files = {}
+    nodes = [("0-1", 100, "10 12 20 30"), ("2-3", 0, "12 10 11 30")]
+    nodes += [("4-5", 100, "20 11 10 30"), ("", 200, "30 30 30 10")]
+    for node, (cpus, kib, distance) in enumerate(nodes):
+        directory = f"sys/devices/system/node/node{node}"
+        files[f"{directory}/cpulist"] = cpus
+        files[f"{directory}/distance"] = distance
+        files[f"{directory}/meminfo"] = f"Node {node} MemTotal: {kib} kB"
+    if allowed is not None:
+        files["proc/self/status"] = f"Name:\tx\nMems_allowed_list:\t{allowed}"
+    return files
+
+
+@pytest.mark.parametrize(
+    ("allowed", "usable", "nearest"),
+    [
+        (None, (0, 2, 3), (0, 0, 2, 2, 2, 2)),
+        ("0-3", (0, 2, 3), (0, 0, 2, 2, 2, 2)),
+        ("0", (0,), (0,) * 6),
+        ("0,3", (0, 3), (0,) * 6),
+        ("2-3", (2, 3), (2,) * 6),
+    ],
+)
+def test_cpus_use_the_nearest_memory_they_may(machine, allowed, usable, nearest):
+    root = machine(_two_sockets(allowed))
+    assert topology.usable_memory_nodes(root) == usable
+    assert topology.nearest_nodes((0, 1, 2, 3, 4, 5), root) == nearest
+    assert topology.nearest_nodes((9,), root) == usable[:1]
+
+
+def test_without_nodes_all_memory_is_one(tmp_path):
+    assert topology.usable_memory_nodes(tmp_path) == ()
+    assert topology.nearest_nodes((0, 7), tmp_path) == (0, 0)
+
+
 def test_siblings_share_a_core(machine):
     files = {}
     for cpu, (package, core) in enumerate([(0, 0), (0, 1), (1, 0), (0, 0), (0, 1), (1, 0)]):

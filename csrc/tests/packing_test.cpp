@@ -50,7 +50,7 @@ TEST(packed_weights_come_back_and_are_the_same_on_every_set) {
       for (const KernelTable* table : usable_tables()) {
         LinearWeights other(1, rows, cols, format);
         other.set(0, matrix, *table, &pool);
-        CHECK(std::memcmp(first.data(), other.data(), static_cast<size_t>(first.bytes())) == 0);
+        CHECK(std::memcmp(first.data(0), other.data(0), static_cast<size_t>(first.bytes())) == 0);
       }
     }
   }

@@ -29,11 +29,25 @@ def min_tile_rows(format: str, isa: str = "auto") -> int:
     """Rows of one expert from which tile kernels (bf16 arithmetic) compute it; 0: never."""
 
 class ThreadPool:
-    """Workers on the given CPUs. The calling thread works as worker 0; callers take turns."""
+    """Workers on the given CPUs. The calling thread works as worker 0; callers take turns.
 
-    def __init__(self, cpus: list[int], pin: bool = True) -> None: ...
+    memory_nodes: the system's numbers of the memory nodes (NUMA) that weights are divided among, -1
+    for memory that is not placed. worker_nodes: the index in memory_nodes of each worker's node.
+    """
+
+    def __init__(
+        self,
+        cpus: list[int],
+        pin: bool = True,
+        worker_nodes: list[int] = ...,
+        memory_nodes: list[int] = ...,
+    ) -> None: ...
     @property
     def num_threads(self) -> int: ...
+    @property
+    def worker_nodes(self) -> list[int]: ...
+    @property
+    def memory_nodes(self) -> list[int]: ...
     def close(self) -> None:
         """Ends the threads; idempotent. Later use raises RuntimeError, as does use after fork."""
 
@@ -43,12 +57,22 @@ class ThreadPool:
 class ExpertWeights:
     """Packed experts of one layer: E experts, gate and up [I, D], down [D, I].
 
-    Memory becomes resident when written; experts that were never set contribute zero.
+    Memory becomes resident when written; experts that were never set contribute zero. Each expert
+    is divided among memory_nodes; results do not depend on that.
     """
 
     def __init__(
-        self, num_experts: int, hidden_size: int, intermediate_size: int, format: str
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        format: str,
+        memory_nodes: list[int] = ...,
     ) -> None: ...
+    @property
+    def bind_error(self) -> str:
+        """Why the system refused to place the memory on its nodes; empty if it did not."""
+
     def set_projection(
         self,
         expert: int,
@@ -100,7 +124,16 @@ class ExpertWeights:
 class LinearWeights:
     """G packed matrices [rows, cols] of one shape; those never set are zero."""
 
-    def __init__(self, num_matrices: int, rows: int, cols: int, format: str) -> None: ...
+    def __init__(
+        self,
+        num_matrices: int,
+        rows: int,
+        cols: int,
+        format: str,
+        memory_nodes: list[int] = ...,
+    ) -> None: ...
+    @property
+    def bind_error(self) -> str: ...
     def set(
         self,
         matrix: int,

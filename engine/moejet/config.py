@@ -467,6 +467,20 @@ def env_num_threads() -> int | None:
     return int(value)
 
 
+def env_numa_nodes() -> int | None:
+    """MOEJET_NUMA_NODES: memory nodes to divide weights among, in place of the machine's.
+
+    1 switches the division off. Any other number that is not the machine's makes virtual nodes: workers and weights are
+    divided as they would be, but memory is not placed (for tests).
+    """
+    value = os.environ.get("MOEJET_NUMA_NODES")
+    if value is None:
+        return None
+    if not value.isdigit() or not 1 <= int(value) <= 64:
+        raise ValueError(f"MOEJET_NUMA_NODES={value!r} must be an integer from 1 to 64")
+    return int(value)
+
+
 def use_reference() -> bool:
     """MOEJET_REF=1: every operation runs its slow torch reference (for bisecting)."""
     value = os.environ.get("MOEJET_REF", "0")

@@ -1,6 +1,16 @@
 """The compiled kernels, imported on first use so that configuration and planning work without them."""
 
+import logging
+from functools import cache
 from types import ModuleType
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+
+class _Placed(Protocol):
+    @property
+    def bind_error(self) -> str: ...
 
 
 def load_extension() -> ModuleType:
@@ -13,3 +23,18 @@ def load_extension() -> ModuleType:
             "`pip install .` (needs a C++17 compiler and CMake)"
         ) from error
     return _C
+
+
+def report_placement(weights: _Placed) -> None:
+    """Warns, once, if the system refused to place weights on their memory nodes."""
+    if weights.bind_error:
+        _warn_not_placed(weights.bind_error)
+
+
+@cache
+def _warn_not_placed(reason: str) -> None:
+    logger.warning(
+        "%s: weights lie where the worker that loads them runs; in a container, allow mbind "
+        "(docker: --cap-add SYS_NICE)",
+        reason,
+    )

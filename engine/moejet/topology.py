@@ -137,6 +137,32 @@ def numa_nodes(root: Path = ROOT) -> tuple[NumaNode, ...]:
     return tuple(sorted(nodes, key=lambda node: node.node))
 
 
+def usable_memory_nodes(root: Path = ROOT) -> tuple[int, ...]:
+    """The nodes with memory that this process may allocate from (cpuset.mems of its control group)."""
+    installed = [n.node for n in numa_nodes(root) if n.total_bytes]
+    for line in (read_text(root / "proc/self/status") or "").splitlines():
+        key, _, value = line.partition(":")
+        if key == "Mems_allowed_list":
+            return tuple(n for n in installed if n in parse_cpu_list(value))
+    return tuple(installed)
+
+
+def nearest_nodes(cpus: tuple[int, ...], root: Path = ROOT) -> tuple[int, ...]:
+    """For each CPU the nearest node whose memory this process may use; 0 where nothing is known."""
+    nodes, usable = numa_nodes(root), usable_memory_nodes(root)
+    if not usable:
+        return (0,) * len(cpus)
+    nearest: dict[int, int] = {}
+    for node in nodes:
+        text = read_text(root / f"sys/devices/system/node/node{node.node}/distance") or ""
+        # One distance per node that is switched on, in the order of their numbers.
+        distances = {n.node: int(d) for n, d in zip(nodes, text.split(), strict=False)}
+        distances[node.node] = 0
+        best = min(usable, key=lambda n: distances.get(n, 1 << 30))
+        nearest.update(dict.fromkeys(node.cpus, best))
+    return tuple(nearest.get(cpu, usable[0]) for cpu in cpus)
+
+
 def memory(root: Path = ROOT) -> Memory:
     """Installed, available and swap memory of the machine."""
     kib: dict[str, int] = {}

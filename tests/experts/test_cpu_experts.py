@@ -10,7 +10,7 @@ import torch
 
 from moejet import topology
 from moejet.experts import cpu_experts
-from moejet.experts.cpu_experts import CpuExperts, available_cpus, create_pool
+from moejet.experts.cpu_experts import CpuExperts, available_cpus, create_pool, divide_among_nodes
 from moejet.extension import load_extension
 from moejet.ops.experts import moe_experts, moe_experts_ref
 
@@ -102,9 +102,15 @@ def test_create_pool_takes_second_threads_last(
 ) -> None:
     class FakeExtension:
         @staticmethod
-        def ThreadPool(cpus: list[int], pin: bool) -> list[int]:
+        def ThreadPool(
+            cpus: list[int], pin: bool, worker_nodes: list[int], memory_nodes: list[int]
+        ) -> list[int]:
+            assert worker_nodes == [0] * len(cpus)
+            assert memory_nodes == [-1]
             return cpus
 
+    monkeypatch.setattr(topology, "nearest_nodes", lambda cpus: (0,) * len(cpus))
+    monkeypatch.delenv("MOEJET_NUMA_NODES", raising=False)
     monkeypatch.setattr(cpu_experts, "load_extension", lambda: FakeExtension)
     monkeypatch.setattr(topology, "allowed_cpus", lambda: (0, 1, 2, 3))
     monkeypatch.setattr(topology, "physical_cores", lambda cpus: ((0, 2), (1, 3)))
@@ -124,6 +130,66 @@ def test_create_pool_takes_second_threads_last(
             create_pool(bad)
 
 
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with CPUs 0 to 3 on memory node 2 and 4 to 7 on node 5."""
+    monkeypatch.setattr(topology, "allowed_cpus", lambda: tuple(range(8)))
+    monkeypatch.setattr(topology, "physical_cores", lambda cpus: tuple((cpu,) for cpu in cpus))
+    monkeypatch.setattr(topology, "nearest_nodes", lambda cpus: tuple(2 + c // 4 * 3 for c in cpus))
+    monkeypatch.delenv("MOEJET_NUMA_NODES", raising=False)
+    monkeypatch.delenv("MOEJET_NUM_THREADS", raising=False)
+
+
+@pytest.mark.usefixtures("two_nodes")
+def test_few_workers_use_the_memory_of_all_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for quota, expected in ((None, tuple(range(8))), (4.0, (0, 1, 4, 5)), (1.0, (0,))):
+        limits = topology.CgroupLimits(2, quota, None, None)
+        monkeypatch.setattr(topology, "cgroup_limits", lambda limits=limits: limits)
+        assert available_cpus() == expected
+
+
+@pytest.mark.usefixtures("two_nodes")
+@pytest.mark.parametrize(
+    ("wanted", "cpus", "worker_nodes", "memory_nodes"),
+    [
+        (None, (0, 1, 4, 5), [0, 0, 1, 1], [2, 5]),
+        (None, (4, 0, 5), [1, 0, 1], [2, 5]),
+        (None, (4, 5), [0, 0], [-1]),
+        ("2", (0, 1, 4, 5), [0, 0, 1, 1], [2, 5]),
+        ("2", (0, 1), [0, 1], [-1, -1]),
+        ("1", (0, 1, 4, 5), [0, 0, 0, 0], [-1]),
+        ("3", (0, 1), [0, 1], [-1, -1, -1]),
+        ("2", (0, 1, 2), [0, 0, 1], [-1, -1]),
+    ],
+)
+def test_workers_and_weights_are_divided_among_nodes(
+    wanted: str | None,
+    cpus: tuple[int, ...],
+    worker_nodes: list[int],
+    memory_nodes: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if wanted is not None:
+        monkeypatch.setenv("MOEJET_NUMA_NODES", wanted)
+    assert divide_among_nodes(cpus) == (worker_nodes, memory_nodes)
+
+
+def test_bad_number_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bad in ("0", "two", "65"):
+        monkeypatch.setenv("MOEJET_NUMA_NODES", bad)
+        with pytest.raises(ValueError, match=f"MOEJET_NUMA_NODES='{bad}'"):
+            create_pool(1)
+
+
+def test_forced_nodes_reach_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, ids, mix = inputs(torch.float32)
+    expected = make_experts("int4_g32").forward(x, ids, mix)
+    monkeypatch.setenv("MOEJET_NUMA_NODES", "2")
+    experts = make_experts("int4_g32")
+    assert experts.pool.memory_nodes == [-1, -1]
+    assert torch.equal(experts.forward(x, ids, mix), expected)
+
+
 def test_real_pool_stays_within_the_affinity_mask() -> None:
     pool = create_pool()
     assert set(available_cpus()) <= os.sched_getaffinity(0)
@@ -135,6 +201,7 @@ def test_workers_keep_to_a_narrowed_affinity_mask() -> None:
     # As taskset or a container's cpuset would start us: only the last CPU.
     program = """
 import os
+os.environ.pop("MOEJET_NUM_THREADS", None)
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 from moejet.experts.cpu_experts import available_cpus, create_pool
 from moejet.extension import load_extension

@@ -54,6 +54,16 @@ def test_two_engines_in_one_process() -> None:
         assert _answers(second) == alone[1]
 
 
+def test_divided_among_nodes_an_engine_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for nodes in ("1", "2", "3"):
+        monkeypatch.setenv("MOEJET_NUMA_NODES", nodes)
+        with LLM() as llm:
+            answers.append(_answers(llm))
+            answers[-1].append(llm.score(list(range(5, 40))))
+    assert answers[0] == answers[1] == answers[2]
+
+
 FORKED = """
 import os, sys
 from moejet import LLM, SamplingParams

@@ -6,13 +6,15 @@ This is the only user of the extension's MoE kernels.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from torch import Tensor, from_numpy
 
 from moejet import topology
-from moejet.config import env_max_isa, env_num_threads
-from moejet.extension import load_extension
+from moejet.config import env_max_isa, env_num_threads, env_numa_nodes
+from moejet.extension import load_extension, report_placement
 from moejet.ops.experts import moe_experts
 from moejet.ops.linear import fp8_bytes
 
@@ -26,12 +28,37 @@ def available_cpus() -> tuple[int, ...]:
     """CPUs for workers: one per physical core that the affinity mask allows, cut to the CPU quota.
 
     Two threads on one core share its vector units and its cache, so the kernels gain nothing from
-    the second one.
+    the second one. A quota takes CPUs of all memory nodes alike.
     """
     cores = topology.physical_cores(topology.allowed_cpus())
     quota = topology.cgroup_limits().cpu_quota
     count = len(cores) if quota is None else max(1, min(len(cores), int(quota)))
-    return tuple(core[0] for core in cores[:count])
+    firsts = [core[0] for core in cores]
+    return tuple(sorted(_nodes_in_turn(firsts)[:count], key=firsts.index))
+
+
+def _nodes_in_turn(cpus: Iterable[int]) -> list[int]:
+    """The CPUs reordered so that the first of them use the memory of as many nodes as possible."""
+    by_node: dict[int, list[int]] = {}
+    cpus = tuple(cpus)
+    for cpu, node in zip(cpus, topology.nearest_nodes(cpus), strict=True):
+        by_node.setdefault(node, []).append(cpu)
+    turns = zip_longest(*by_node.values())
+    return [cpu for turn in turns for cpu in turn if cpu is not None]
+
+
+def divide_among_nodes(cpus: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """(worker_nodes, memory_nodes) of a pool on these CPUs; MOEJET_NUMA_NODES overrules the machine.
+
+    memory_nodes are the nodes nearest to the workers, or [-1] if there is only one: then memory
+    needs no placing.
+    """
+    nearest = topology.nearest_nodes(cpus)
+    nodes = sorted(set(nearest))
+    wanted = env_numa_nodes() or len(nodes)
+    if wanted != len(nodes):
+        return [i * wanted // len(cpus) for i in range(len(cpus))], [-1] * wanted
+    return [nodes.index(node) for node in nearest], nodes if len(nodes) > 1 else [-1]
 
 
 def create_pool(num_threads: int | None = None, *, pin: bool = True) -> ThreadPool:
@@ -46,9 +73,10 @@ def create_pool(num_threads: int | None = None, *, pin: bool = True) -> ThreadPo
     cpus = available_cpus()
     if num_threads is not None:
         cores = topology.physical_cores(topology.allowed_cpus())
-        # First one CPU of every core, then the second ones, and so on.
+        # First one CPU of every core, nodes in turn, then the second ones, and so on.
         depth = max(len(core) for core in cores)
-        ordered = [core[i] for i in range(depth) for core in cores if i < len(core)]
+        ranks = [[core[i] for core in cores if i < len(core)] for i in range(depth)]
+        ordered = [cpu for rank in ranks for cpu in _nodes_in_turn(rank)]
         if not 1 <= num_threads <= len(ordered):
             raise ValueError(
                 f"num_threads={num_threads} must be between 1 and {len(ordered)}, the CPUs that "
@@ -61,7 +89,7 @@ def create_pool(num_threads: int | None = None, *, pin: bool = True) -> ThreadPo
                 len(cpus),
             )
         cpus = tuple(ordered[:num_threads])
-    pool: ThreadPool = load_extension().ThreadPool(list(cpus), pin)
+    pool: ThreadPool = load_extension().ThreadPool(list(cpus), pin, *divide_among_nodes(cpus))
     return pool
 
 
@@ -93,7 +121,10 @@ class CpuExperts:
         self._C = load_extension()
         self.isa = resolve_isa(isa)
         self.pool = pool
-        self.weights = self._C.ExpertWeights(num_experts, hidden_size, intermediate_size, format)
+        self.weights = self._C.ExpertWeights(
+            num_experts, hidden_size, intermediate_size, format, pool.memory_nodes
+        )
+        report_placement(self.weights)
 
     @property
     def nbytes(self) -> int:

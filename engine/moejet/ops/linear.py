@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, from_numpy
 
 from moejet.config import env_max_isa, use_reference
-from moejet.extension import load_extension
+from moejet.extension import load_extension, report_placement
 
 if TYPE_CHECKING:
     from moejet._C import ThreadPool
@@ -35,7 +35,8 @@ class PackedMatrices:
         self._C = load_extension()
         self.isa: str = self._C.resolve_isa(isa, env_max_isa())
         self.pool = pool
-        self.weights = self._C.LinearWeights(num, rows, cols, format)
+        self.weights = self._C.LinearWeights(num, rows, cols, format, pool.memory_nodes)
+        report_placement(self.weights)
 
     @property
     def nbytes(self) -> int:
