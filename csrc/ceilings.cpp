@@ -173,7 +173,7 @@ ReadProbe::ReadProbe(int64_t bytes, ThreadPool* pool)
           std::clamp(bytes / num_workers_ / kWindowStep * kWindowStep, kWindowStep, kWindowBytes)),
       num_windows_(std::max<int64_t>(
           1, (bytes + num_workers_ * window_bytes_ - 1) / (num_workers_ * window_bytes_))),
-      memory_(num_workers_ * num_windows_, window_bytes_, "windows to read") {
+      memory_(num_workers_ * num_windows_, window_bytes_, "windows to read", kAnyNode) {
   const int64_t part = num_windows_ * window_bytes_;
   pool->acquire().run(1, [&](int, int worker) {
     uint8_t* data = memory_.data() + worker * part;

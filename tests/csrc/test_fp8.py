@@ -159,7 +159,7 @@ def test_scales_at_the_ends_of_the_range(isa: str, power: int, pool: _C.ThreadPo
         x = activations(tokens, 128) * (2.0 ** min(-power - 8, 100) if power < 0 else 1e-3)
         expected = x.double() @ w.double().T * 2.0**power
         got = linear(x, matrices)
-        if power < -126 and tokens == 40 and isa.startswith("amx"):
+        if power < -126 and tokens == 40 and isa in ("avx512_bf16", "amx", "amx_emulated"):
             assert got.isfinite().all()  # bf16 has no such numbers
         else:
             assert relative_error(got, expected) < 5e-3
