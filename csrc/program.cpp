@@ -54,6 +54,7 @@ class RowOperation : public Operation {
 
 class Embed final : public RowOperation {
  public:
+  const char* name() const override { return "embed"; }
   Embed(const OpKernels& ops, const EmbedTable& table, Rows out)
       : RowOperation(table.hidden_size), ops_(ops), table_(table), out_(out) {}
   void row(int64_t t) override { ops_.embed_row(table_, step_->token_ids[t], out_.row(t)); }
@@ -66,6 +67,7 @@ class Embed final : public RowOperation {
 
 class Norm final : public RowOperation {
  public:
+  const char* name() const override { return "rms_norm"; }
   Norm(const OpKernels& ops, Rows h, std::vector<Rows> deltas, const RmsNorm& norm, Rows out,
        bool only_logits_rows)
       : RowOperation(norm.dim),
@@ -99,6 +101,7 @@ class Norm final : public RowOperation {
 
 class Bias final : public RowOperation {
  public:
+  const char* name() const override { return "bias"; }
   Bias(const OpKernels& ops, const float* bias, Rows out)
       : RowOperation(out.cols), ops_(ops), bias_(bias), out_(out) {}
   void row(int64_t t) override { ops_.add_row(out_.cols, bias_, nullptr, out_.row(t)); }
@@ -111,6 +114,7 @@ class Bias final : public RowOperation {
 
 class RopeAndStore final : public RowOperation {
  public:
+  const char* name() const override { return "rope_and_store"; }
   RopeAndStore(const OpKernels& ops, const Program::Latent& latent)
       : RowOperation(latent.heads * latent.rope_dim + latent.rank), ops_(ops), l_(latent) {}
   void row(int64_t t) override {
@@ -163,6 +167,7 @@ LinearCall linear_call(const LinearWeights& weights, int64_t num_tokens, Rows x,
 
 class Projections final : public SideBySide {
  public:
+  const char* name() const override { return "linear"; }
   Projections(std::vector<Program::Projection> projections,
               std::vector<std::unique_ptr<LinearTask>> tasks)
       : projections_(std::move(projections)) {
@@ -186,6 +191,7 @@ class Projections final : public SideBySide {
 
 class LmHead final : public Operation {
  public:
+  const char* name() const override { return "lm_head"; }
   LmHead(const LinearWeights& weights, std::unique_ptr<LinearTask> task, Rows x,
          float* const* logits)
       : weights_(weights), task_(std::move(task)), x_(x), logits_(logits) {}
@@ -205,6 +211,7 @@ class LmHead final : public Operation {
 
 class ExpertGroups final : public SideBySide {
  public:
+  const char* name() const override { return "experts"; }
   ExpertGroups(std::vector<Program::Experts> groups, std::vector<std::unique_ptr<MoeTask>> tasks)
       : groups_(std::move(groups)) {
     for (std::unique_ptr<MoeTask>& task : tasks) {
@@ -228,6 +235,7 @@ class ExpertGroups final : public SideBySide {
 
 class Router final : public Operation {
  public:
+  const char* name() const override { return "router"; }
   Router(const OpKernels& ops, const RouterMatrix& matrix, const RouterChoice& choice, int32_t* ids,
          float* weights)
       : ops_(ops), matrix_(matrix), choice_(choice), ids_(ids), weights_(weights) {}
@@ -284,6 +292,7 @@ class Router final : public Operation {
 
 class Attention final : public Operation {
  public:
+  const char* name() const override { return "attention"; }
   Attention(std::unique_ptr<AttentionTask> task, const AttentionCall& bound)
       : task_(std::move(task)), call_(bound) {}
   void begin(const Step& step) override {
@@ -313,13 +322,12 @@ Workspace* Program::workspace(size_t lane) {
 }
 
 void Program::embed(const EmbedTable& table, Rows out) {
-  operations_.push_back(std::make_unique<Embed>(table_.ops, table, out));
+  add(std::make_unique<Embed>(table_.ops, table, out));
 }
 
 void Program::rms_norm(Rows h, std::vector<Rows> deltas, const RmsNorm& norm, Rows out,
                        bool only_logits_rows) {
-  operations_.push_back(
-      std::make_unique<Norm>(table_.ops, h, std::move(deltas), norm, out, only_logits_rows));
+  add(std::make_unique<Norm>(table_.ops, h, std::move(deltas), norm, out, only_logits_rows));
 }
 
 void Program::linear(std::vector<Projection> projections) {
@@ -330,24 +338,23 @@ void Program::linear(std::vector<Projection> projections) {
                                                  pool_->num_threads()));
     if (p.bias != nullptr) biases.push_back(std::make_unique<Bias>(table_.ops, p.bias, p.out));
   }
-  operations_.push_back(std::make_unique<Projections>(std::move(projections), std::move(tasks)));
-  for (std::unique_ptr<Operation>& bias : biases) operations_.push_back(std::move(bias));
+  add(std::make_unique<Projections>(std::move(projections), std::move(tasks)));
+  for (std::unique_ptr<Operation>& bias : biases) add(std::move(bias));
 }
 
 void Program::rope_and_store(const Latent& latent) {
-  operations_.push_back(std::make_unique<RopeAndStore>(table_.ops, latent));
+  add(std::make_unique<RopeAndStore>(table_.ops, latent));
 }
 
 void Program::attention(const AttentionWeights& weights, const AttentionCall& bound) {
   auto task = std::make_unique<AttentionTask>(weights, table_, workspace(0), &attention_scratch_,
                                               pool_->num_threads());
-  operations_.push_back(std::make_unique<Attention>(std::move(task), bound));
+  add(std::make_unique<Attention>(std::move(task), bound));
 }
 
 void Program::router(const RouterMatrix& matrix, const RouterChoice& choice, int32_t* topk_ids,
                      float* topk_weights) {
-  operations_.push_back(
-      std::make_unique<Router>(table_.ops, matrix, choice, topk_ids, topk_weights));
+  add(std::make_unique<Router>(table_.ops, matrix, choice, topk_ids, topk_weights));
 }
 
 void Program::experts(std::vector<Experts> groups) {
@@ -356,23 +363,36 @@ void Program::experts(std::vector<Experts> groups) {
     tasks.push_back(std::make_unique<MoeTask>(*group.weights, table_, workspace(tasks.size()),
                                               pool_->num_threads()));
   }
-  operations_.push_back(std::make_unique<ExpertGroups>(std::move(groups), std::move(tasks)));
+  add(std::make_unique<ExpertGroups>(std::move(groups), std::move(tasks)));
 }
 
 void Program::lm_head(const LinearWeights& weights, Rows x) {
   auto task = std::make_unique<LinearTask>(weights, table_, workspace(0), pool_->num_threads());
-  operations_.push_back(std::make_unique<LmHead>(weights, std::move(task), x, &logits_));
+  add(std::make_unique<LmHead>(weights, std::move(task), x, &logits_));
 }
 
 bool Program::next() {
   for (; position_ < operations_.size(); ++position_) {
-    current_ = operations_[position_].get();
+    Timed& timed = operations_[position_];
+    current_ = timed.operation.get();
     if (!begun_) current_->begin(step_);
     begun_ = true;
     if (current_->next()) return true;
     begun_ = false;
+    const auto now = std::chrono::steady_clock::now();
+    timed.spent += now - last_change_;
+    last_change_ = now;
   }
   return false;
+}
+
+std::vector<std::pair<const char*, double>> Program::operation_seconds() const {
+  std::vector<std::pair<const char*, double>> result;
+  for (const Timed& timed : operations_) {
+    result.emplace_back(timed.operation->name(),
+                        std::chrono::duration<double>(timed.spent).count());
+  }
+  return result;
 }
 
 void Program::run(const Step& step, float* logits) {
@@ -381,6 +401,7 @@ void Program::run(const Step& step, float* logits) {
   logits_ = logits;
   position_ = 0;
   begun_ = false;
+  last_change_ = std::chrono::steady_clock::now();
   lease.run(this);
 }
 

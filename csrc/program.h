@@ -2,8 +2,10 @@
 // CPU's counterpart of a CUDA graph. One call runs the whole sequence in one parallel region.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -44,6 +46,7 @@ struct Rows {
 class Operation : public Task {
  public:
   virtual void begin(const Step& step) = 0;
+  virtual const char* name() const = 0;
 };
 
 // A recorded sequence. Operations hold references to weights and buffers, which the owner keeps
@@ -100,6 +103,8 @@ class Program final : public Task {
   // Runs everything for one step. logits: [step.num_logits, V].
   void run(const Step& step, float* logits);
   int64_t num_operations() const { return static_cast<int64_t>(operations_.size()); }
+  // Name of every operation and the wall time in seconds that it took in all runs so far.
+  std::vector<std::pair<const char*, double>> operation_seconds() const;
 
   bool next() override;
   void work(int worker) override { current_->work(worker); }
@@ -112,7 +117,13 @@ class Program final : public Task {
   // Scratch memory by lane: operations that run side by side need one each.
   std::vector<std::unique_ptr<Workspace>> workspaces_;
   AttentionScratch attention_scratch_;
-  std::vector<std::unique_ptr<Operation>> operations_;
+  struct Timed {
+    std::unique_ptr<Operation> operation;
+    std::chrono::nanoseconds spent{0};
+  };
+  void add(std::unique_ptr<Operation> operation) { operations_.push_back({std::move(operation)}); }
+  std::vector<Timed> operations_;
+  std::chrono::steady_clock::time_point last_change_;
   Step step_{};
   float* logits_ = nullptr;
   size_t position_ = 0;

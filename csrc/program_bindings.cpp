@@ -206,6 +206,9 @@ class BoundProgram {
   }
 
   int64_t num_operations() const { return program_.num_operations(); }
+  std::vector<std::pair<const char*, double>> operation_seconds() const {
+    return program_.operation_seconds();
+  }
   const char* isa() const { return isa_name(table_.isa); }
 
  private:
@@ -348,6 +351,7 @@ void register_program(py::module_& m) {
            py::arg("slot_mapping"), py::arg("query_lens"), py::arg("context_lens"),
            py::arg("block_tables"), py::arg("logits_indices"), py::arg("logits"))
       .def_property_readonly("num_operations", &BoundProgram::num_operations)
+      .def("operation_seconds", &BoundProgram::operation_seconds)
       .def_property_readonly("isa", &BoundProgram::isa);
 }
 

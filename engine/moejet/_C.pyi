@@ -306,6 +306,9 @@ class Program:
 
     @property
     def num_operations(self) -> int: ...
+    def operation_seconds(self) -> list[tuple[str, float]]:
+        """Name of every operation and its wall time in all runs so far."""
+
     @property
     def isa(self) -> str: ...
 

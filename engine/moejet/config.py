@@ -407,7 +407,7 @@ class EngineConfig:
     cache_dtype: CacheDtype = "bf16"
     max_context: int | None = None
     max_num_requests: int = 64
-    max_batch_tokens: int = 512
+    max_batch_tokens: int = 2048
     cache_tokens: int | None = None
     block_size: int = 32
     num_threads: int | None = None
