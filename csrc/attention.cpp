@@ -351,8 +351,7 @@ void AttentionTask::run_item(int64_t item, AttentionWorker* worker) {
       // Every worker walks through a run of items of its own, so that it can fetch ahead.
       const int64_t lanes = static_cast<int64_t>(scratch_->workers_.size());
       const int64_t lane = item % lanes, step = item / lanes;
-      const int64_t index =
-          lane * (num_items_ / lanes) + std::min(lane, num_items_ % lanes) + step;
+      const int64_t index = lane * (num_items_ / lanes) + std::min(lane, num_items_ % lanes) + step;
       const Item& i = attend_items_[static_cast<size_t>(index)];
       worker->next_part = nullptr;
       if (item + lanes < num_items_) {

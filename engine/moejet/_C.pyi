@@ -168,6 +168,30 @@ def linear_forward(
     for one matrix; fp32 or bf16. Returns the instruction set used; thread counts do not matter.
     """
 
+def mla_attention(
+    w_uk_transposed: LinearWeights,
+    w_uk: LinearWeights,
+    w_uv: LinearWeights,
+    q: _Tensor,
+    latent_cache: _Tensor,
+    block_tables: _Tensor,
+    query_lens: list[int],
+    context_lens: list[int],
+    scale: float,
+    out: _Tensor,
+    pool: ThreadPool,
+    isa: str = "auto",
+    form: str = "auto",
+) -> str:
+    """Causal attention of each request's last query_lens[i] tokens over its context in the cache.
+
+    w_uk_transposed [C, N], w_uk [N, C], w_uv [V, C], H matrices each · q [T, H, N + R] fp32, rope
+    part rotated, rows may be apart · latent_cache [blocks, block_size, C + R] fp32 or bf16 ·
+    block_tables [B, max_blocks] i64 · out [T, H, V] fp32. form: absorbed, expanded, or auto, which
+    takes the cheaper one for each request. Returns the instruction set used; thread counts do not
+    matter. fp32 caches are computed in fp32, bf16 caches in bf16 where the instruction set has it.
+    """
+
 def moe_forward(
     weights: ExpertWeights,
     x: _Tensor,

@@ -11,7 +11,6 @@ from torch import Tensor
 from moejet.batch import Batch
 from moejet.config import ModelConfig
 from moejet.layers.linear import DenseWeights, Linear, RMSNorm
-from moejet.ops.linear import linear
 from moejet.ops.mla_attention import mla_attention
 from moejet.ops.rope import apply_rope
 from moejet.ops.store_latent import store_latent
@@ -24,7 +23,7 @@ _LATENT_NORM_EPS = 1e-6
 class LatentUp:
     """W_UK [H, N, C] and W_UV [H, V, C], packed. W_UK is held twice, because both of its sides serve as inputs.
 
-    Shapes: T query tokens, S context tokens, H heads, N nope, V value dims, C latent rank; all fp32.
+    Shapes: H heads, N nope, V value dims, C latent rank.
     """
 
     def __init__(self, config: ModelConfig, dense: DenseWeights):
@@ -41,18 +40,6 @@ class LatentUp:
             self.w_uk.set(head, w_uk[head])
             self.w_uk_transposed.set(head, w_uk[head].T.contiguous())
             self.w_uv.set(head, w_uv[head])
-
-    def absorb_query(self, q_nope: Tensor) -> Tensor:
-        """W_UK^T q: [T, H, N] to [T, H, C]."""
-        return linear(q_nope, self.w_uk_transposed)
-
-    def value(self, mixed: Tensor) -> Tensor:
-        """W_UV c per head: [T, H, C] to [T, H, V]."""
-        return linear(mixed, self.w_uv)
-
-    def expand(self, c_kv: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [S, H, N] and values [S, H, V] of latents [S, C]."""
-        return linear(c_kv, self.w_uk), linear(c_kv, self.w_uv)
 
 
 def _split_heads(kv_b: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:
@@ -99,7 +86,6 @@ class MLA:
             batch.block_tables,
             query_lens=batch.query_lens,
             context_lens=batch.context_lens,
-            v_head_dim=config.v_head_dim,
             scale=config.softmax_scale,
         )
         return self.o_proj(mixed.flatten(1))
