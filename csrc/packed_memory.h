@@ -32,7 +32,7 @@ class PackedMemory {
  public:
   // count * bytes_each zero bytes, on the given node of the system as long as it has room. Throws
   // OutOfMemory naming `what` if the address space cannot be had.
-  PackedMemory(int64_t count, int64_t bytes_each, const char* what, int node);
+  PackedMemory(int64_t count, int64_t bytes_each, const char* what, int node = kAnyNode);
   ~PackedMemory();
   PackedMemory(const PackedMemory&) = delete;
   PackedMemory& operator=(const PackedMemory&) = delete;

