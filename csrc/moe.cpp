@@ -15,8 +15,8 @@ constexpr int64_t kMaxChunkTokens = 1024;
 constexpr int64_t kMaxAccumulatorFloats = 128 * 1024;
 // Below this many values the caller prepares activations alone: a barrier would cost as much.
 constexpr int64_t kSerialPrepareValues = 32 * 1024;
-constexpr int64_t kGateUpTasksPerThread = 16;
-constexpr int64_t kDownTasksPerThread = 8;
+constexpr int64_t kGateUpTasksPerThread = 32;
+constexpr int64_t kDownTasksPerThread = 16;
 
 void take_scratch(Layout* layout, const Routing& routing, int64_t pairs_per_task, MoeBatch* batch,
                   std::vector<WorkerScratch>* workers) {
