@@ -184,6 +184,7 @@ class BoundProgram {
       throw py::value_error("token_ids has " + std::to_string(step.num_tokens) +
                             " tokens: this program takes at most " + std::to_string(max_tokens_));
     }
+    if (step.num_tokens == 0) throw py::value_error("token_ids is empty: a step needs a token");
     step.token_ids = indices(ids, {"T", -1}, vocab_size_);
     step.positions = indices(at, {"T", step.num_tokens}, num_positions_);
     step.slot_mapping = indices(slots, {"T", step.num_tokens}, num_slots_);

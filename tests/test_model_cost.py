@@ -111,7 +111,7 @@ def _held_bytes(root):
         elif isinstance(getattr(item, "nbytes", None), int):
             total += item.nbytes
         elif type(item).__module__.startswith("moejet"):
-            names = getattr(item, "__slots__", None) or vars(item)
+            names = getattr(item, "__slots__", None) or getattr(item, "__dict__", ())
             queue += [getattr(item, name) for name in names if name != "rope"]
     return total
 

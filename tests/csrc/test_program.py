@@ -67,7 +67,7 @@ class Small:
         slots = table[0, columns] * BLOCK_SIZE + positions % BLOCK_SIZE
         logits = torch.full((len(wanted), VOCAB), float("nan"))
         self.program.run(
-            torch.tensor(ids),
+            torch.tensor(ids, dtype=torch.int64),
             positions,
             slots,
             torch.tensor([len(ids)]),
@@ -138,6 +138,7 @@ def test_only_wanted_rows_are_computed(pool: _C.ThreadPool) -> None:
     [
         ({"ids": [*IDS, VOCAB]}, r"token_ids\[30\]=50 must be between 0 and 49"),
         ({"ids": IDS + IDS[:15]}, "45 tokens: this program takes at most 40"),
+        ({"ids": []}, "token_ids is empty|query_lens"),
         ({"blocks": TABLE[:7]}, "needs 8 blocks, block_tables has 7"),
         ({"blocks": [7, 2, 11, 0, 5, 3, 12, 1]}, "names block 12 of 12|slot_mapping"),
         ({"blocks": [7, 2, 11, 0, 5, 3, -1, 1]}, "names block -1|slot_mapping"),

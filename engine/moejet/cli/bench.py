@@ -273,7 +273,7 @@ _COLUMNS: list[Column] = [
     ("format", 8, lambda row: str(row["format"])),
     ("dense", 5, lambda row: str(row["dense"])),
     ("threads", 7, lambda row: str(row["threads"])),
-    ("isa", 6, lambda row: str(row["isa"])),
+    ("isa", 11, lambda row: str(row["isa"])),
     ("test", 14, lambda row: str(row["test"])),
     ("t/s", 18, lambda row: _rate(row)),
     ("GB/s", 6, lambda row: "" if row["gbps"] is None else f"{row['gbps']:.2f}"),

@@ -189,7 +189,7 @@ def _measure(
 _COLUMNS: list[Column] = [
     ("shape", 16, lambda row: str(row["shape"])),
     ("format", 8, lambda row: str(row["format"])),
-    ("isa", 6, lambda row: str(row["isa"])),
+    ("isa", 11, lambda row: str(row["isa"])),
     ("tokens", 6, lambda row: str(row["tokens"])),
     ("experts", 7, lambda row: f"{row['unique_experts']:.1f}"),
     ("ms", 8, lambda row: f"{row['ms_p50']:.3f}"),
