@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moejet import huge_pages
 from moejet.config import ModelConfig
 from moejet.extension import load_extension
 from moejet.layers.linear import GatedMLP, RMSNorm
@@ -83,7 +84,7 @@ class CpuProgram:
         return logits
 
     def _buffer(self, columns: int) -> Tensor:
-        return torch.empty(self._max_tokens, columns)
+        return huge_pages.empty(self._max_tokens, columns)
 
     def _allocate(self, config: ModelConfig) -> None:
         heads, hidden = config.num_attention_heads, config.hidden_size

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from moejet import huge_pages
 from moejet.batch import Batch
 from moejet.config import EngineConfig, ModelConfig, use_reference
 from moejet.cpu_program import CpuProgram
@@ -40,7 +41,7 @@ class ModelRunner:
             model_config.latent_dim,
         )
         # Untouched pages cost nothing, and rows beyond a request's context are never read.
-        self.latent_cache = torch.empty(shape, dtype=DTYPES[config.cache_dtype])
+        self.latent_cache = huge_pages.empty(*shape, dtype=DTYPES[config.cache_dtype])
         self.native_seconds = 0.0
         self._program: CpuProgram | None = None
         if not use_reference():
