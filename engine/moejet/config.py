@@ -391,7 +391,7 @@ class EngineConfig:
     """How to run a model.
 
     model: alias, directory or hub id · expert_format: packed form of routed experts
-    dense_format: all other matrices, packed as well, or exact in torch as fp32 · cache_dtype: latent cache
+    dense_format: packed form of all other matrices · cache_dtype: latent cache
     max_context: tokens per request (None: the model's, at most 32768) · max_num_requests: that run together
     max_batch_tokens: tokens per step, so also the prefill chunk · block_size: tokens per cache block
     cache_tokens: capacity of the latent cache (None: max_context, or 8192 if that is more)

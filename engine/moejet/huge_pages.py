@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An uninitialised CPU tensor (in fact zeros) whose memory asks for huge pages and becomes resident when written."""
+    """A CPU tensor of zeros whose memory asks for huge pages and becomes resident when written."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
