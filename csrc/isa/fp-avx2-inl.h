@@ -12,11 +12,14 @@ struct Fp8 {
   static constexpr int kManyRows = 0;
   static constexpr float kFactor = 256.f;
 
-  // 16 words with an e4m3 code in their high bytes to bf16, as values / kFactor.
-  static __m256i to_bf16(__m256i high_bytes) {
+  // 16 codes, widened with their signs and multiplied by 16, to bf16, as values / kFactor.
+  static __m256i to_bf16(__m256i words) {
     const __m256i kept = _mm256_set1_epi16(static_cast<int16_t>(0x87f0));
-    return _mm256_or_si256(_mm256_and_si256(_mm256_srai_epi16(high_bytes, 4), kept),
-                           _mm256_set1_epi16(0x3800));
+    words = _mm256_or_si256(_mm256_and_si256(words, kept), _mm256_set1_epi16(0x3800));
+    // Otherwise the compiler masks each half by itself, with more constants than there are
+    // registers.
+    __asm__("" : "+x"(words));
+    return words;
   }
 
   // Corrects the lanes of decoded codes without exponent bits.
@@ -40,7 +43,8 @@ struct Fp8 {
     for (int v = 0; v < 8; ++v) {
       if (prefetching) prefetch(codes + 64 * v);
       const __m256i w = load256(codes + 64 * v);
-      const __m256i low = to_bf16(_mm256_slli_epi16(w, 8)), high = to_bf16(w);
+      const __m256i low = to_bf16(_mm256_maddubs_epi16(_mm256_set1_epi16(16), w));
+      const __m256i high = to_bf16(_mm256_srai_epi16(w, 4));
       const auto add = [&](int j, __m256 weights) {
         const __m256 value = kSmall ? correct_small(weights) : weights;
         for (int m = 0; m < MR; ++m) {

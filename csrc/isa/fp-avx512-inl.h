@@ -1,11 +1,12 @@
 // Vector microkernels for AVX-512 of the formats that need no activation scales beside bf16: fp8
 // and fp32 weights times fp32 activations.
 //
-// An e4m3 code becomes bf16 by shifts: seeeemmm in the high byte of a word, shifted right by 4 with
-// its sign, has exponent and mantissa where bf16 has them. Its bias is 7 instead of 127; setting
-// exponent bits 4 to 6 reads the code as its value times 2^-8, and the factor is made good once per
-// block. Only codes without exponent bits come out wrong (2^-15 (1 + m / 8) for 2^-14 m / 8), and
-// need four more operations for 16 weights; vectors that hold none are marked (Fp8BlockData).
+// An e4m3 code seeeemmm becomes bf16 in two operations: widened to 16 bits with its sign and
+// multiplied by 16, it has exponent and mantissa where bf16 has them; then the copies of the sign
+// give way to exponent bits 4 to 6. These read the code as its value times 2^-8 (its bias is 7
+// instead of 127), and the factor is made good once per block. Only codes without exponent bits
+// come out wrong (2^-15 (1 + m / 8) for 2^-14 m / 8), and need four more operations for 16 weights;
+// vectors that hold none are marked (Fp8BlockData).
 #pragma once
 
 #ifndef MOEJET_ISA_NS
@@ -19,23 +20,22 @@ namespace MOEJET_ISA_NS {
 
 constexpr float kFp8Factor = 256.f;  // a decoded code is its value / kFp8Factor
 
-// 32 words seeeemmm0000, sign-extended, to bf16. Their last four bits are ignored.
-inline __m512i fp8_words_to_bf16(__m512i words) {
-  constexpr int kAndThenOr = 0xea;  // (a & b) | c
+constexpr int kAndThenOr = 0xea;  // of _mm512_ternarylogic: (a & b) | c
+
+// The codes in the low or high bytes of 32 words, widened with their signs and multiplied by 16.
+// Below the high ones remain four bits of the low ones.
+inline __m512i fp8_low_words(__m512i codes) {
+  return _mm512_maddubs_epi16(_mm512_set1_epi16(16), codes);
+}
+inline __m512i fp8_high_words(__m512i codes) { return _mm512_srai_epi16(codes, 4); }
+
+inline __m512i fp8_to_bf16(__m512i words) {
   return _mm512_ternarylogic_epi32(words, _mm512_set1_epi32(static_cast<int>(0x87f087f0)),
                                    _mm512_set1_epi32(0x38003800), kAndThenOr);
-}
-inline __m512i fp8_high_to_bf16(__m512i codes) {
-  return fp8_words_to_bf16(_mm512_srai_epi16(codes, 4));
-}
-// Low bytes, sign-extended and times 16: one multiplication instead of two shifts.
-inline __m512i fp8_low_to_bf16(__m512i codes) {
-  return fp8_words_to_bf16(_mm512_maddubs_epi16(_mm512_set1_epi16(16), codes));
 }
 
 // Corrects the lanes of decoded codes without exponent bits.
 inline __m512 fp8_correct_small(__m512 v) {
-  constexpr int kAndThenOr = 0xea;
   const __m512i bits = _mm512_castps_si512(v);
   const __mmask16 small = _mm512_testn_epi32_mask(bits, _mm512_set1_epi32(0x07800000));
   // 2^-14 (1 + m / 8) - 2^-14, both with the code's sign.
@@ -47,17 +47,16 @@ inline __m512 fp8_correct_small(__m512 v) {
   return _mm512_mask_sub_ps(next, small, next, one);
 }
 
-// A pair of panel blocks ahead: a line takes as long to multiply as to read, so the usual distance
-// would be too short in time.
-inline void prefetch_fp8(const uint8_t* line) {
-  _mm_prefetch(reinterpret_cast<const char*>(line + 2 * block_shape(Format::kFp8).bytes),
-               _MM_HINT_T0);
+// As prefetch, but stays where it is: the compiler would gather those of an unrolled loop.
+[[gnu::always_inline]] inline void prefetch_here(const uint8_t* line) {
+  __asm__ volatile("prefetcht0 %0" : : "m"(line[kPrefetchBytes]));
 }
 
 // Inputs 4 v + J, J = 0..3, of 16 rows from vector v, as values / kFp8Factor.
 template <bool kSmall>
 struct Fp8Vectors {
-  explicit Fp8Vectors(__m512i codes) : low(fp8_low_to_bf16(codes)), high(fp8_high_to_bf16(codes)) {}
+  explicit Fp8Vectors(__m512i codes)
+      : low(fp8_to_bf16(fp8_low_words(codes))), high(fp8_to_bf16(fp8_high_words(codes))) {}
   template <int J>
   __m512 get() const {
     const __m512i words = J < 2 ? low : high;
@@ -79,7 +78,7 @@ struct Fp8 {
                                                __m512 (*sum)[4]) {
 #pragma GCC unroll 8
     for (int v = 0; v < 8; ++v) {
-      prefetch_fp8(codes + 64 * v);
+      prefetch_here(codes + 64 * v);
       const Fp8Vectors<kSmall> w(load512(codes + 64 * v));
       const __m512 w0 = w.template get<0>(), w1 = w.template get<1>();
       const __m512 w2 = w.template get<2>(), w3 = w.template get<3>();
@@ -102,7 +101,7 @@ struct Fp8 {
     for (int64_t b = 0; b < num_blocks; ++b) {
       for (int panel = 0; panel < 2; ++panel) {
         const Fp8Block<const uint8_t> block = fp8_block(pair + (2 * b + panel) * 2080);
-        if (panel == 0) prefetch_fp8(block.data);
+        if (panel == 0) prefetch_here(block.data);
         Fp8BlockData data;
         std::memcpy(&data, block.data, sizeof(data));
         __m512 sum[MR][4];

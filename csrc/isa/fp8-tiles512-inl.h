@@ -54,16 +54,16 @@ struct Fp8Tiles {
     return {words(normal, _mm512_mul_ps(normal, _mm512_set1_ps(4.f))), words(small, small)};
   }
 
-  // 32 words: codes in the low bytes of `index` (the rest is ignored) and the high bytes of `high`.
+  // index: words with a code in the low byte (the rest is ignored); words: fp8_low_words or
+  // fp8_high_words of the same codes.
   template <bool kSmall>
-  static __m512i look_up(const Lookup& lookup, __m512i index, __m512i high) {
+  static __m512i look_up(const Lookup& lookup, __m512i index, __m512i words) {
     __m512i word = _mm512_permutexvar_epi16(index, lookup.normal);
     if (kSmall) {
-      const __mmask32 small = _mm512_testn_epi16_mask(high, _mm512_set1_epi16(0x7800));
+      const __mmask32 small = _mm512_testn_epi16_mask(words, _mm512_set1_epi16(0x0780));
       word = _mm512_mask_permutexvar_epi16(word, small, index, lookup.small);
     }
-    const __m512i rest = _mm512_and_si512(_mm512_srai_epi16(high, 4),
-                                          _mm512_set1_epi16(static_cast<int16_t>(0x8600)));
+    const __m512i rest = _mm512_and_si512(words, _mm512_set1_epi16(static_cast<int16_t>(0x8600)));
     return _mm512_add_epi16(word, rest);
   }
 
@@ -74,8 +74,9 @@ struct Fp8Tiles {
     for (int v = 0; v < 8; ++v) {
       prefetch(codes + 64 * v);
       const __m512i w = load512(codes + 64 * v);
-      _mm512_store_si512(out + 64 * v, look_up<kSmall>(lookup, w, _mm512_slli_epi16(w, 8)));
-      _mm512_store_si512(out + 64 * v + 32, look_up<kSmall>(lookup, _mm512_srli_epi16(w, 8), w));
+      _mm512_store_si512(out + 64 * v, look_up<kSmall>(lookup, w, fp8_low_words(w)));
+      _mm512_store_si512(out + 64 * v + 32,
+                         look_up<kSmall>(lookup, _mm512_srli_epi16(w, 8), fp8_high_words(w)));
     }
   }
 
