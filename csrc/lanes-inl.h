@@ -76,8 +76,8 @@ inline I magnitude_bits(F v) { return (I)v & 0x7fffffff; }
 constexpr float kRoundMagic = 12582912.f;
 inline I round_lanes(F v) { return (I)(v + kRoundMagic) - 0x4b400000; }
 
+using Half = uint16_t __attribute__((vector_size(2 * kLanes)));
 inline F bf16_lanes(const uint16_t* p) {
-  using Half = uint16_t __attribute__((vector_size(2 * kLanes)));
   return (F)(__builtin_convertvector(load<Half>(p), U) << 16);
 }
 
@@ -113,8 +113,7 @@ inline void load_row(const void* src, DType dtype, int64_t n, int64_t n_padded, 
 }
 
 inline void store_bf16(F v, uint16_t* dst) {
-  const U bits = bf16_round_bits(v);
-  for (int i = 0; i < kLanes; ++i) dst[i] = static_cast<uint16_t>(bits[i]);
+  store(dst, __builtin_convertvector(bf16_round_bits(v), Half));
 }
 
 // First n of 32 results to a row of the output.
@@ -129,21 +128,26 @@ inline void store_outputs(const float* src, int n, DType dtype, void* dst) {
   std::memcpy(dst, rounded, n * sizeof(uint16_t));
 }
 
-// exp(x) to 2 ulp on [-87.3, 88]; clamped outside; NaN stays NaN. Range reduction to |r| <= ln2
+// exp(x) to 2 ulp for x in [-87.3, 88], floats V beside integers VI. Range reduction to |r| <= ln2
 // / 2.
-inline F exp_lanes(F x) {
-  x = min_lanes(max_lanes(x, splat(-87.3f)), splat(88.f));
-  const F shifted = x * 1.44269504f + kRoundMagic;
-  const F n = shifted - kRoundMagic;
-  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts
-  F p = r * (1.f / 5040.f) + (1.f / 720.f);
+template <class V, class VI>
+inline V exp_in_range(V x) {
+  const V shifted = x * 1.44269504f + kRoundMagic;
+  const V n = shifted - kRoundMagic;
+  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts
+  V p = r * (1.f / 5040.f) + (1.f / 720.f);
   p = p * r + (1.f / 120.f);
   p = p * r + (1.f / 24.f);
   p = p * r + (1.f / 6.f);
   p = p * r + 0.5f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  return p * (F)(((I)shifted - 0x4b400000 + 127) << 23);
+  return p * (V)(((VI)shifted - 0x4b400000 + 127) << 23);
+}
+
+// Clamped outside the range; NaN stays NaN.
+inline F exp_lanes(F x) {
+  return exp_in_range<F, I>(min_lanes(max_lanes(x, splat(-87.3f)), splat(88.f)));
 }
 
 inline F silu_mul(F gate, F up) { return gate / (1.f + exp_lanes(-gate)) * up; }

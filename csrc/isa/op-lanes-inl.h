@@ -37,15 +37,6 @@ inline void for_lanes(const float* p, int64_t n, Body&& body) {
   if (i < n) body(load_first(p + i, n - i), i, static_cast<int>(n - i));
 }
 
-using Half = uint16_t __attribute__((vector_size(2 * kLanes)));
-
-inline F widen_bf16(const uint16_t* p) {
-  return (F)(__builtin_convertvector(load<Half>(p), U) << 16);
-}
-inline void narrow_bf16(F v, uint16_t* dst) {
-  store(dst, __builtin_convertvector(bf16_round_bits(v), Half));
-}
-
 // n fp32 values to a row of fp32 or bf16.
 inline void store_row(const float* src, int64_t n, DType dtype, void* dst) {
   if (dtype == DType::kF32) {
@@ -55,7 +46,7 @@ inline void store_row(const float* src, int64_t n, DType dtype, void* dst) {
   uint16_t* out = static_cast<uint16_t*>(dst);
   for_lanes(src, n, [&](F v, int64_t i, int count) {
     uint16_t rounded[kLanes];
-    narrow_bf16(v, rounded);
+    store_bf16(v, rounded);
     std::memcpy(out + i, rounded, static_cast<size_t>(count) * sizeof(uint16_t));
   });
 }
@@ -132,19 +123,8 @@ inline WI ordered(W v) {
 
 // exp(x), as exp_lanes computes it, for x <= 88; 0 below -87.3, where it would become subnormal.
 inline W exp_wide(W x) {
-  const W clamped = x < -87.3f ? W{} - 87.3f : x;
-  const W shifted = clamped * 1.44269504f + kRoundMagic;
-  const W n = shifted - kRoundMagic;
-  const W r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln2 in two parts
-  W p = r * (1.f / 5040.f) + (1.f / 720.f);
-  p = p * r + (1.f / 120.f);
-  p = p * r + (1.f / 24.f);
-  p = p * r + (1.f / 6.f);
-  p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-  const W power = (W)(((WI)shifted - 0x4b400000 + 127) << 23);
-  return x < -87.3f ? W{} : p * power;
+  const W value = exp_in_range<W, WI>(x < -87.3f ? W{} - 87.3f : x);
+  return x < -87.3f ? W{} : value;
 }
 
 inline W multiply_add(W a, W b, W c) {

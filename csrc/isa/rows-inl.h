@@ -15,7 +15,7 @@ inline void embed_row(const EmbedTable& table, int64_t token, float* out) {
   }
   const uint16_t* row = static_cast<const uint16_t*>(table.weight) + start;
   int64_t i = 0;
-  for (; i + kLanes <= table.hidden_size; i += kLanes) store(out + i, widen_bf16(row + i));
+  for (; i + kLanes <= table.hidden_size; i += kLanes) store(out + i, bf16_lanes(row + i));
   for (; i < table.hidden_size; ++i) out[i] = element(row, DType::kBf16, i);
 }
 
