@@ -5,6 +5,8 @@ from functools import cache
 from types import ModuleType
 from typing import Protocol
 
+from moejet.config import env_max_isa
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,6 +25,12 @@ def load_extension() -> ModuleType:
             "`pip install .` (needs a C++17 compiler and CMake)"
         ) from error
     return _C
+
+
+def resolve_isa(isa: str = "auto") -> str:
+    """The instruction set to use: the widest usable one up to MOEJET_MAX_ISA for "auto", else exactly `isa`."""
+    resolved: str = load_extension().resolve_isa(isa, env_max_isa())
+    return resolved
 
 
 def report_placement(weights: _Placed) -> None:

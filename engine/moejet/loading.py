@@ -15,7 +15,8 @@ from moejet import topology
 from moejet.block_pool import BlockPool
 from moejet.config import EngineConfig, ModelConfig
 from moejet.engine import Engine
-from moejet.experts.cpu_experts import CpuExperts, create_pool, resolve_isa
+from moejet.experts.cpu_experts import CpuExperts, create_pool
+from moejet.extension import resolve_isa
 from moejet.layers.linear import DenseWeights
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM

@@ -19,7 +19,7 @@ from moejet.cli import options
 from moejet.cli.environment import describe_environment, summary
 from moejet.cli.table import Column, Row, percent, write_table
 from moejet.cli.terminal import note
-from moejet.config import EXPERT_FORMATS, env_max_isa
+from moejet.config import EXPERT_FORMATS
 from moejet.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ def _measure_all(
 ) -> Iterator[Row]:
     from moejet.ceilings import Meter
     from moejet.experts.cpu_experts import create_pool
-    from moejet.extension import load_extension
+    from moejet.extension import resolve_isa
 
-    isa = load_extension().resolve_isa(args.isa or "auto", env_max_isa())
+    isa = resolve_isa(args.isa or "auto")
     pool = create_pool(args.threads)
     stack.callback(pool.close)
     meter = Meter(pool, isa=isa)

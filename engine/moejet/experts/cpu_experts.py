@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, from_numpy
 
 from moejet import topology
-from moejet.config import env_max_isa, env_num_threads, env_numa_nodes
-from moejet.extension import load_extension, report_placement
+from moejet.config import env_num_threads, env_numa_nodes
+from moejet.extension import load_extension, report_placement, resolve_isa
 from moejet.ops.experts import moe_experts
 from moejet.ops.linear import fp8_bytes
 
@@ -91,12 +91,6 @@ def create_pool(num_threads: int | None = None, *, pin: bool = True) -> ThreadPo
         cpus = tuple(ordered[:num_threads])
     pool: ThreadPool = load_extension().ThreadPool(list(cpus), pin, *divide_among_nodes(cpus))
     return pool
-
-
-def resolve_isa(isa: str = "auto") -> str:
-    """The instruction set to use: the widest usable one up to MOEJET_MAX_ISA for "auto", else exactly `isa`."""
-    resolved: str = load_extension().resolve_isa(isa, env_max_isa())
-    return resolved
 
 
 class CpuExperts:

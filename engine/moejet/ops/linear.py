@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, from_numpy
 
-from moejet.config import env_max_isa, use_reference
-from moejet.extension import load_extension, report_placement
+from moejet.config import use_reference
+from moejet.extension import load_extension, report_placement, resolve_isa
 
 if TYPE_CHECKING:
     from moejet._C import ThreadPool
@@ -33,7 +33,7 @@ class PackedMatrices:
         self, num: int, rows: int, cols: int, *, format: str, pool: ThreadPool, isa: str = "auto"
     ):
         self._C = load_extension()
-        self.isa: str = self._C.resolve_isa(isa, env_max_isa())
+        self.isa = resolve_isa(isa)
         self.pool = pool
         self.weights = self._C.LinearWeights(num, rows, cols, format, pool.memory_nodes)
         report_placement(self.weights)
