@@ -68,8 +68,13 @@ class WeightSource {
  public:
   // rows, cols: the wanted shape. w_name: how messages call w.
   WeightSource(const py::object& w, const char* w_name, Tensor::Dim rows, Tensor::Dim cols,
-               const py::object& scale_inv)
+               const py::object& scale_inv, const py::object& group_scales)
       : w_(w, w_name) {
+    if (!group_scales.is_none()) {
+      if (!scale_inv.is_none()) throw py::value_error("give scale_inv or group_scales, not both");
+      take_int4(group_scales, w_name, rows, cols);
+      return;
+    }
     const bool scaled = !scale_inv.is_none();
     const std::string scales = "scale_inv, the fp32 scales [ceil(" + std::string(rows.letter) +
                                " / 128), ceil(" + cols.letter + " / 128)] of its blocks";
@@ -90,6 +95,31 @@ class WeightSource {
   const SourceMatrix& matrix() const { return source_; }
 
  private:
+  // Codes, two in a byte, with one scale for each 32.
+  void take_int4(const py::object& group_scales, const char* w_name, Tensor::Dim rows,
+                 Tensor::Dim cols) {
+    if (cols.size % kActGroup != 0) {
+      throw py::value_error(std::string(w_name) + ": int4 codes need " + cols.letter + "=" +
+                            std::to_string(cols.size) + " to be a multiple of 32");
+    }
+    w_.expect_type({ElementType::kU8});
+    w_.expect_shape({rows, {"codes / 2", cols.size / 2}});
+    w_.expect_rows();
+    scales_.emplace(group_scales, "group_scales");
+    scales_->expect_type({ElementType::kBf16});
+    scales_->expect_shape({rows, {"groups of 32", cols.size / kActGroup}});
+    scales_->expect_contiguous();
+    const uint16_t* scales = static_cast<const uint16_t*>(scales_->data());
+    const int64_t groups = cols.size / kActGroup;
+    for (int64_t i = 0; i < rows.size * groups; ++i) {
+      if ((scales[i] & 0x7f80) != 0x7f80) continue;
+      throw py::value_error("group_scales[" + std::to_string(i / groups) + ", " +
+                            std::to_string(i % groups) +
+                            "] is NaN or infinite: check the checkpoint");
+    }
+    source_ = {w_.data(), DType::kInt4, w_.row_stride(), rows.size, cols.size, nullptr, scales};
+  }
+
   void take_scales(const py::object& scale_inv) {
     scales_.emplace(scale_inv, "scale_inv");
     scales_->expect_type({ElementType::kF32});
@@ -122,11 +152,11 @@ void check_expert(const ExpertWeights& weights, int64_t expert) {
 // name: how messages call the argument w.
 void set_projection(ExpertWeights* weights, int64_t expert, Projection projection,
                     const py::object& w, const char* name, const py::object& scale_inv,
-                    ThreadPool* pool, const KernelTable& table) {
+                    const py::object& group_scales, ThreadPool* pool, const KernelTable& table) {
   check_expert(*weights, expert);
   const bool down = projection == Projection::kDown;
   const WeightSource source(w, name, {down ? "D" : "I", weights->rows(projection)},
-                            {down ? "I" : "D", weights->cols(projection)}, scale_inv);
+                            {down ? "I" : "D", weights->cols(projection)}, scale_inv, group_scales);
   const py::gil_scoped_release release;
   weights->set_projection(expert, projection, source.matrix(), table, pool);
 }
@@ -246,13 +276,15 @@ std::string linear_forward_py(const LinearWeights& weights, const py::object& x,
 }
 
 void set_matrix(LinearWeights& weights, int64_t matrix, const py::object& w, ThreadPool* pool,
-                const std::string& isa, const py::object& scale_inv) {
+                const std::string& isa, const py::object& scale_inv,
+                const py::object& group_scales) {
   const KernelTable& table = table_of(isa);
   if (matrix < 0 || matrix >= weights.num_matrices()) {
     throw py::value_error("matrix=" + std::to_string(matrix) + " must be between 0 and " +
                           std::to_string(weights.num_matrices() - 1));
   }
-  const WeightSource source(w, "w", {"rows", weights.rows()}, {"cols", weights.cols()}, scale_inv);
+  const WeightSource source(w, "w", {"rows", weights.rows()}, {"cols", weights.cols()}, scale_inv,
+                            group_scales);
   const py::gil_scoped_release release;
   weights.set(matrix, source.matrix(), table, pool);
 }
@@ -266,9 +298,12 @@ void register_linear(py::module_& m) {
            }),
            py::arg("num_matrices"), py::arg("rows"), py::arg("cols"), py::arg("format"),
            py::arg("memory_nodes") = std::vector<int>{kAnyNode})
-      .def("set", &set_matrix, py::arg("matrix"), py::arg("w"), py::arg("pool") = py::none(),
-           py::arg("isa") = "auto", py::arg("scale_inv") = py::none(),
-           "Quantises and packs one matrix; fp32, bf16, fp16, or float8_e4m3fn with scale_inv.")
+      .def(
+          "set", &set_matrix, py::arg("matrix"), py::arg("w"), py::arg("pool") = py::none(),
+          py::arg("isa") = "auto", py::arg("scale_inv") = py::none(),
+          py::arg("group_scales") = py::none(),
+          "Quantises and packs one matrix; fp32, bf16, fp16, float8_e4m3fn with scale_inv, or int4 "
+          "codes with group_scales.")
       .def(
           "dequantize",
           [](const LinearWeights& self, int64_t matrix) {
@@ -333,22 +368,24 @@ void register_weights(py::module_& m) {
           "set_projection",
           [](ExpertWeights& self, int64_t expert, const std::string& projection,
              const py::object& w, ThreadPool* pool, const std::string& isa,
-             const py::object& scale_inv) {
-            set_projection(&self, expert, parse_projection(projection), w, "w", scale_inv, pool,
-                           table_of(isa));
+             const py::object& scale_inv, const py::object& group_scales) {
+            set_projection(&self, expert, parse_projection(projection), w, "w", scale_inv,
+                           group_scales, pool, table_of(isa));
           },
           py::arg("expert"), py::arg("projection"), py::arg("w"), py::arg("pool") = py::none(),
           py::arg("isa") = "auto", py::arg("scale_inv") = py::none(),
-          "Quantises and packs one matrix: gate or up [I, D], down [D, I]; fp32, bf16, fp16, or "
-          "float8_e4m3fn with scale_inv.")
+          py::arg("group_scales") = py::none(),
+          "Quantises and packs one matrix: gate or up [I, D], down [D, I]; fp32, bf16, fp16, "
+          "float8_e4m3fn with scale_inv, or int4 codes with group_scales.")
       .def(
           "set_expert",
           [](ExpertWeights& self, int64_t expert, const py::object& gate, const py::object& up,
              const py::object& down, ThreadPool* pool, const std::string& isa) {
             const KernelTable& table = table_of(isa);
-            set_projection(&self, expert, Projection::kGate, gate, "gate", py::none(), pool, table);
-            set_projection(&self, expert, Projection::kUp, up, "up", py::none(), pool, table);
-            set_projection(&self, expert, Projection::kDown, down, "down", py::none(), pool, table);
+            const py::object none = py::none();
+            set_projection(&self, expert, Projection::kGate, gate, "gate", none, none, pool, table);
+            set_projection(&self, expert, Projection::kUp, up, "up", none, none, pool, table);
+            set_projection(&self, expert, Projection::kDown, down, "down", none, none, pool, table);
           },
           py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"),
           py::arg("pool") = py::none(), py::arg("isa") = "auto")

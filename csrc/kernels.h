@@ -12,9 +12,11 @@
 
 namespace moejet {
 
-enum class DType { kF32 = 0, kBf16, kF16, kFp8 };  // kFp8: e4m3, weights only
+// Weights only: kFp8 is e4m3, kInt4 two 4-bit codes in a byte, the first in the low half.
+enum class DType { kF32 = 0, kBf16, kF16, kFp8, kInt4 };
+// Of one element, or of the two that share a byte.
 static constexpr int dtype_bytes(DType dtype) {
-  return dtype == DType::kF32 ? 4 : dtype == DType::kFp8 ? 1 : 2;
+  return dtype == DType::kF32 ? 4 : dtype == DType::kFp8 || dtype == DType::kInt4 ? 1 : 2;
 }
 
 // Rows of one expert and pairs of panels that are computed at a time: how often one unpacking of
@@ -104,12 +106,15 @@ struct WorkerScratch {
 struct PanelSource {
   const void* data;
   DType dtype;
-  int64_t row_stride;  // elements
+  int64_t row_stride;  // elements; bytes of an int4 source
   int rows;
   int64_t k;
   // One per 128 inputs: what the codes of an fp8 source are multiplied by. In the fp8 format they
   // are kept, and for other sources are the scales to use. Else null.
   const float* scales;
+  // int4 sources: weight = (code - 8) * scale, bf16 scales [rows, k / 32], rows group_stride apart.
+  const uint16_t* group_scales;
+  int64_t group_stride;
 };
 
 struct FormatKernels {

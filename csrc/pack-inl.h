@@ -100,10 +100,25 @@ inline W widen_float(WU magnitude, float rescale, int32_t special, WU sign) {
   return (W)(bits | sign);
 }
 
+inline float group_scale(const PanelSource& source, int row, int64_t k) {
+  const uint32_t bits =
+      static_cast<uint32_t>(source.group_scales[row * source.group_stride + k / kActGroup]) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 // Inputs k0 .. k0 + kWide - 1 of one row in fp32; zeros beyond the row.
 inline W load_wide(const PanelSource& source, int row, int64_t k0) {
   const int64_t left = source.k - k0;
   if (left <= 0) return W{};
+  if (source.dtype == DType::kInt4) {
+    const uint8_t* codes =
+        static_cast<const uint8_t*>(source.data) + row * source.row_stride + k0 / 2;
+    WI values;
+    for (int i = 0; i < kWide; ++i) values[i] = (codes[i / 2] >> (4 * (i % 2)) & 15) - 8;
+    return __builtin_convertvector(values, W) * group_scale(source, row, k0);
+  }
   const uint8_t* p = source_at(source, row, k0);
   uint8_t ragged[4 * kWide] = {};
   if (left < kWide) {
@@ -200,7 +215,45 @@ inline W int4_scale(const W* t) {
   return best_scale;
 }
 
+// Four codes in the low 16 bits of each lane to the low halves of four bytes.
+inline WU spread_codes(WU codes) {
+  codes = (codes | (codes << 8)) & 0x00ff00ffu;
+  return (codes | (codes << 4)) & 0x0f0f0f0fu;
+}
+
+// Codes and scales of an int4 source as they are.
+inline void repack_int4(const PanelSource& source, uint8_t* dst, int64_t block_stride) {
+  for (int64_t k0 = 0; k0 < source.k; k0 += 64, dst += block_stride) {
+    // Missing rows and the second half of a ragged block: code 8, which is zero, and scale zero.
+    uint32_t words[8][kPanelRows];
+    uint32_t scales[kPanelRows] = {};
+    for (auto& word : words) {
+      for (uint32_t& codes : word) codes = 0x88888888u;
+    }
+    const int groups = source.k - k0 < 64 ? 1 : 2;
+    for (int row = 0; row < source.rows; ++row) {
+      const uint8_t* codes =
+          static_cast<const uint8_t*>(source.data) + row * source.row_stride + k0 / 2;
+      for (int w = 0; w < 4 * groups; ++w) std::memcpy(&words[w][row], codes + 4 * w, 4);
+      const uint16_t* scale = source.group_scales + row * source.group_stride + k0 / kActGroup;
+      scales[row] = scale[0] | (groups == 2 ? static_cast<uint32_t>(scale[1]) << 16 : 0u);
+    }
+    for (int row = 0; row < kPanelRows; row += kWide) {
+      for (int v = 0; v < 8; ++v) {
+        const WU low = (load<WU>(&words[v / 2][row]) >> (16 * (v % 2))) & 0xffffu;
+        const WU high = (load<WU>(&words[4 + v / 2][row]) >> (16 * (v % 2))) & 0xffffu;
+        store(dst + 64 * v + 4 * row, spread_codes(low) | (spread_codes(high) << 4));
+      }
+      store(dst + 512 + 4 * row, load<WU>(&scales[row]));
+    }
+  }
+}
+
 inline bool pack_int4(const PanelSource& source, uint8_t* dst, int64_t block_stride) {
+  if (source.dtype == DType::kInt4) {
+    repack_int4(source, dst, block_stride);
+    return true;
+  }
   bool finite = true;
   W t[64];
   for (int64_t k0 = 0; k0 < source.k; k0 += 64, dst += block_stride) {

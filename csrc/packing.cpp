@@ -136,7 +136,20 @@ PanelSource rows_of(const SourceMatrix& source, int64_t first, int64_t count) {
   part.dtype = source.dtype;
   part.row_stride = source.row_stride;
   part.k = source.cols;
+  if (source.group_scales != nullptr) {
+    part.group_stride = source.cols / kActGroup;
+    part.group_scales = source.group_scales + std::min(first, source.rows) * part.group_stride;
+  }
   return part;
+}
+
+// The part from input `col` on, a multiple of 128, of up to `most` inputs.
+void take_columns(PanelSource* part, int64_t col, int64_t most) {
+  const int64_t elements_per_byte_group = part->dtype == DType::kInt4 ? 2 : 1;
+  part->data = static_cast<const uint8_t*>(part->data) +
+               col / elements_per_byte_group * dtype_bytes(part->dtype);
+  part->k = std::min(most, part->k - col);
+  if (part->group_scales != nullptr) part->group_scales += col / kActGroup;
 }
 
 // The scales of all 128 x 128 blocks, row by row.
@@ -152,8 +165,7 @@ std::vector<float> block_scales(const SourceMatrix& source, const FormatKernels&
   for_each_index(bands * parts, pool, [&](int64_t i) {
     const int64_t band = i / parts, col = i % parts * kPartCols;
     PanelSource part = rows_of(source, band * kFp8ScaleBlock, kFp8ScaleBlock);
-    part.data = static_cast<const uint8_t*>(part.data) + col * dtype_bytes(source.dtype);
-    part.k = std::min(kPartCols, source.cols - col);
+    take_columns(&part, col, kPartCols);
     float* first = scales.data() + band * scales_per_row + col / kFp8ScaleBlock;
     if (!kernels.block_scales(part, first)) finite.store(false, std::memory_order_relaxed);
   });

@@ -12,7 +12,7 @@
 
 namespace moejet {
 
-// A source matrix [rows, cols], rows row_stride elements apart.
+// A source matrix [rows, cols], rows row_stride elements (int4: bytes) apart.
 struct SourceMatrix {
   const void* data;
   DType dtype;
@@ -20,6 +20,8 @@ struct SourceMatrix {
   // fp8 only: [ceil(rows / 128), ceil(cols / 128)], what each 128 x 128 block is multiplied by;
   // finite and not negative.
   const float* scale_inv = nullptr;
+  // int4 only: bf16 [rows, cols / 32], cols being a multiple of 32; finite.
+  const uint16_t* group_scales = nullptr;
 };
 
 // Throws std::invalid_argument, naming the value, unless 1 <= value <= 2^20 (or limit).
@@ -69,8 +71,8 @@ PanelLayout whole_pairs(std::vector<uint8_t*> origins, Format format, const Pair
 PanelLayout half_pairs(std::vector<uint8_t*> origins, Format format, const PairGeometry& geometry,
                        int which);
 
-// Quantises and packs; fp8 into fp8 keeps every code and scale. Throws std::invalid_argument if a
-// value cannot be represented; the packed matrix is then undefined.
+// Quantises and packs; fp8 into fp8 and int4 into int4_g32 keep every code and scale. Throws
+// std::invalid_argument if a value cannot be represented; the packed matrix is then undefined.
 void pack_matrix(Format format, const SourceMatrix& source, const PanelLayout& layout,
                  const KernelTable& table, ThreadPool* pool);
 // The values that the kernels compute with, fp32 [rows, cols].

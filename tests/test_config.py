@@ -103,6 +103,33 @@ def test_glm_needs_no_router_keys_and_reads_layer_types():
         ModelConfig.from_hf({**raw, "mlp_layer_types": ["sparse", "dense", "sparse"]})
 
 
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def _int4(**weights):
+    known = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    group = {"weights": {**known, "group_size": 32, **weights}, "targets": ["Linear"]}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+    }
+
+
+@pytest.mark.parametrize(
+    ("quantization", "auto", "native"),
+    [(None, "int4_g32", "bf16"), (FP8, "int4_g32", "fp8"), (_int4(), "int4_g32", "int4_g32")],
+)
+def test_expert_format_by_checkpoint(quantization, auto, native):
+    raw = {**V3, "quantization_config": quantization}
+    nested = {"model_type": "kimi_k25", "text_config": raw}
+    for source in (raw, nested):
+        model = ModelConfig.from_hf(source)
+        for asked, expected in (("auto", auto), ("native", native), ("int8", "int8")):
+            config = EngineConfig(model="x", expert_format=asked)
+            assert config.for_model(model).expert_format == expected
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -114,7 +141,16 @@ def test_glm_needs_no_router_keys_and_reads_layer_types():
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5",)),
         ({"hidden_act": "gelu"}, ("hidden_act='gelu'", "silu")),
         ({"moe_layer_freq": 2}, ("moe_layer_freq=2",)),
-        ({"quantization_config": {"quant_method": "fp8"}}, ("quant_method='fp8'",)),
+        ({"quantization_config": {"quant_method": "awq"}}, ("quant_method='awq'", "fp8")),
+        ({"quantization_config": {"quant_method": "fp8"}}, ("weight_block_size=None", "128")),
+        ({"quantization_config": {**FP8, "fmt": "e5m2"}}, ("fmt='e5m2'", "e4m3")),
+        ({"quantization_config": {**FP8, "weight_block_size": [64, 128]}}, ("[64, 128]",)),
+        ({"quantization_config": _int4(num_bits=8)}, ("num_bits=8", "group_0", "4")),
+        ({"quantization_config": _int4(symmetric=False)}, ("symmetric=False",)),
+        ({"quantization_config": _int4(group_size=128)}, ("group_size=128", "32")),
+        ({"quantization_config": _int4(actorder="group")}, ("actorder='group'",)),
+        ({"quantization_config": {**_int4(), "format": "float-quantized"}}, ("float-quantized",)),
+        ({"quantization_config": {**_int4(), "config_groups": {}}}, ("config_groups={}",)),
         ({"num_key_value_heads": 8}, ("num_key_value_heads=8",)),
         ({"hidden_size": None}, ("hidden_size",)),
         ({"hidden_size": "7168"}, ("hidden_size='7168'", "int")),

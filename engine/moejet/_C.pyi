@@ -81,9 +81,13 @@ class ExpertWeights:
         pool: ThreadPool | None = None,
         isa: str = "auto",
         scale_inv: _Tensor | None = None,
+        group_scales: _Tensor | None = None,
     ) -> None:
         """Quantises and packs one matrix (fp32, bf16 or fp16). The result does not depend on isa.
 
+        With group_scales bf16 [rows, cols / 32], w uint8 [rows, cols / 2] holds codes 0..15, the
+        first of each two in the low half of the byte: weight = (code - 8) * scale. The format
+        int4_g32 keeps both.
         With scale_inv [ceil(rows / 128), ceil(cols / 128)] fp32, w is float8_e4m3fn (or its bytes as
         uint8) and each 128 x 128 block is multiplied by its factor; the format fp8 keeps codes and
         factors. NaN or infinity in fp8 or an integer format raises ValueError; the projection is
@@ -141,6 +145,7 @@ class LinearWeights:
         pool: ThreadPool | None = None,
         isa: str = "auto",
         scale_inv: _Tensor | None = None,
+        group_scales: _Tensor | None = None,
     ) -> None:
         """Quantises and packs one matrix, as ExpertWeights does."""
 

@@ -12,14 +12,21 @@ import json
 import logging
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-ExpertFormat = Literal["int4_g32", "int8", "fp8", "bf16", "fp32"]
+ExpertFormat = Literal["auto", "native", "int4_g32", "int8", "fp8", "bf16", "fp32"]
 DenseFormat = Literal["int8", "int4_g32", "fp8", "bf16", "fp32"]
 CacheDtype = Literal["bf16", "fp32"]
-EXPERT_FORMATS: tuple[str, ...] = get_args(ExpertFormat)
+Quantization = Literal["fp8", "int4"]
+# Packed formats; "auto" and "native" stand for one of them, by the checkpoint.
+EXPERT_FORMATS: tuple[str, ...] = get_args(ExpertFormat)[2:]
+_NATIVE_FORMATS: dict[Quantization | None, ExpertFormat] = {
+    None: "bf16",
+    "fp8": "fp8",
+    "int4": "int4_g32",
+}
 DENSE_FORMATS: tuple[str, ...] = get_args(DenseFormat)
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
 # Bits per weight, scales included.
@@ -111,7 +118,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     num_nextn_predict_layers: int = 0
-    quantization: str | None = None
+    quantization: Quantization | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -198,7 +205,8 @@ class ModelConfig:
         if "text_config" in raw and raw.get("model_type") in ("kimi_k25", "kimi_vl"):
             outer = raw
             raw = dict(outer["text_config"])
-            for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings"):
+            inherited = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
+            for key in (*inherited, "quantization_config", "compression_config"):
                 if key in outer:
                     raw.setdefault(key, outer[key])
             if raw.get("model_type") == "kimi_k25":
@@ -325,14 +333,22 @@ class _HfReader:
             truncate=bool(merged.get("truncate", True)),
         )
 
-    def _quantization(self) -> str | None:
+    def _quantization(self) -> Quantization | None:
         spec = self._dict("quantization_config") or self._dict("compression_config")
         if not spec:
             return None
-        method = spec.get("quant_method", "unknown")
+        method = spec.get("quant_method")
+        if method == "fp8":
+            _expect("quantization_config", spec, {"fmt": (None, "e4m3")})
+            _expect("quantization_config", spec, {"weight_block_size": ([128, 128],)})
+            return "fp8"
+        if method == "compressed-tensors":
+            _check_packed_int4(spec)
+            return "int4"
         raise ValueError(
-            f"quantization_config.quant_method={method!r} is not supported; supported: "
-            "unquantised checkpoints (bf16, fp16 or fp32 safetensors), quantised while loading"
+            f"quantization_config.quant_method={method!r} is not supported; supported: fp8 (e4m3 in "
+            "128 x 128 blocks), compressed-tensors (pack-quantized int4, groups of 32), GGUF files, "
+            "and unquantised checkpoints"
         )
 
     def _get(self, key: str, kinds: tuple[type, ...], default: Any) -> Any:
@@ -368,6 +384,32 @@ class _HfReader:
         return str(self._get(key, (str,), default))
 
 
+def _expect(where: str, spec: dict[str, Any], wanted: dict[str, tuple[Any, ...]]) -> None:
+    """Raises ValueError unless every key of `wanted` has one of its values (None: the key may be missing)."""
+    for key, values in wanted.items():
+        if spec.get(key) not in values:
+            raise ValueError(
+                f"{where}.{key}={spec.get(key)!r} is not supported; supported: "
+                + " or ".join(repr(value) for value in values if value is not None)
+            )
+
+
+def _check_packed_int4(spec: dict[str, Any]) -> None:
+    """compressed-tensors: symmetric 4-bit weights in groups of 32, nothing else quantised."""
+    _expect("quantization_config", spec, {"format": ("pack-quantized",)})
+    groups = spec.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise ValueError(f"quantization_config.config_groups={groups!r} names no quantised weights")
+    for name, group in groups.items():
+        where = f"quantization_config.config_groups.{name}"
+        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+            raise ValueError(f"{where}={group!r} must say how weights are quantised")
+        _expect(where, group, {"input_activations": (None,), "output_activations": (None,)})
+        wanted: dict[str, tuple[Any, ...]] = {"num_bits": (4,), "type": ("int",)}
+        wanted |= {"symmetric": (True,), "group_size": (32,), "strategy": ("group",)}
+        _expect(f"{where}.weights", group["weights"], {**wanted, "actorder": (None, False)})
+
+
 def _read_config_json(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
@@ -390,7 +432,8 @@ def _require_positive(name: str, value: Any) -> None:
 class EngineConfig:
     """How to run a model.
 
-    model: alias, directory or hub id · expert_format: packed form of routed experts
+    model: alias, directory or hub id · expert_format: packed form of routed experts; "native": the checkpoint's own;
+    "auto": its own where that has about 4 bits, otherwise int4_g32
     dense_format: packed form of all other matrices · cache_dtype: latent cache
     max_context: tokens per request (None: the model's, at most 32768) · max_num_requests: that run together
     max_batch_tokens: tokens per step, so also the prefill chunk · block_size: tokens per cache block
@@ -402,7 +445,7 @@ class EngineConfig:
 
     model: str
     revision: str | None = None
-    expert_format: ExpertFormat = "int4_g32"
+    expert_format: ExpertFormat = "auto"
     dense_format: DenseFormat = "int8"
     cache_dtype: CacheDtype = "bf16"
     max_context: int | None = None
@@ -414,6 +457,13 @@ class EngineConfig:
     isa: str = "auto"
     seed: int | None = None
     show_progress: bool | None = None
+
+    def for_model(self, model: ModelConfig) -> EngineConfig:
+        """This configuration with the packed format that "auto" or "native" means for a checkpoint."""
+        native = _NATIVE_FORMATS[model.quantization]
+        if self.expert_format == "auto":
+            return replace(self, expert_format="int4_g32")
+        return replace(self, expert_format=native) if self.expert_format == "native" else self
 
     @classmethod
     def create(cls, **options: Any) -> EngineConfig:
@@ -429,7 +479,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model={self.model!r} must be an alias, a directory or a hub id")
-        _require_choice("expert_format", self.expert_format, EXPERT_FORMATS)
+        _require_choice("expert_format", self.expert_format, get_args(ExpertFormat))
         _require_choice("dense_format", self.dense_format, DENSE_FORMATS)
         _require_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         _require_choice("isa", self.isa, ("auto", *ISAS, "amx_emulated"))

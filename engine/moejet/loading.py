@@ -43,6 +43,7 @@ def load_engine(config: EngineConfig) -> Engine:
             tokenizer.vocab_size,
             model_config.vocab_size,
         )
+    config = config.for_model(model_config)
     engine = _create_engine(config, model_config, tokenizer)
     try:
         load_weights(
@@ -57,6 +58,7 @@ def load_engine(config: EngineConfig) -> Engine:
 
 def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
     """An engine of the given shape with random weights and no tokenizer."""
+    config = config.for_model(model_config)
     engine = _create_engine(config, model_config, None)
     model = engine.runner.model
     generator = torch.Generator().manual_seed(config.seed or 0)

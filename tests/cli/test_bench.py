@@ -202,7 +202,10 @@ def test_json_and_csv_hold_the_same_rows(moejet, loaded):
         (["-b", "0"], "-b 0 must be a positive number"),
         (["-r", "0"], "-r 0 must be at least 1"),
         (["-t", "0"], "-t 0 must be a positive number"),
-        (["--format", "int4"], "'int4' is not one of int4_g32, int8, fp8, bf16, fp32"),
+        (
+            ["--format", "int4"],
+            "'int4' is not one of auto, native, int4_g32, int8, fp8, bf16, fp32",
+        ),
         (["-m", "x", "--synthetic", "deepseek-v3"], "not allowed with argument"),
         (["-o", "xml"], "invalid choice: 'xml'"),
     ],

@@ -160,3 +160,48 @@ def test_sizes() -> None:
     assert weights.nbytes == 3 * weights.expert_nbytes
     assert (weights.num_experts, weights.hidden_size, weights.intermediate_size) == (3, 7168, 2048)
     assert weights.format == "int4_g32"
+
+
+@pytest.mark.parametrize("cols", [32, 64, 96, 352])
+@pytest.mark.parametrize("rows", [1, 16, 33, 50])
+def test_int4_sources(rows: int, cols: int, isa: str) -> None:
+    codes = torch.randint(0, 16, (rows, cols), dtype=torch.uint8)
+    scales = torch.randn(rows, cols // 32).to(torch.bfloat16)
+    values = (codes.float() - 8) * scales.float().repeat_interleave(32, 1)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    for target in ("int4_g32", "fp32", "bf16", "int8", "fp8"):
+        weights = _C.LinearWeights(1, rows, cols, target)
+        weights.set(0, packed, None, isa, group_scales=scales)
+        got = torch.from_numpy(weights.dequantize(0))
+        if target in ("int4_g32", "fp32"):
+            assert torch.equal(got, values)
+            continue
+        again = _C.LinearWeights(1, rows, cols, target)
+        again.set(0, values, None, isa)
+        assert torch.equal(got, torch.from_numpy(again.dequantize(0)))
+
+
+@pytest.mark.parametrize(
+    ("w", "scales", "error", "message"),
+    [
+        (torch.zeros(4, 16), torch.ones(4, 1).bfloat16(), TypeError, "w has dtype"),
+        (torch.zeros(4, 8), torch.ones(4, 1).bfloat16(), TypeError, "w has dtype"),
+        (torch.zeros(4, 8).byte(), torch.ones(4, 1).bfloat16(), ValueError, "w has shape"),
+        (torch.zeros(4, 16).byte(), torch.ones(4, 1), TypeError, "group_scales has dtype"),
+        (torch.zeros(4, 16).byte(), torch.ones(4, 2).bfloat16(), ValueError, "group_scales has"),
+        (
+            torch.zeros(4, 16).byte(),
+            torch.full((4, 1), float("nan")).bfloat16(),
+            ValueError,
+            r"group_scales\[0, 0\] is NaN or infinite",
+        ),
+    ],
+)
+def test_bad_int4_sources(w: Tensor, scales: Tensor, error: type[Exception], message: str) -> None:
+    weights = _C.LinearWeights(1, 4, 32, "int4_g32")
+    with pytest.raises(error, match=message):
+        weights.set(0, w, group_scales=scales)
+    with pytest.raises(ValueError, match="cols=40 to be a multiple of 32"):
+        _C.LinearWeights(1, 4, 40, "int4_g32").set(0, w, group_scales=scales)
+    with pytest.raises(ValueError, match="not both"):
+        weights.set(0, w, group_scales=scales, scale_inv=torch.ones(1, 1))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from moejet.weights import (
     load_weights,
 )
 from moejet.weights.progress import ProgressLine
+from moejet.weights.stored import StoredWeight
 
 
 class Target:
@@ -159,7 +162,7 @@ def test_differences_are_reported_together_before_loading(plain: Path, tmp_path:
     assert "1 missing: model.norm.weight" in text
     assert "1 unexpected: model.layers.0.extra.weight" in text
     assert "1 of another shape: lm_head.weight is [319, 96], not [320, 96]" in text
-    assert "1 of dtype F64 (supported: F32, F16, BF16): model.embed_tokens.weight" in text
+    assert "1 of another form: model.embed_tokens.weight is stored as F64; supported: F32" in text
     assert "\n" not in text
     assert target.got == {}
 
@@ -171,39 +174,121 @@ def test_long_lists_are_cut(plain: Path, tmp_path: Path) -> None:
         Target(plain).load(tmp_path)
 
 
-def test_fp8_checkpoint(plain: Path, tmp_path: Path) -> None:
-    make(tmp_path)
+def _edited(path: Path, edit: Callable[[dict[str, Tensor]], None]) -> Path:
+    make(path)
+    damage.edit_tensors(path, edit)
+    return path
+
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj"
+
+
+def test_fp8_reaches_specs_as_stored_or_as_values(tmp_path: Path) -> None:
+    codes = torch.randn(200, 300).to(torch.float8_e4m3fn)
+    scales = torch.rand(2, 3) + 0.5
+    write_safetensors(tmp_path, {"a.weight": codes, "a.weight_scale_inv": scales}, num_shards=2)
+    stored: list[StoredWeight] = []
+    values: list[Tensor] = []
+    for spec in (
+        TensorSpec((200, 300), values.append, load_stored=stored.append),
+        TensorSpec((200, 300), values.append),
+    ):
+        load_weights(Checkpoint.open(tmp_path), {"a.weight": spec})
+    [weight], [value] = stored, values
+    assert weight.encoding == "fp8"
+    assert torch.equal(weight.scale, scales)
+    rows, cols = torch.arange(200) // 128, torch.arange(300) // 128
+    assert torch.equal(value, codes.float() * scales[rows][:, cols])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_int4_values(dtype: torch.dtype, tmp_path: Path) -> None:
+    codes = torch.randint(0, 16, (6, 64))
+    packed = torch.tensor(
+        [
+            [sum(int(c) << 4 * i for i, c in enumerate(row[8 * w : 8 * w + 8])) for w in range(8)]
+            for row in codes
+        ]
+    )
+    scales = (torch.rand(6, 2) + 0.5).to(dtype)
+    tensors = {
+        "a.weight_packed": torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32),
+        "a.weight_scale": scales,
+        "a.weight_shape": torch.tensor([6, 64]),
+    }
+    write_safetensors(tmp_path, tensors)
+    values: list[Tensor] = []
+    load_weights(Checkpoint.open(tmp_path), {"a.weight": TensorSpec((6, 64), values.append)})
+    assert torch.equal(values[0], (codes - 8.0) * scales.float().repeat_interleave(32, 1))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"weight": "fp8"}, "is fp8 without weight_scale_inv"),
+        ({"weight": "fp8", "weight_scale": torch.ones(1)}, "it has scale"),
+        ({"weight": "fp8", "weight_scale_inv": torch.ones(2, 1)}, "shape [2, 1], not [1, 1]"),
+        ({"weight": "fp8", "weight_scale_inv": torch.ones(1, 1).double()}, "scales of dtype F64"),
+        ({"weight": torch.zeros(80, 96, dtype=torch.int8)}, "is stored as I8; supported"),
+        ({"weight_packed": "int4"}, "has no weight_scale"),
+        ({"weight_packed": "int4", "weight_scale": torch.ones(80, 1)}, "[80, 1], not [80, 3]"),
+        ({"weight_packed": "int4", "weight_zero_point": torch.ones(1)}, "is asymmetric int4"),
+        ({"weight_packed": "int4", "weight_g_idx": torch.ones(1)}, "is reordered int4"),
+        ({"weight_packed": torch.zeros(80, 12)}, "is F32 [80, 12]; supported: I32"),
+        (
+            {
+                "weight_packed": torch.zeros(80, 10, dtype=torch.int32),
+                "weight_scale": torch.ones(80, 3),
+            },
+            "has 80 columns",
+        ),
+    ],
+)
+def test_quantised_weights_that_do_not_fit(
+    parts: dict[str, Tensor | str], message: str, plain: Path, tmp_path: Path
+) -> None:
+    known = {
+        "fp8": torch.zeros(80, 96).to(torch.float8_e4m3fn),
+        "int4": torch.zeros(80, 12, dtype=torch.int32),
+    }
 
     def edit(tensors: dict[str, Tensor]) -> None:
-        for name in [n for n in tensors if n.endswith("_proj.weight")]:
-            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+        del tensors[f"{EXPERT}.weight"]
+        for name, part in parts.items():
+            tensors[f"{EXPERT}.{name}"] = known[part] if isinstance(part, str) else part
 
-    damage.edit_tensors(tmp_path, edit)
-    with pytest.raises(
-        ValueError, match="stored as F8_E4M3: fp8 checkpoints are not supported yet"
-    ) as e:
-        Target(plain).load(tmp_path)
+    target = Target(plain)
+    with pytest.raises(ValueError, match=re.escape(message)) as e:
+        target.load(_edited(tmp_path, edit))
+    assert f"1 of another form: {EXPERT}.weight" in str(e.value)
     assert "unexpected" not in str(e.value)
     assert "missing" not in str(e.value)
+    assert target.got == {}
 
 
-def test_packed_int4_checkpoint(plain: Path, tmp_path: Path) -> None:
-    make(tmp_path)
-
+def test_scales_without_a_weight(plain: Path, tmp_path: Path) -> None:
     def edit(tensors: dict[str, Tensor]) -> None:
-        for name in [n for n in tensors if ".experts." in n]:
-            stem = name.removesuffix(".weight")
-            shape = torch.tensor(tensors.pop(name).shape)
-            tensors[f"{stem}.weight_packed"] = torch.zeros(4, 4, dtype=torch.int32)
-            tensors[f"{stem}.weight_scale"] = torch.ones(4, 4, dtype=torch.bfloat16)
-            tensors[f"{stem}.weight_shape"] = shape
+        tensors["model.norm.weight_scale_inv"] = torch.ones(1, 1)
 
-    damage.edit_tensors(tmp_path, edit)
-    with pytest.raises(ValueError, match="packed integer checkpoints are not supported yet") as e:
-        Target(plain).load(tmp_path)
-    assert "unexpected" not in str(e.value)
-    assert "missing" not in str(e.value)
+    with pytest.raises(ValueError, match=r"1 unexpected: model\.norm\.weight_scale_inv"):
+        Target(plain).load(_edited(tmp_path, edit))
+
+
+def test_ue8m0_scales(tmp_path: Path) -> None:
+    exponents = torch.tensor([[0, 127], [126, 254]], dtype=torch.uint8)
+    tensors = {
+        "a.weight": torch.ones(256, 256).to(torch.float8_e4m3fn),
+        "a.weight_scale_inv": exponents.view(torch.float8_e8m0fnu),
+    }
+    write_safetensors(tmp_path, tensors)
+    values: list[Tensor] = []
+    spec = TensorSpec((256, 256), lambda value: values.append(value.clone()))
+    load_weights(Checkpoint.open(tmp_path), {"a.weight": spec})
+    assert values[0][::128, ::128].tolist() == [[2.0**-127, 1.0], [0.5, 2.0**127]]
+    exponents[0, 0] = 255
+    write_safetensors(tmp_path, tensors)
+    with pytest.raises(ValueError, match="ue8m0 scales hold NaN"):
+        load_weights(Checkpoint.open(tmp_path), {"a.weight": spec})
 
 
 def test_the_same_tensor_under_two_names(plain: Path, tmp_path: Path) -> None:

@@ -88,9 +88,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        type=options.names_of(EXPERT_FORMATS),
+        type=options.names_of(("auto", "native", *EXPERT_FORMATS)),
         metavar="F,..",
-        help=f"of {', '.join(EXPERT_FORMATS)}",
+        help=f"of auto, native, {', '.join(EXPERT_FORMATS)}",
     )
     parser.add_argument("--dense-format", choices=DENSE_FORMATS, help="type of all other weights")
     options.add_isa_option(parser)

@@ -56,8 +56,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--expert-format",
-        choices=EXPERT_FORMATS,
-        help="how routed experts are kept in memory (default int4_g32)",
+        choices=("auto", "native", *EXPERT_FORMATS),
+        help="how routed experts are kept in memory (default auto: int4_g32, or the checkpoint's own "
+        "format, native, if that has about 4 bits)",
     )
     group.add_argument(
         "--dense-format", choices=DENSE_FORMATS, help="type of all other weights (default int8)"

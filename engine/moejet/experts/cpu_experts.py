@@ -16,7 +16,8 @@ from moejet import topology
 from moejet.config import env_num_threads, env_numa_nodes
 from moejet.extension import load_extension, report_placement, resolve_isa
 from moejet.ops.experts import moe_experts
-from moejet.ops.linear import fp8_bytes
+from moejet.ops.linear import fp8_bytes, packing_arguments
+from moejet.weights.stored import StoredWeight
 
 if TYPE_CHECKING:
     from moejet._C import ThreadPool
@@ -139,6 +140,11 @@ class CpuExperts:
         """
         w = fp8_bytes(w, scale_inv)
         self.weights.set_projection(expert, projection, w, self.pool, self.isa, scale_inv=scale_inv)
+
+    def set_stored(self, expert: int, projection: str, weight: StoredWeight) -> None:
+        """Packs a quantised weight of a checkpoint, losslessly where `format` allows; see `packing_arguments`."""
+        w, scales = packing_arguments(weight)
+        self.weights.set_projection(expert, projection, w, self.pool, self.isa, **scales)
 
     def fill_random(self, seed: int) -> None:
         """Random weights of plausible size, the same for the same seed."""

@@ -51,7 +51,8 @@ class Linear:
         self.packed.set(0, weight)
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
-        specs = {f"{prefix}.weight": TensorSpec(self.shape, self.load)}
+        stored = partial(self.packed.set_stored, 0)
+        specs = {f"{prefix}.weight": TensorSpec(self.shape, self.load, load_stored=stored)}
         if self.bias is not None:
             specs[f"{prefix}.bias"] = TensorSpec.copy_into(self.bias)
         return specs
@@ -105,7 +106,9 @@ class GatedMLP:
         inner = (self.intermediate_size, self.hidden_size)
         return {
             f"{prefix}.{name}_proj.weight": TensorSpec(
-                shape, partial(self.packed.set_projection, 0, name)
+                shape,
+                partial(self.packed.set_projection, 0, name),
+                load_stored=partial(self.packed.set_stored, 0, name),
             )
             for name, shape in (("gate", inner), ("up", inner), ("down", inner[::-1]))
         }

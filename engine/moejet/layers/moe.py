@@ -69,6 +69,8 @@ class MoE:
                 ("down", (hidden, inter)),
             ):
                 specs[f"{prefix}.experts.{expert}.{name}_proj.weight"] = TensorSpec(
-                    shape, partial(self.experts.set_projection, expert, name)
+                    shape,
+                    partial(self.experts.set_projection, expert, name),
+                    load_stored=partial(self.experts.set_stored, expert, name),
                 )
         return specs

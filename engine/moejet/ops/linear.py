@@ -16,6 +16,7 @@ from torch import Tensor, from_numpy
 
 from moejet.config import use_reference
 from moejet.extension import load_extension, report_placement, resolve_isa
+from moejet.weights.stored import StoredWeight
 
 if TYPE_CHECKING:
     from moejet._C import ThreadPool
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
 def fp8_bytes(w: Tensor, scale_inv: Tensor | None) -> Tensor:
     """w, or its bytes if it is float8_e4m3fn with scales: not every torch exports that type."""
     return w.view(torch.uint8) if scale_inv is not None and w.dtype == torch.float8_e4m3fn else w
+
+
+def packing_arguments(weight: StoredWeight) -> tuple[Tensor, dict[str, Tensor]]:
+    """(w, scale arguments) with which the extension packs a stored weight.
+
+    fp8 stays as it is in the format fp8, int4 with bf16 scales in the format int4_g32; other formats quantise the
+    products. int4 with wider scales is dequantised here.
+    """
+    scale = weight.scale
+    if weight.encoding == "fp8" and scale is not None:
+        return weight.data, {"scale_inv": scale.contiguous()}
+    if weight.encoding == "int4" and scale is not None and scale.dtype == torch.bfloat16:
+        return weight.data, {"group_scales": scale.contiguous()}
+    return weight.dequantize(), {}
 
 
 class PackedMatrices:
@@ -50,6 +65,11 @@ class PackedMatrices:
         """
         w = fp8_bytes(w, scale_inv)
         self.weights.set(matrix, w, self.pool, self.isa, scale_inv=scale_inv)
+
+    def set_stored(self, matrix: int, weight: StoredWeight) -> None:
+        """Packs a quantised weight of a checkpoint, losslessly where `format` allows; see `packing_arguments`."""
+        w, scales = packing_arguments(weight)
+        self.weights.set(matrix, w, self.pool, self.isa, **scales)
 
     def dequantize(self, matrix: int) -> Tensor:
         """The values that the kernels compute with, fp32 [rows, cols]."""

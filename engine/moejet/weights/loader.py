@@ -1,7 +1,7 @@
 """Streams a checkpoint into a model: match every name first, then one reader thread feeds the packing.
 
 The model says what it wants as `{checkpoint name: TensorSpec}`; experts are wanted one by one. `plan_load` maps the
-checkpoint's tensors onto those names (multimodal prefixes dropped, stacked experts sliced, parts that text generation
+checkpoint's weights (`moejet.weights.sources`) onto those names (stacked experts sliced, parts that text generation
 does not use left out) and refuses with all differences at once. Only then is data read (`moejet.weights.reader`).
 """
 
@@ -14,15 +14,14 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from moejet.weights.checkpoint import TORCH_DTYPES, Checkpoint, TensorInfo
+from moejet.weights.checkpoint import Checkpoint
 from moejet.weights.progress import LoadProgress, ProgressLine
 from moejet.weights.reader import Piece, read_pieces
+from moejet.weights.sources import SourceWeight, assemble, plain_name
 from moejet.weights.spec import TensorSpec
 
 logger = logging.getLogger(__name__)
 
-# Multimodal checkpoints nest the language model; the longest prefix is tried first.
-_PREFIXES = ("model.language_model.", "language_model.")
 _IGNORED = re.compile(
     r"(.*\.)?rotary_emb\.inv_freq"
     r"|(model\.)?(vision_tower|vision_model|visual|mm_projector|multi_modal_projector)\..*"
@@ -30,9 +29,6 @@ _IGNORED = re.compile(
 )
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _STACKED = re.compile(r"(?P<prefix>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)(\.weight)?")
-_SCALES = re.compile(
-    r".*\.(weight_scale_inv|weight_scale|weight_zero_point|weight_shape|input_scale)"
-)
 _LISTED = 10
 
 
@@ -59,8 +55,8 @@ class _Plan:
     unexpected: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)  # prefixes of stacked experts among them
-    quantised: dict[str, list[str]] = field(default_factory=dict)
-    wrong_dtype: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)  # names of weights among them
 
 
 def load_weights(
@@ -86,16 +82,16 @@ def load_weights(
     done = 0
     try:
         with closing(read_pieces(plan.pieces)) as stream:
-            for piece, tensor in stream:
+            for piece, weight in stream:
                 try:
-                    piece.spec.load(tensor)
+                    piece.spec.take(weight)
                 except ValueError as error:
-                    where = f"{piece.name} in {piece.source.file.name}"
+                    where = f"{piece.name} in {piece.source.info.file.name}"
                     raise ValueError(f"{where} cannot be packed: {error}") from error
                 except Exception as error:
-                    error.add_note(f"while loading {piece.name} from {piece.source.file}")
+                    error.add_note(f"while loading {piece.name} from {piece.source.info.file}")
                     raise
-                del tensor
+                del weight
                 done += piece.num_bytes
                 progress = LoadProgress(done, total, time.perf_counter() - start, piece.name)
                 line.update(progress)
@@ -123,19 +119,25 @@ def plan_load(
     """Matches checkpoint and specs without reading data; ValueError lists all differences."""
     plan = _Plan()
     num_layers = num_hidden_layers or 1 + max((_layer_of(name) for name in specs), default=-1)
-    seen: dict[str, str] = {}
+    wanted = []
     for info in checkpoint:
-        name = _plain_name(info.name)
-        if _is_ignored(name, num_layers) or (name == "lm_head.weight" and name not in specs):
-            # A tied model has no lm_head of its own even where the file repeats the embedding.
+        name = plain_name(info.name)
+        # A tied model has no lm_head of its own even where the file repeats the embedding.
+        tied = name.startswith("lm_head.weight") and "lm_head.weight" not in specs
+        if tied or _is_ignored(name, num_layers):
             plan.ignored.append(info.name)
-            continue
-        pieces = _match(name, info, specs, plan)
-        for piece in pieces:
+        else:
+            wanted.append(info)
+    sources = assemble(wanted)
+    plan.unsupported, plan.broken = sources.unsupported, sources.broken
+    plan.unexpected += sources.orphans
+    seen: dict[str, str] = {}
+    for source in sources.weights:
+        for piece in _match(source, specs, plan):
             if piece.name in seen:
-                plan.unexpected.append(f"{info.name} (same as {seen[piece.name]})")
+                plan.unexpected.append(f"{source.info.name} (same as {seen[piece.name]})")
             else:
-                seen[piece.name] = info.name
+                seen[piece.name] = source.info.name
                 plan.pieces.append(piece)
     missing: list[str] = []
     for name, spec in specs.items():
@@ -150,60 +152,50 @@ def plan_load(
     return plan
 
 
-def _match(name: str, info: TensorInfo, specs: dict[str, TensorSpec], plan: _Plan) -> list[Piece]:
-    """Pieces of one stored tensor; what does not fit goes into the lists of `plan`."""
-    if info.dtype not in TORCH_DTYPES:
-        if name in specs or _STACKED.fullmatch(name) or name.endswith(".weight_packed"):
-            plan.quantised.setdefault(info.dtype, []).append(info.name)
-            # One report is enough: the tensor is there, in a form that cannot be read.
-            return [Piece(name, specs[name], info, info.offset)] if name in specs else []
-    elif name in specs:
+def _match(source: SourceWeight, specs: dict[str, TensorSpec], plan: _Plan) -> list[Piece]:
+    """Pieces of one weight; what does not fit goes into the lists of `plan`."""
+    name = source.name
+    if name in specs:
         spec = specs[name]
-        if spec.shape != info.shape:
-            plan.misshaped.append(f"{info.name} is {list(info.shape)}, not {list(spec.shape)}")
-        return [Piece(name, spec, info, info.offset)]
+        if spec.shape != source.shape:
+            plan.misshaped.append(
+                f"{source.info.name} is {list(source.shape)}, not {list(spec.shape)}"
+            )
+        return [Piece(name, spec, source, source.info.offset)]
     stacked = _STACKED.fullmatch(name)
-    if stacked and info.dtype in TORCH_DTYPES:
-        pieces = _slice_experts(stacked["prefix"], stacked["kind"], info, specs)
+    if stacked and source.encoding == "plain":
+        pieces = _slice_experts(stacked["prefix"], stacked["kind"], source, specs)
         if pieces is not None:
             return pieces
         if f"{stacked['prefix']}.0.down_proj.weight" in specs:
-            plan.misshaped.append(f"{info.name} is {list(info.shape)}, which does not fit")
+            plan.misshaped.append(f"{source.info.name} is {list(source.shape)}, which does not fit")
             plan.misfits.append(f"{stacked['prefix']}.")
             return []
-    plan.unexpected.append(info.name)
+    plan.unexpected.append(source.info.name)
     return []
 
 
 def _slice_experts(
-    prefix: str, kind: str, info: TensorInfo, specs: dict[str, TensorSpec]
+    prefix: str, kind: str, source: SourceWeight, specs: dict[str, TensorSpec]
 ) -> list[Piece] | None:
     """gate_up_proj [E, 2I, D] or down_proj [E, D, I] as per-expert pieces; None if shapes differ."""
-    if len(info.shape) != 3:
+    if len(source.shape) != 3:
         return None
-    num_experts, rows, columns = info.shape
+    num_experts, rows, columns = source.shape
     names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     if f"{prefix}.{num_experts}.down_proj.weight" in specs:
         return None
     part_shape = (rows // len(names), columns)
-    part_bytes = info.num_bytes // max(1, num_experts * len(names))
+    part_bytes = source.num_bytes // max(1, num_experts * len(names))
     pieces = []
     for expert in range(num_experts):
         for part, projection in enumerate(names):
             spec = specs.get(f"{prefix}.{expert}.{projection}.weight")
             if spec is None or spec.shape != part_shape or rows % len(names):
                 return None
-            offset = info.offset + (expert * len(names) + part) * part_bytes
-            pieces.append(Piece(f"{prefix}.{expert}.{projection}.weight", spec, info, offset))
+            offset = source.info.offset + (expert * len(names) + part) * part_bytes
+            pieces.append(Piece(f"{prefix}.{expert}.{projection}.weight", spec, source, offset))
     return pieces
-
-
-def _plain_name(name: str) -> str:
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            rest = name.removeprefix(prefix)
-            return rest if rest.startswith(("model.", "lm_head.")) else f"model.{rest}"
-    return name
 
 
 def _is_ignored(name: str, num_layers: int) -> bool:
@@ -217,29 +209,12 @@ def _layer_of(name: str) -> int:
 
 def _refuse(checkpoint: Checkpoint, plan: _Plan, missing: list[str]) -> None:
     problems = []
-    for dtype, names in plan.quantised.items():
-        kind = "fp8" if dtype.startswith("F8") else "packed integer"
-        if dtype in ("F64", "BOOL"):
-            problems.append(
-                f"{len(names)} of dtype {dtype} (supported: F32, F16, BF16): {_few(names)}"
-            )
-        else:
-            problems.append(
-                f"{len(names)} stored as {dtype}: {kind} checkpoints are not supported yet, use a "
-                f"bf16 copy: {_few(names)}"
-            )
-    if plan.quantised:
-        # Scales and the tensors that packed names stand for follow from the dtype.
-        plan.unexpected = [n for n in plan.unexpected if not _SCALES.fullmatch(n)]
-        packed = {
-            _plain_name(n).replace(".weight_packed", ".weight")
-            for names in plan.quantised.values()
-            for n in names
-        }
-        stacked = tuple(
-            n.rsplit(".experts.", 1)[0] + ".experts." for n in packed if ".experts." in n
-        )
-        missing = [n for n in missing if n not in packed and not n.startswith(stacked or "\0")]
+    if plan.unsupported:
+        problems.append(f"{len(plan.unsupported)} of another form: {_few(plan.unsupported, '; ')}")
+        # One report is enough: they are there, in a form that cannot be read.
+        missing = [name for name in missing if name not in plan.broken]
+        stacked = [m["prefix"] for n in plan.broken if (m := _STACKED.fullmatch(n))]
+        plan.misfits += [f"{prefix}." for prefix in stacked]
     missing = [name for name in missing if not name.startswith(tuple(plan.misfits))]
     if missing:
         hint = ""
@@ -256,6 +231,6 @@ def _refuse(checkpoint: Checkpoint, plan: _Plan, missing: list[str]) -> None:
         )
 
 
-def _few(names: list[str]) -> str:
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+def _few(names: list[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return separator.join(names[:_LISTED]) + more

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moejet.weights.checkpoint import TORCH_DTYPES, TensorInfo, read_tensor
+from moejet.weights.checkpoint import TORCH_DTYPES, read_tensor
+from moejet.weights.sources import SourceWeight
 from moejet.weights.spec import TensorSpec
+from moejet.weights.stored import StoredWeight, scale_values
 
 # What may wait to be packed, and again what recycled buffers may hold; one larger piece is read alone.
 READ_AHEAD_BYTES = 256 << 20
@@ -25,19 +27,21 @@ _RECYCLED_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One contiguous read: a whole tensor, or one expert's slice of a stacked one."""
+    """One weight: a whole tensor with its scales, or one expert's slice of a stacked one."""
 
     name: str
     spec: TensorSpec
-    source: TensorInfo
+    source: SourceWeight
     offset: int
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.spec.shape) * TORCH_DTYPES[self.source.dtype].itemsize
+        if self.source.encoding != "plain":
+            return self.source.num_bytes
+        return math.prod(self.spec.shape) * TORCH_DTYPES[self.source.info.dtype].itemsize
 
 
-def read_pieces(pieces: list[Piece]) -> Generator[tuple[Piece, Tensor]]:
+def read_pieces(pieces: list[Piece]) -> Generator[tuple[Piece, StoredWeight]]:
     """Yields pieces in order while a thread reads ahead; closing the generator ends the thread."""
     reader = _Reader(pieces)
     reader.start()
@@ -46,11 +50,11 @@ def read_pieces(pieces: list[Piece]) -> Generator[tuple[Piece, Tensor]]:
             item = reader.ready.get()
             if isinstance(item, BaseException):
                 raise item
-            buffer, tensor = item
-            yield piece, tensor
-            # The generator is resumed when the consumer is done with the tensor.
+            buffer, weight = item
+            yield piece, weight
+            # The generator is resumed when the consumer is done with the weight.
             reader.release(buffer, piece.num_bytes)
-            del item, buffer, tensor
+            del item, buffer, weight
     finally:
         reader.stop()
 
@@ -91,35 +95,49 @@ class _Reader(threading.Thread):
     def __init__(self, pieces: list[Piece]):
         super().__init__(name="moejet-read", daemon=True)
         self.pieces = pieces
-        self.ready: queue.SimpleQueue[tuple[Tensor, Tensor] | BaseException] = queue.SimpleQueue()
+        self.ready: queue.SimpleQueue[tuple[Tensor, StoredWeight] | BaseException]
+        self.ready = queue.SimpleQueue()
+        self._files = _OpenFiles()
         self._buffers = _Buffers()
         self._waiting_bytes = 0
         self._stopped = False
         self._changed = threading.Condition()
 
     def run(self) -> None:
-        files: dict[Path, int] = {}
         try:
             for piece in self.pieces:
                 buffer = self._reserve(piece.num_bytes)
                 if buffer is None:
                     return
-                file = piece.source.file
-                if file not in files:
-                    _close_all(files)
-                    files[file] = os.open(file, os.O_RDONLY)
-                    os.posix_fadvise(files[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                dtype = TORCH_DTYPES[piece.source.dtype]
                 try:
-                    tensor = read_tensor(files[file], piece.offset, piece.spec.shape, dtype, buffer)
+                    weight = self._read(piece, buffer)
                 except ValueError as error:
-                    raise ValueError(f"{file}: {error}") from error
-                self.ready.put((buffer, tensor))
-                del buffer, tensor
+                    raise ValueError(f"{piece.source.info.file}: {error}") from error
+                self.ready.put((buffer, weight))
+                del buffer, weight
         except BaseException as error:  # handed to the consumer, which raises it
             self.ready.put(error)
         finally:
-            _close_all(files)
+            self._files.close()
+
+    def _read(self, piece: Piece, buffer: Tensor) -> StoredWeight:
+        source, shape = piece.source, piece.spec.shape
+        fd = self._files.open(source.info.file)
+        if source.encoding == "plain":
+            dtype = TORCH_DTYPES[source.info.dtype]
+            return StoredWeight(shape, read_tensor(fd, piece.offset, shape, dtype, buffer))
+        rows = shape[0]
+        raw_shape = (rows, source.info.num_bytes // rows)
+        data = read_tensor(fd, piece.offset, raw_shape, torch.uint8, buffer)
+        scale = None
+        if source.scale is not None:
+            info = source.scale
+            fd = self._files.open(info.file)
+            dtype = TORCH_DTYPES.get(info.dtype, torch.uint8)
+            scale = read_tensor(fd, info.offset, info.shape, dtype)
+            if source.encoding == "fp8":
+                scale = scale_values(scale, info.dtype)
+        return StoredWeight(shape, data, source.encoding, scale)
 
     def _reserve(self, num_bytes: int) -> Tensor | None:
         """A buffer once little enough is waiting, or None if reading has to end."""
@@ -149,7 +167,23 @@ class _Reader(threading.Thread):
         self.join()
 
 
-def _close_all(files: dict[Path, int]) -> None:
-    for fd in files.values():
-        os.close(fd)
-    files.clear()
+class _OpenFiles:
+    """Descriptors of the shards in use: scales may lie in another one than their codes."""
+
+    _MOST = 16
+
+    def __init__(self) -> None:
+        self._files: dict[Path, int] = {}
+
+    def open(self, file: Path) -> int:
+        if file not in self._files:
+            if len(self._files) == self._MOST:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[file] = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(self._files[file], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._files[file]
+
+    def close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
