@@ -16,6 +16,7 @@
 #include "isa.h"
 #include "kernels.h"
 #include "linear.h"
+#include "memory_bindings.h"
 #include "moe.h"
 #include "ops_bindings.h"
 #include "program_bindings.h"
@@ -440,6 +441,7 @@ PYBIND11_MODULE(_C, m) {
   register_pool(m);
   register_weights(m);
   register_linear(m);
+  register_memory(m);
   register_ops(m);
   register_ceilings(m);
   register_program(m);

@@ -61,6 +61,7 @@ class ExpertWeights {
   int64_t bytes() const { return memory_.bytes(); }
   // Why the system would not place the memory on its nodes, or empty.
   std::string bind_error() const { return memory_.bind_error(); }
+  const NodeMemory& memory() const { return memory_; }
 
  private:
   PanelLayout layout(int64_t expert, Projection projection) const;

@@ -48,6 +48,9 @@
 
 namespace moejet {
 
+// Counts up with every change of what packed bytes mean: cached ones of another version are stale.
+constexpr int kPackLayoutVersion = 1;
+
 enum class Format { kInt4G32 = 0, kInt8, kBf16, kFp8, kFp32 };
 constexpr int kNumFormats = 5;
 

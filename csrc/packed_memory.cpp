@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <system_error>
 
 #include "sanitizer.h"
 
@@ -71,6 +72,19 @@ PackedMemory::PackedMemory(int64_t count, int64_t bytes_each, const char* what, 
   poison(data_ + bytes_, end - (data_ + bytes_));
 }
 
+void PackedMemory::map_file(int fd, int64_t offset) {
+  if (bytes_ == 0) return;
+  unpoison(mapping_, static_cast<int64_t>(mapping_bytes_));
+  const void* view = mmap(data_, static_cast<size_t>(bytes_), PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, offset);
+  if (view == MAP_FAILED) {
+    throw std::system_error(errno, std::generic_category(), "cannot map packed weights");
+  }
+#if defined(MADV_HUGEPAGE)
+  madvise(data_, static_cast<size_t>(bytes_), MADV_HUGEPAGE);
+#endif
+}
+
 PackedMemory::~PackedMemory() {
   unpoison(mapping_, static_cast<int64_t>(mapping_bytes_));
   munmap(mapping_, mapping_bytes_);
@@ -81,6 +95,7 @@ NodeMemory::NodeMemory(const std::vector<int>& nodes, int64_t count,
     : slice_bytes_(std::move(slice_bytes)) {
   for (size_t node = 0; node < nodes.size(); ++node) {
     parts_.push_back(std::make_unique<PackedMemory>(count, slice_bytes_[node], what, nodes[node]));
+    is_placed_ |= nodes[node] != kAnyNode;
   }
 }
 

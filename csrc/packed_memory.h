@@ -37,6 +37,11 @@ class PackedMemory {
   PackedMemory(const PackedMemory&) = delete;
   PackedMemory& operator=(const PackedMemory&) = delete;
 
+  // Puts a private view of the file's bytes from `offset` on, a multiple of the page size, in place
+  // of the memory: shared with other processes until written to. The file must be long enough and
+  // stay as it is. Throws std::system_error.
+  void map_file(int fd, int64_t offset);
+
   uint8_t* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
   // Why the system refused to place the memory; empty if it did or was not asked. Then the worker
@@ -60,11 +65,16 @@ class NodeMemory {
              const char* what);
 
   int num_nodes() const { return static_cast<int>(parts_.size()); }
+  // Some part was to lie on one node of the system.
+  bool is_placed() const { return is_placed_; }
   int64_t slice_bytes(int node) const { return slice_bytes_[static_cast<size_t>(node)]; }
   uint8_t* slice(int64_t object, int node) const {
     return parts_[static_cast<size_t>(node)]->data() + object * slice_bytes(node);
   }
   int64_t node_bytes(int node) const { return parts_[static_cast<size_t>(node)]->bytes(); }
+  void map_file(int node, int fd, int64_t offset) const {
+    parts_[static_cast<size_t>(node)]->map_file(fd, offset);
+  }
   int64_t bytes() const;
   // Of the first node that has one.
   std::string bind_error() const;
@@ -72,6 +82,7 @@ class NodeMemory {
  private:
   std::vector<int64_t> slice_bytes_;
   std::vector<std::unique_ptr<PackedMemory>> parts_;
+  bool is_placed_ = false;
 };
 
 }  // namespace moejet

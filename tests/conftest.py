@@ -6,6 +6,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import settings
 
+# Packed weights are kept only where a test asks for it.
+os.environ["MOEJET_CACHE"] = "off"
 # A loaded machine makes any example slow; in CI the same examples come every time.
 settings.register_profile("moejet", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("moejet")

@@ -25,6 +25,12 @@ def cpu_info() -> dict[str, Any]:
 def resolve_isa(name: str = "auto", max_isa: str | None = None) -> str:
     """The set to use. A name that is unknown, unusable or above max_isa raises ValueError."""
 
+PACK_LAYOUT_VERSION: int
+"""Counts up with every change of what packed bytes mean."""
+
+def checksum(data: Any) -> int:
+    """A 64-bit hash of contiguous bytes (any buffer), against accidents and not attacks."""
+
 def min_tile_rows(format: str, isa: str = "auto") -> int:
     """Rows of one expert from which tile kernels (bf16 arithmetic) compute it; 0: never."""
 
@@ -69,6 +75,19 @@ class ExpertWeights:
         format: str,
         memory_nodes: list[int] = ...,
     ) -> None: ...
+    @property
+    def is_placed(self) -> bool:
+        """Whether memory was asked to lie on certain nodes of the system."""
+
+    def buffers(self) -> list[NDArray[np.uint8]]:
+        """The packed bytes, one array for each memory node; the arrays keep the weights alive."""
+
+    def map_file(self, fd: int, offsets: list[int]) -> None:
+        """Puts private views of a file, from these multiples of the page size on, in place of `buffers`.
+
+        The file must be long enough and must not change. OSError if the system refuses.
+        """
+
     @property
     def bind_error(self) -> str:
         """Why the system refused to place the memory on its nodes; empty if it did not."""
@@ -136,6 +155,19 @@ class LinearWeights:
         format: str,
         memory_nodes: list[int] = ...,
     ) -> None: ...
+    @property
+    def is_placed(self) -> bool:
+        """Whether memory was asked to lie on certain nodes of the system."""
+
+    def buffers(self) -> list[NDArray[np.uint8]]:
+        """The packed bytes, one array for each memory node; the arrays keep the weights alive."""
+
+    def map_file(self, fd: int, offsets: list[int]) -> None:
+        """Puts private views of a file, from these multiples of the page size on, in place of `buffers`.
+
+        The file must be long enough and must not change. OSError if the system refuses.
+        """
+
     @property
     def bind_error(self) -> str: ...
     def set(

@@ -29,6 +29,7 @@ _NATIVE_FORMATS: dict[Quantization | None, ExpertFormat] = {
 }
 DENSE_FORMATS: tuple[str, ...] = get_args(DenseFormat)
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
+PackedCache = Literal["auto", "on", "off", "verify"]
 # Bits per weight, scales included.
 FORMAT_BITS = {"int4_g32": 4.5, "int8": 8.25, "fp8": 8.125, "bf16": 16.0, "fp32": 32.0}
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
@@ -438,7 +439,8 @@ class EngineConfig:
     max_context: tokens per request (None: the model's, at most 32768) · max_num_requests: that run together
     max_batch_tokens: tokens per step, so also the prefill chunk · block_size: tokens per cache block
     cache_tokens: capacity of the latent cache (None: max_context, or 8192 if that is more)
-    num_threads: CPU workers (None: physical cores that this process may use)
+    packed_cache: keep packed weights on disk for the next start ("auto": if they are large; "verify": compare checksums
+    on loading; MOEJET_CACHE says where) · num_threads: CPU workers (None: physical cores that this process may use)
     isa: "auto" or the instruction set to use · seed: base of requests that bring none of their own
     show_progress: a bar while loading (None: if stderr is a terminal)
     """
@@ -453,6 +455,7 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     cache_tokens: int | None = None
     block_size: int = 32
+    packed_cache: PackedCache = "auto"
     num_threads: int | None = None
     isa: str = "auto"
     seed: int | None = None
@@ -482,6 +485,7 @@ class EngineConfig:
         _require_choice("expert_format", self.expert_format, get_args(ExpertFormat))
         _require_choice("dense_format", self.dense_format, DENSE_FORMATS)
         _require_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
+        _require_choice("packed_cache", self.packed_cache, get_args(PackedCache))
         _require_choice("isa", self.isa, ("auto", *ISAS, "amx_emulated"))
         for name in ("max_num_requests", "max_batch_tokens", "block_size"):
             _require_positive(name, getattr(self, name))
@@ -529,6 +533,17 @@ def env_numa_nodes() -> int | None:
     if not value.isdigit() or not 1 <= int(value) <= 64:
         raise ValueError(f"MOEJET_NUMA_NODES={value!r} must be an integer from 1 to 64")
     return int(value)
+
+
+def env_cache_dir() -> Path | None:
+    """MOEJET_CACHE: where packed weights are kept, or "off"; default: moejet in the user's cache directory."""
+    value = os.environ.get("MOEJET_CACHE")
+    if value == "off":
+        return None
+    if value:
+        return Path(value).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "moejet"
 
 
 def use_reference() -> bool:

@@ -24,6 +24,15 @@ from moejet.request import SamplingParams
 from moejet.runner import ModelRunner
 from moejet.tokenizer import Tokenizer
 from moejet.weights import Checkpoint, load_weights, resolve_model
+from moejet.weights.packed_cache import (
+    MIN_BYTES as MIN_CACHED_BYTES,
+)
+from moejet.weights.packed_cache import (
+    BackgroundWriter,
+    CacheFile,
+    cache_directory,
+    cache_key,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +44,6 @@ def load_engine(config: EngineConfig) -> Engine:
     """Loads a checkpoint. Raises ValueError with a remedy for anything wrong with it."""
     path = resolve_model(config.model, config.revision)
     model_config = ModelConfig.from_hf(path)
-    checkpoint = Checkpoint.open(path)
     tokenizer = Tokenizer.from_path(path)
     if tokenizer.vocab_size > model_config.vocab_size:
         logger.warning(
@@ -46,14 +54,45 @@ def load_engine(config: EngineConfig) -> Engine:
     config = config.for_model(model_config)
     engine = _create_engine(config, model_config, tokenizer)
     try:
-        load_weights(
-            checkpoint, engine.runner.model.tensor_specs(), show_progress=config.show_progress
-        )
+        _load(engine, path)
     except BaseException:
         engine.close()
         raise
     engine.default_params = _read_default_params(path)
     return engine
+
+
+def _load(engine: Engine, path: Path) -> None:
+    """Fills the model from the packed cache, or from the checkpoint, which is then cached."""
+    config, model = engine.config, engine.runner.model
+    file = _cache_file(engine, path)
+    if file is not None and file.load(model.state(), verify=config.packed_cache == "verify"):
+        logger.info("mapped packed weights from %s", file.path)
+        return
+    load_weights(Checkpoint.open(path), model.tensor_specs(), show_progress=config.show_progress)
+    if file is not None:
+        writer = BackgroundWriter(file, model.state())
+        close_pool = engine.on_close
+
+        def finish() -> None:
+            writer.finish()
+            close_pool()
+
+        engine.on_close = finish
+
+
+def _cache_file(engine: Engine, path: Path) -> CacheFile | None:
+    """Where the packed weights of this engine are kept, None if they are not."""
+    config, directory = engine.config, cache_directory()
+    if config.packed_cache == "off" or directory is None:
+        return None
+    cost = ModelCost.of(engine.model_config, config)
+    if config.packed_cache == "auto" and cost.weight_bytes < MIN_CACHED_BYTES:
+        return None
+    num_nodes = len(engine.runner.pool.memory_nodes)
+    return CacheFile(
+        directory, config.model, cache_key(path, config, engine.model_config, num_nodes)
+    )
 
 
 def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:

@@ -34,6 +34,7 @@ class ModelRunner:
         dense: DenseWeights,
     ):
         self.model = model
+        self.pool = dense.pool
         shape = (
             model_config.num_hidden_layers,
             num_blocks,

@@ -22,6 +22,7 @@ COMMANDS = {
     "run": ("moejet.cli.run", "answer one prompt"),
     "chat": ("moejet.cli.chat", "hold a conversation in the terminal"),
     "bench": ("moejet.cli.bench", "measure tokens per second"),
+    "cache": ("moejet.cli.cache", "list, check or remove packed weights on disk"),
     "doctor": ("moejet.cli.doctor", "check this machine and this installation"),
 }
 # Second words that make another command of the first.

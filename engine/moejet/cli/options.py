@@ -64,6 +64,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--dense-format", choices=DENSE_FORMATS, help="type of all other weights (default int8)"
     )
     group.add_argument(
+        "--packed-cache",
+        choices=("auto", "on", "off", "verify"),
+        help="keep packed weights on disk for the next start (default auto: if they are large; "
+        "verify: compare checksums on loading; MOEJET_CACHE says where)",
+    )
+    group.add_argument(
         "--max-context", type=int, metavar="N", help="room for prompt and answer, in tokens"
     )
     group.add_argument(
@@ -110,7 +116,15 @@ def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The engine options that were given, as keyword arguments for LLM."""
-    names = ("expert_format", "dense_format", "max_context", "num_threads", "isa", "revision")
+    names = (
+        "expert_format",
+        "dense_format",
+        "packed_cache",
+        "max_context",
+        "num_threads",
+        "isa",
+        "revision",
+    )
     return {n: v for n in names if (v := getattr(args, n, None)) is not None}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.ops.linear import PackedMatrices, linear
 from moejet.ops.rms_norm import rms_norm
+from moejet.weights.packed_cache import Packed
 from moejet.weights.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class Linear:
             specs[f"{prefix}.bias"] = TensorSpec.copy_into(self.bias)
         return specs
 
+    def state(self, prefix: str) -> dict[str, Tensor | Packed]:
+        """What holds the weights once they are loaded, by name: tensors and packed weights."""
+        own: dict[str, Tensor | Packed] = {prefix: self.packed}
+        return own if self.bias is None else {**own, f"{prefix}.bias": self.bias}
+
 
 class RMSNorm:
     """Root-mean-square norm of `dim` values, fp32."""
@@ -71,6 +77,9 @@ class RMSNorm:
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
         return {f"{prefix}.weight": TensorSpec.copy_into(self.weight)}
 
+    def state(self, prefix: str) -> dict[str, Tensor | Packed]:
+        return {prefix: self.weight}
+
 
 class Embedding:
     """Token embedding [V, D], bf16 or fp32; rows come out as fp32 hidden states."""
@@ -83,6 +92,9 @@ class Embedding:
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
         return {f"{prefix}.weight": TensorSpec.copy_into(self.weight)}
+
+    def state(self, prefix: str) -> dict[str, Tensor | Packed]:
+        return {prefix: self.weight}
 
 
 class GatedMLP:
@@ -112,3 +124,6 @@ class GatedMLP:
             )
             for name, shape in (("gate", inner), ("up", inner), ("down", inner[::-1]))
         }
+
+    def state(self, prefix: str) -> dict[str, Tensor | Packed]:
+        return {prefix: self.packed}

@@ -14,6 +14,7 @@ from moejet.layers.linear import DenseWeights, Linear, RMSNorm
 from moejet.ops.mla_attention import mla_attention
 from moejet.ops.rope import apply_rope
 from moejet.ops.store_latent import store_latent
+from moejet.weights.packed_cache import Packed
 from moejet.weights.spec import TensorSpec
 
 # The latent norms use this epsilon whatever rms_norm_eps says, as the published models do.
@@ -40,6 +41,13 @@ class LatentUp:
             self.w_uk.set(head, w_uk[head])
             self.w_uk_transposed.set(head, w_uk[head].T.contiguous())
             self.w_uv.set(head, w_uv[head])
+
+    def state(self, prefix: str) -> dict[str, Tensor | Packed]:
+        return {
+            f"{prefix}.w_uk": self.w_uk,
+            f"{prefix}.w_uk_transposed": self.w_uk_transposed,
+            f"{prefix}.w_uv": self.w_uv,
+        }
 
 
 def _split_heads(kv_b: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:
@@ -104,3 +112,13 @@ class MLA:
         rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
         specs[f"{prefix}.kv_b_proj.weight"] = TensorSpec((rows, config.kv_lora_rank), self.up.load)
         return specs | self.o_proj.tensor_specs(f"{prefix}.o_proj")
+
+    def state(self, prefix: str) -> dict[str, Tensor | Packed]:
+        """What holds the weights once they are loaded, by name."""
+        own = self.q_proj.state(f"{prefix}.q_proj")
+        if self.q_a_proj is not None:
+            own |= self.q_a_proj.state(f"{prefix}.q_a_proj")
+            own |= self.q_a_norm.state(f"{prefix}.q_a_norm")
+        own |= self.kv_a_proj.state(f"{prefix}.kv_a_proj")
+        own |= self.kv_a_norm.state(f"{prefix}.kv_a_norm")
+        return own | self.up.state(f"{prefix}.kv_b") | self.o_proj.state(f"{prefix}.o_proj")

@@ -13,6 +13,7 @@ from moejet.experts.cpu_experts import CpuExperts
 from moejet.layers.linear import DenseWeights, GatedMLP
 from moejet.ops.router_logits import router_logits
 from moejet.ops.router_topk import router_topk
+from moejet.weights.packed_cache import Packed
 from moejet.weights.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class Router:
         if self.bias is not None:
             specs[f"{prefix}.e_score_correction_bias"] = TensorSpec.copy_into(self.bias)
         return specs
+
+    def state(self, prefix: str) -> dict[str, Tensor | Packed]:
+        own: dict[str, Tensor | Packed] = {prefix: self.weight}
+        return own if self.bias is None else {**own, f"{prefix}.bias": self.bias}
 
 
 class MoE:
@@ -74,3 +79,10 @@ class MoE:
                     load_stored=partial(self.experts.set_stored, expert, name),
                 )
         return specs
+
+    def state(self, prefix: str) -> dict[str, Tensor | Packed]:
+        """What holds the weights once they are loaded, by name."""
+        own = self.router.state(f"{prefix}.gate") | {f"{prefix}.experts": self.experts}
+        if self.shared_experts is not None:
+            own |= self.shared_experts.state(f"{prefix}.shared_experts")
+        return own

@@ -20,6 +20,7 @@ from moejet.layers.linear import DenseWeights, Embedding, GatedMLP, Linear, RMSN
 from moejet.layers.mla import MLA
 from moejet.layers.moe import MoE
 from moejet.ops.rope import rope_table
+from moejet.weights.packed_cache import Packed
 from moejet.weights.spec import TensorSpec
 
 
@@ -56,6 +57,14 @@ class DecoderLayer:
             | self.attention.tensor_specs(f"{prefix}.self_attn")
             | self.post_attention_norm.tensor_specs(f"{prefix}.post_attention_layernorm")
             | self.mlp.tensor_specs(f"{prefix}.mlp")
+        )
+
+    def state(self, prefix: str) -> dict[str, Tensor | Packed]:
+        return (
+            self.input_norm.state(f"{prefix}.input_norm")
+            | self.attention.state(f"{prefix}.attention")
+            | self.post_attention_norm.state(f"{prefix}.post_attention_norm")
+            | self.mlp.state(f"{prefix}.mlp")
         )
 
 
@@ -116,3 +125,10 @@ class DeepseekForCausalLM:
             self.lm_head.load(weight)
 
         return specs | {name: TensorSpec(spec.shape, load_both)}
+
+    def state(self) -> dict[str, Tensor | Packed]:
+        """All that is loaded, in the form in which it is held."""
+        state = self.embed_tokens.state("embed_tokens")
+        for i, layer in enumerate(self.layers):
+            state |= layer.state(f"layers.{i}")
+        return state | self.norm.state("norm") | self.lm_head.state("lm_head")

@@ -1,0 +1,143 @@
+"""`moejet cache`: packed weights on disk, listed, checked, removed.
+
+Exit code of verify: 0 if all files are sound, 1 if one is damaged (it is then removed).
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from moejet.cli.table import write_table
+from moejet.weights import packed_cache
+
+_ACTIONS = ("list", "prune", "verify")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moejet cache`."""
+    parser.epilog = (
+        "prune without options removes what can never be used again: files of another version and "
+        "what interrupted writers left; MOEJET_CACHE names the directory\n"
+    )
+    parser.add_argument("action", nargs="?", default="list", choices=_ACTIONS)
+    parser.add_argument(
+        "--model", metavar="NAME", help="prune, verify: only files of models whose name holds NAME"
+    )
+    parser.add_argument("--all", action="store_true", help="prune: remove every file")
+    parser.add_argument(
+        "--keep", type=float, metavar="GIB", help="prune: also the least recently used, down to GIB"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
+    parser.add_argument("--json", action="store_true", help="list: print one JSON array")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    directory = packed_cache.cache_directory()
+    if directory is None:
+        raise ValueError("MOEJET_CACHE='off' switches the cache off: unset it, or name a directory")
+    if args.keep is not None and not 0 <= args.keep < float("inf"):
+        raise ValueError(f"--keep={args.keep} must be a number of GiB, 0 or more")
+    entries = [e for e in _entries(directory) if args.model is None or args.model in e["model"]]
+    if args.action == "list":
+        return _list(directory, entries, as_json=args.json)
+    if args.action == "verify":
+        return _verify(entries)
+    return _prune(directory, entries, args)
+
+
+def _entries(directory: Path) -> list[dict[str, Any]]:
+    """What is known of every file, the least recently used first; `problem` if it cannot be used."""
+    entries = []
+    for file in packed_cache.cache_files(directory):
+        stat = file.stat()
+        entry = {
+            "file": str(file),
+            "model": file.stem,
+            "gib": stat.st_size / 2**30,
+            "used": stat.st_mtime,
+            "format": "",
+            "problem": "",
+        }
+        try:
+            header = _header(file)
+            entry |= {"model": header.model, "format": header.key.get("expert_format", "")}
+            entry["problem"] = packed_cache.stale_reason(header)
+        except (ValueError, OSError) as error:
+            entry["problem"] = str(error)
+        entries.append(entry)
+    return entries
+
+
+def _header(file: Path) -> packed_cache.Header:
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        return packed_cache.read_header(fd)
+    finally:
+        os.close(fd)
+
+
+def _list(directory: Path, entries: list[dict[str, Any]], *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(entries, indent=2))
+        return 0
+    width = max((len(e["model"]) for e in entries), default=5)
+    write_table(
+        [
+            ("model", width, lambda e: e["model"]),
+            ("format", 8, lambda e: e["format"]),
+            ("GiB", 8, lambda e: f"{e['gib']:.2f}"),
+            ("last used", 16, lambda e: _day(e["used"])),
+            ("problem", 7, lambda e: e["problem"]),
+        ],
+        entries,
+    )
+    total = sum(e["gib"] for e in entries)
+    print(f"{directory}: {len(entries)} files, {total:.2f} GiB")
+    leftover = packed_cache.abandoned_files(directory)
+    if leftover:
+        size = sum(f.stat().st_blocks * 512 for f in leftover) / 2**30
+        print(f"interrupted writers left {len(leftover)} files, {size:.2f} GiB: moejet cache prune")
+    return 0
+
+
+def _verify(entries: list[dict[str, Any]]) -> int:
+    damaged = 0
+    for entry in entries:
+        file = Path(entry["file"])
+        try:
+            fd = os.open(file, os.O_RDONLY)
+            try:
+                packed_cache.verify_blobs(fd, packed_cache.read_header(fd))
+            finally:
+                os.close(fd)
+        except ValueError as error:
+            damaged += 1
+            file.unlink(missing_ok=True)
+            print(f"{file}: {error}; removed, the next start writes it again", file=sys.stderr)
+        else:
+            print(f"{file}: sound")
+    return 1 if damaged else 0
+
+
+def _prune(directory: Path, entries: list[dict[str, Any]], args: argparse.Namespace) -> int:
+    chosen = [e for e in entries if args.all or e["problem"]]
+    rest = [e for e in entries if e not in chosen]
+    while args.keep is not None and rest and sum(e["gib"] for e in rest) > args.keep:
+        chosen.append(rest.pop(0))
+    files = [Path(e["file"]) for e in chosen] + packed_cache.abandoned_files(directory)
+    freed = sum(f.stat().st_blocks * 512 for f in files) / 2**30
+    for file in files:
+        print(f"{'would remove' if args.dry_run else 'removed'} {file}")
+        if not args.dry_run:
+            file.unlink(missing_ok=True)
+    print(f"{'would free' if args.dry_run else 'freed'} {freed:.2f} GiB")
+    return 0
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

@@ -1,0 +1,402 @@
+"""Packed weights on disk: written after the first load, mapped into memory by every later one.
+
+One file holds a model in the very bytes that the kernels read:
+
+    0      "moejet-packed\\n\\0\\0"            16 bytes
+    16     length of the header, its checksum  2 x 8 bytes, little-endian
+    32     header: JSON {"key": ..., "blobs": [{"name", "offset", "nbytes", "checksum"}, ...], "file_bytes", ...}
+    ...    blobs, each at a multiple of 4096
+
+The key says what the file was made from and for: sizes and times of the source files, the model's configuration,
+formats, number of memory nodes, version of the packed layout. A file whose key differs in anything is not used. Files
+appear complete or not at all: they are written under a temporary name, synced, and renamed. Temporary files are locked
+while their writer lives; those of dead writers are swept.
+
+Mapped pages are shared between processes and come from the page cache at the first touch. They are small pages where
+the kernel has no huge ones for files, which costs decoding about 4 %.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import mmap
+import os
+import re
+import struct
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moejet.config import EngineConfig, ModelConfig, env_cache_dir
+from moejet.extension import load_extension
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".packed"
+_TEMPORARY = ".tmp"
+_MAGIC = b"moejet-packed\n\0\0"
+_PREFIX = struct.Struct("<16sQQ")
+_ALIGNMENT = 4096
+_MAX_HEADER_BYTES = 64 << 20
+_WRITE_BYTES = 64 << 20
+# Weights that are read and packed in less time than a file is worth.
+MIN_BYTES = 256 << 20
+_FREE_BYTES = 1 << 30  # of the disk, that stay free
+
+
+class Packed(Protocol):
+    """Weights in memory of their own: `PackedMatrices`, `CpuExperts`."""
+
+    @property
+    def weights(self) -> Any: ...
+
+
+State = Mapping[str, "Tensor | Packed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """`nbytes` bytes at `offset`, a multiple of the page size."""
+
+    name: str
+    offset: int
+    nbytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a cache file says about itself."""
+
+    key: dict[str, Any]
+    blobs: tuple[Blob, ...]
+    file_bytes: int
+    model: str
+    created: float
+
+
+class CacheFile:
+    """The place of one model's packed weights in the cache directory; the file may not exist."""
+
+    def __init__(self, directory: Path, model: str, key: dict[str, Any]):
+        digest = hashlib.blake2b(_canonical(key), digest_size=10).hexdigest()
+        slug = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
+        self.model, self.key = model, key
+        self.path = directory / f"{slug[:60]}-{digest}{SUFFIX}"
+
+    def load(self, state: State, *, verify: bool = False) -> bool:
+        """Fills `state` from the file: packed weights become views of it, tensors are read.
+
+        False if there is no file, or none that fits (with a warning; it will be written anew). verify: compare all
+        checksums first.
+        """
+        try:
+            fd = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                logger.warning("packed weights cannot be read: %s", error)
+            return False
+        try:
+            header = read_header(fd)
+            if header.key != self.key:
+                raise ValueError("it belongs to another model or version")
+            blobs = {blob.name: blob for blob in header.blobs}
+            expected = {name: part.nbytes for name, part in _parts(state)}
+            if {name: blob.nbytes for name, blob in blobs.items()} != expected:
+                raise ValueError("its parts are not those of the model")
+            if verify:
+                verify_blobs(fd, header)
+            _fill(fd, state, blobs)
+            # Reading ahead is advice; without it pages come one by one, as they are touched.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.utime(self.path)
+        except (ValueError, OSError) as error:
+            logger.warning("%s is not used, and will be written again: %s", self.path, error)
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def write(self, state: State, stop: threading.Event | None = None) -> bool:
+        """Writes the file; False, with a warning, if the disk has no room or refuses, or if `stop` is set meanwhile."""
+        temporary = self.path.with_name(
+            f"{self.path.name}.{os.getpid()}-{threading.get_ident()}{_TEMPORARY}"
+        )
+        start = time.perf_counter()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(self.path.parent)
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except OSError as error:
+            logger.warning("packed weights are not cached: %s", error)
+            return False
+        done = False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            num_bytes = self._write(fd, state, stop)
+            if num_bytes == 0:
+                return False
+            os.fsync(fd)
+            os.rename(temporary, self.path)
+            done = True
+            _sync_directory(self.path.parent)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if error.errno == errno.ENOSPC:
+                reason = f"no room on the disk of {self.path.parent} (set MOEJET_CACHE to another)"
+            logger.warning("packed weights are not cached: %s", reason)
+            return False
+        finally:
+            if not done:
+                temporary.unlink(missing_ok=True)
+            os.close(fd)
+        elapsed = time.perf_counter() - start
+        logger.info("cached %.2f GiB in %s (%.1f s)", num_bytes / 2**30, self.path, elapsed)
+        return True
+
+    def _write(self, fd: int, state: State, stop: threading.Event | None) -> int:
+        """The size of the file, or 0 if it was stopped."""
+        parts = list(_parts(state))
+        blobs = [Blob(name, 0, part.nbytes, "0" * 16) for name, part in parts]
+        offset = _aligned(_PREFIX.size + len(self._header(blobs, 2**62)))
+        for i, blob in enumerate(blobs):
+            blobs[i] = dataclasses.replace(blob, offset=offset)
+            offset = _aligned(offset + blob.nbytes)
+        free = os.fstatvfs(fd)
+        if free.f_bavail * free.f_frsize < offset + _FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        # Takes the room at once: a full disk shows now, not in the middle.
+        os.posix_fallocate(fd, 0, offset)
+        checksum = load_extension().checksum
+        for i, (_, part) in enumerate(parts):
+            view = part.data
+            for begin in range(0, part.nbytes, _WRITE_BYTES):
+                if stop is not None and stop.is_set():
+                    return 0
+                _write_all(fd, view[begin : begin + _WRITE_BYTES], blobs[i].offset + begin)
+            blobs[i] = dataclasses.replace(blobs[i], checksum=f"{checksum(part):016x}")
+        os.fsync(fd)
+        # The header comes last: without it the file is nothing, whatever a crash leaves.
+        header = self._header(blobs, offset)
+        _write_all(fd, memoryview(_PREFIX.pack(_MAGIC, len(header), checksum(header)) + header), 0)
+        return offset
+
+    def _header(self, blobs: list[Blob], file_bytes: int) -> bytes:
+        """JSON of the same length for the same names, however large offsets and sizes turn out."""
+        entries = [
+            {
+                "name": blob.name,
+                "offset": f"{blob.offset:020d}",
+                "nbytes": f"{blob.nbytes:020d}",
+                "checksum": blob.checksum,
+            }
+            for blob in blobs
+        ]
+        return _canonical(
+            {
+                "key": self.key,
+                "blobs": entries,
+                "file_bytes": f"{file_bytes:020d}",
+                "model": self.model,
+                "created": f"{time.time():020.3f}",
+            }
+        )
+
+
+class BackgroundWriter:
+    """Writes a cache file in a thread; the process does not end before it is done or stopped."""
+
+    def __init__(self, file: CacheFile, state: State):
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=file.write, args=(state, self._stop), name="moejet-cache"
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Waits for the end of it; Ctrl-C ends it at once, and nothing is left of the file."""
+        if self._thread.is_alive():
+            logger.info("waiting until the packed weights are cached")
+        try:
+            self._thread.join()
+        except KeyboardInterrupt:
+            self._stop.set()
+            self._thread.join()
+            raise
+
+
+def cache_key(
+    root: Path, config: EngineConfig, model_config: ModelConfig, num_nodes: int
+) -> dict[str, Any]:
+    """What decides about the packed bytes; JSON values only."""
+    files = [root] if root.is_file() else sorted(root.iterdir())
+    weights = [f for f in files if f.suffix in (".safetensors", ".gguf")]
+    stats = [(file.name, file.stat()) for file in weights]
+    key = {
+        "layout": load_extension().PACK_LAYOUT_VERSION,
+        "sources": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "model": dataclasses.asdict(model_config),
+        "expert_format": config.expert_format,
+        "dense_format": config.dense_format,
+        "memory_nodes": num_nodes,
+    }
+    parsed: dict[str, Any] = json.loads(_canonical(key))
+    return parsed
+
+
+def read_header(fd: int) -> Header:
+    """Reads and checks a header; ValueError if anything in it does not fit the file."""
+    size = os.fstat(fd).st_size
+    prefix = os.pread(fd, _PREFIX.size, 0)
+    if len(prefix) < _PREFIX.size or not prefix.startswith(_MAGIC):
+        raise ValueError("it is no complete file of packed weights")
+    _, length, expected = _PREFIX.unpack(prefix)
+    if length > min(_MAX_HEADER_BYTES, size - _PREFIX.size):
+        raise ValueError(f"its header claims {length} bytes")
+    text = os.pread(fd, length, _PREFIX.size)
+    if load_extension().checksum(text) != expected:
+        raise ValueError("its header is damaged")
+    try:
+        raw = json.loads(text)
+        blobs = tuple(
+            Blob(b["name"], int(b["offset"]), int(b["nbytes"]), b["checksum"]) for b in raw["blobs"]
+        )
+        header = Header(
+            raw["key"], blobs, int(raw["file_bytes"]), raw["model"], float(raw["created"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"its header cannot be read ({error})") from error
+    if size != header.file_bytes:
+        raise ValueError(f"it has {size} bytes instead of {header.file_bytes}")
+    for blob in blobs:
+        if blob.offset % _ALIGNMENT or not 0 <= blob.offset <= size - blob.nbytes:
+            raise ValueError(f"{blob.name} does not lie inside it")
+    return header
+
+
+def verify_blobs(fd: int, header: Header) -> None:
+    """Compares all checksums; ValueError names the first part that is damaged."""
+    checksum = load_extension().checksum
+    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as view, memoryview(view) as data:
+        for blob in header.blobs:
+            with data[blob.offset : blob.offset + blob.nbytes] as part:
+                if f"{checksum(part):016x}" != blob.checksum:
+                    raise ValueError(f"{blob.name} is damaged: its checksum differs")
+
+
+def stale_reason(header: Header) -> str:
+    """Why no version like this one can use the file, or nothing."""
+    version = load_extension().PACK_LAYOUT_VERSION
+    if header.key.get("layout") != version:
+        return f"layout {header.key.get('layout')}, this version has {version}"
+    return ""
+
+
+def cache_files(directory: Path) -> list[Path]:
+    """Finished cache files, the least recently used first."""
+    if not directory.is_dir():
+        return []
+    return sorted(directory.glob(f"*{SUFFIX}"), key=lambda f: f.stat().st_mtime)
+
+
+def abandoned_files(directory: Path) -> list[Path]:
+    """Temporary files whose writer is dead."""
+    found = []
+    for file in directory.glob(f"*{SUFFIX}.*{_TEMPORARY}") if directory.is_dir() else ():
+        try:
+            fd = os.open(file, os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A writer takes the lock right after it has created the file.
+            if time.time() - os.fstat(fd).st_mtime > 2:
+                found.append(file)
+        except OSError:
+            pass  # its writer lives
+        finally:
+            os.close(fd)
+    return found
+
+
+def sweep(directory: Path) -> list[Path]:
+    """Removes what dead writers left; returns the files removed."""
+    files = abandoned_files(directory)
+    for file in files:
+        file.unlink(missing_ok=True)
+    return files
+
+
+def cache_directory() -> Path | None:
+    """MOEJET_CACHE, or moejet in the user's cache directory; None if caching is switched off."""
+    return env_cache_dir()
+
+
+def _parts(state: State) -> Iterable[tuple[str, NDArray[Any]]]:
+    """Name and bytes of every blob; packed weights have one for each memory node."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            yield name, value.view(-1).view(torch.uint8).numpy()
+            continue
+        for node, part in enumerate(value.weights.buffers()):
+            yield f"{name}/{node}", part
+
+
+def _fill(fd: int, state: State, blobs: dict[str, Blob]) -> None:
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            _read_into(fd, value.view(-1).view(torch.uint8).numpy(), blobs[name])
+            continue
+        weights = value.weights
+        parts = weights.buffers()
+        mine = [blobs[f"{name}/{node}"] for node in range(len(parts))]
+        if weights.is_placed:
+            # Pages of a file lie where they were first read; these are to lie with their workers.
+            for part, blob in zip(parts, mine, strict=True):
+                _read_into(fd, part, blob)
+        else:
+            weights.map_file(fd, [blob.offset for blob in mine])
+
+
+def _read_into(fd: int, target: NDArray[Any], blob: Blob) -> None:
+    view = target.data
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], blob.offset + done)
+        if count == 0:
+            raise ValueError(f"it ends within {blob.name}")
+        done += count
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

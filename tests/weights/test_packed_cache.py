@@ -1,0 +1,389 @@
+"""Packed weights on disk: the same bytes come back, nothing unfinished or damaged is ever used."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moejet import _C, LLM, SamplingParams
+from moejet.cli.main import main
+from moejet.config import EngineConfig
+from moejet.experts.cpu_experts import create_pool
+from moejet.ops.linear import PackedMatrices
+from moejet.testing.checkpoints import tiny_checkpoint
+from moejet.weights import packed_cache
+from moejet.weights.packed_cache import CacheFile
+
+PROMPT = list(range(10, 30))
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("cached"), "deepseek_v3")
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MOEJET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def tokens(model: Path, **options: object) -> list[int]:
+    with LLM(model, **{"packed_cache": "on", "max_context": 64, **options}) as llm:
+        return list(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids)
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(f.name for f in directory.iterdir()) if directory.is_dir() else []
+
+
+class Used(logging.Handler):
+    """Whether the last load came from the cache, and what was warned about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def mapped(self) -> bool:
+        found = any(line.startswith("mapped packed weights") for line in self.lines)
+        self.lines.clear()
+        return found
+
+
+@pytest.fixture
+def used() -> Used:
+    handler = Used()
+    for name in ("moejet.loading", "moejet.weights.packed_cache"):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
+    yield handler
+    for name in ("moejet.loading", "moejet.weights.packed_cache"):
+        logging.getLogger(name).removeHandler(handler)
+        logging.getLogger(name).setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"expert_format": "fp8", "dense_format": "bf16"},
+        {"expert_format": "fp32", "dense_format": "fp32"},
+        {"packed_cache": "verify"},
+    ],
+)
+def test_second_load_gives_the_same_tokens(
+    options: dict[str, object], model: Path, directory: Path, used: Used
+) -> None:
+    expected = tokens(model, **{**options, "packed_cache": "off"})
+    assert files(directory) == []
+    assert tokens(model, **options) == expected
+    assert not used.mapped()
+    assert len(files(directory)) == 1
+    assert tokens(model, **options) == expected
+    assert used.mapped()
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_virtual_nodes(
+    nodes: str, model: Path, monkeypatch: pytest.MonkeyPatch, used: Used
+) -> None:
+    expected = tokens(model, packed_cache="off")
+    monkeypatch.setenv("MOEJET_NUMA_NODES", nodes)
+    for _ in range(2):
+        assert tokens(model) == expected
+    assert used.mapped()
+
+
+def test_small_models_are_not_cached_by_themselves(model: Path, directory: Path) -> None:
+    tokens(model, packed_cache="auto")
+    assert files(directory) == []
+
+
+def test_off_by_environment(model: Path, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    monkeypatch.setenv("MOEJET_CACHE", "off")
+    tokens(model)
+    assert files(directory) == []
+    assert main(["cache", "list"]) == 2
+
+
+def test_other_formats_sources_and_settings_have_other_files(
+    model: Path, directory: Path, tmp_path: Path, used: Used
+) -> None:
+    tokens(model)
+    tokens(model, expert_format="int8")
+    tokens(model, dense_format="bf16")
+    assert len(files(directory)) == 3
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-a", str(model), str(copy)], check=True)
+    used.mapped()
+    assert tokens(copy) == tokens(model)
+    assert used.mapped()
+    os.utime(copy / "model.safetensors", ns=(1, 1))
+    tokens(copy)
+    assert not used.mapped()
+    config = json.loads((copy / "config.json").read_text())
+    config["routed_scaling_factor"] = 1.25
+    (copy / "config.json").write_text(json.dumps(config))
+    changed = tokens(copy)
+    assert not used.mapped()
+    assert changed == tokens(copy, packed_cache="off")
+
+
+@pytest.mark.parametrize("place", ["magic", "length", "header", "short", "long", "empty"])
+def test_damaged_files_are_written_again(
+    place: str, model: Path, directory: Path, used: Used
+) -> None:
+    expected = tokens(model)
+    [name] = files(directory)
+    file = directory / name
+    size = file.stat().st_size
+    at = {"magic": 3, "length": 17, "header": 200}.get(place)
+    if at is not None:
+        raw = bytearray(file.read_bytes())
+        raw[at] ^= 255
+        file.write_bytes(raw)
+    else:
+        os.truncate(file, {"short": size - 4096, "long": size + 1, "empty": 0}[place])
+    used.mapped()
+    assert tokens(model) == expected
+    assert any("is not used" in line for line in used.lines)
+    assert not used.mapped()
+    assert tokens(model) == expected
+    assert used.mapped()
+
+
+def test_verify_finds_one_flipped_bit(model: Path, directory: Path, used: Used) -> None:
+    expected = tokens(model)
+    [name] = files(directory)
+    file = directory / name
+    for part in (0.3, 0.9):
+        raw = bytearray(file.read_bytes())
+        raw[int(part * len(raw))] ^= 1
+        file.write_bytes(raw)
+        used.mapped()
+        assert tokens(model, packed_cache="verify") == expected
+        assert any("is damaged: its checksum differs" in line for line in used.lines)
+        assert not used.mapped()
+
+
+def test_checksum_sees_every_bit_and_position() -> None:
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randint(0, 256, (333,), dtype=torch.uint8, generator=generator).numpy()
+    seen = {_C.checksum(data)}
+    for byte in range(333):
+        changed = data.copy()
+        changed[byte] ^= 1 << byte % 8
+        seen.add(_C.checksum(changed))
+    for length in range(333):
+        seen.add(_C.checksum(data[:length]))
+    swapped = data.copy()
+    swapped[:64], swapped[64:128] = data[64:128], data[:64]
+    seen.add(_C.checksum(swapped))
+    seen.add(_C.checksum(b"\0" * 64))
+    seen.add(_C.checksum(b"\0" * 128))
+    assert len(seen) == 1 + 333 + 333 + 3
+    with pytest.raises(ValueError, match="not contiguous"):
+        _C.checksum(data[::2])
+
+
+def test_mapped_weights_may_still_be_written_to(tmp_path: Path) -> None:
+    pool = create_pool(1)
+    first = PackedMatrices(2, 40, 64, format="int8", pool=pool)
+    first.set(0, torch.randn(40, 64))
+    first.set(1, torch.randn(40, 64))
+    file = CacheFile(tmp_path, "m", {"a": 1})
+    assert file.write({"w": first})
+    second = PackedMatrices(2, 40, 64, format="int8", pool=pool)
+    assert file.load({"w": second})
+    assert torch.equal(second.dequantize(0), first.dequantize(0))
+    before = file.path.read_bytes()
+    second.set(0, torch.zeros(40, 64))
+    assert not second.dequantize(0).any()
+    assert torch.equal(second.dequantize(1), first.dequantize(1))
+    assert file.path.read_bytes() == before
+    with pytest.raises(OSError, match="cannot map"):
+        second.weights.map_file(-1, [0])
+    with pytest.raises(ValueError, match="2 were given for 1 buffers"):
+        second.weights.map_file(0, [0, 0])
+    pool.close()
+
+
+def test_no_room_on_the_disk(
+    model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, used: Used
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    expected = tokens(model, packed_cache="off")
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    assert tokens(model) == expected
+    assert files(directory) == []
+    assert any("no room on the disk" in line for line in used.lines)
+    monkeypatch.undo()
+    # A quota or a disk that fills in the middle: writing itself fails.
+    monkeypatch.setenv("MOEJET_CACHE", str(directory))
+    monkeypatch.setattr(os, "pwrite", refuse)
+    assert tokens(model) == expected
+    assert files(directory) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_may_not_be_written(model: Path, directory: Path, used: Used) -> None:
+    directory.mkdir(mode=0o500)
+    tokens(model)
+    assert any("are not cached" in line for line in used.lines)
+
+
+def test_a_file_in_place_of_the_directory(model: Path, directory: Path, used: Used) -> None:
+    directory.write_text("")
+    tokens(model)
+    assert any("are not cached" in line for line in used.lines)
+
+
+def test_stopped_writers_leave_nothing(tmp_path: Path) -> None:
+    pool = create_pool(1)
+    weights = PackedMatrices(1, 40, 64, format="int8", pool=pool)
+    stop = threading.Event()
+    stop.set()
+    assert not CacheFile(tmp_path, "m", {"a": 1}).write({"w": weights}, stop)
+    assert files(tmp_path) == []
+    pool.close()
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    pool = create_pool(1)
+    weights = PackedMatrices(1, 640, 640, format="fp32", pool=pool)
+    weights.set(0, torch.randn(640, 640))
+    file = CacheFile(tmp_path, "m", {"a": 1})
+    threads = [threading.Thread(target=file.write, args=({"w": weights},)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert files(tmp_path) == [file.path.name]
+    assert file.load({"w": PackedMatrices(1, 640, 640, format="fp32", pool=pool)}, verify=True)
+    pool.close()
+
+
+_KILLED = textwrap.dedent(
+    """
+    import sys, time, threading, os
+    from moejet import LLM
+    delay = float(sys.argv[2])
+    threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), 9)), daemon=True).start()
+    while True:
+        with LLM(sys.argv[1], packed_cache="on", max_context=64):
+            pass
+        for name in os.listdir(os.environ["MOEJET_CACHE"]):
+            os.unlink(os.path.join(os.environ["MOEJET_CACHE"], name))
+    """
+)
+
+
+def test_killed_at_random_points(model: Path, directory: Path, tmp_path: Path, used: Used) -> None:
+    """MOEJET_KILL_ROUNDS sets the number of rounds."""
+    expected = tokens(model, packed_cache="off")
+    script = tmp_path / "killed.py"
+    script.write_text(_KILLED)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rounds = int(os.environ.get("MOEJET_KILL_ROUNDS", "3"))
+    generator = torch.Generator().manual_seed(rounds)
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "from moejet import LLM"], env=environment, check=True)
+    import_seconds = time.monotonic() - start
+    for _ in range(rounds):
+        delay = float(torch.rand(1, generator=generator)) * 1.0
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(model), str(delay)],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
+        assert process.wait(timeout=60 + import_seconds) == -signal.SIGKILL
+        assert tokens(model) == expected
+        for name in files(directory):
+            if name.endswith(packed_cache.SUFFIX):
+                fd = os.open(directory / name, os.O_RDONLY)
+                packed_cache.verify_blobs(fd, packed_cache.read_header(fd))
+                os.close(fd)
+
+
+def test_leftovers_are_swept_unless_their_writer_lives(directory: Path) -> None:
+    import fcntl
+
+    directory.mkdir()
+    dead, alive = directory / "a.packed.1-1.tmp", directory / "b.packed.2-2.tmp"
+    for file in (dead, alive):
+        file.write_bytes(b"x" * 5000)
+        os.utime(file, (1, 1))
+    with alive.open("rb+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert packed_cache.abandoned_files(directory) == [dead]
+        packed_cache.sweep(directory)
+    assert files(directory) == [alive.name]
+
+
+def test_cache_command(
+    model: Path, directory: Path, capsys: pytest.CaptureFixture[str], used: Used
+) -> None:
+    assert main(["cache"]) == 0
+    assert "0 files, 0.00 GiB" in capsys.readouterr().out
+    tokens(model)
+    tokens(model, expert_format="int8")
+    assert main(["cache", "list", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert {e["format"] for e in entries} == {"int4_g32", "int8"}
+    assert all(e["model"] == str(model) and not e["problem"] for e in entries)
+    assert main(["cache", "verify"]) == 0
+    assert capsys.readouterr().out.count(": sound") == 2
+    assert main(["cache", "prune"]) == 0
+    assert "freed 0.00 GiB" in capsys.readouterr().out
+    assert len(files(directory)) == 2
+    file = Path(entries[0]["file"])
+    raw = bytearray(file.read_bytes())
+    raw[-5000] ^= 1
+    file.write_bytes(raw)
+    assert main(["cache", "verify"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    assert files(directory) == [Path(entries[1]["file"]).name]
+    assert main(["cache", "prune", "--all", "--dry-run"]) == 0
+    assert len(files(directory)) == 1
+    assert main(["cache", "prune", "--keep", "0"]) == 0
+    assert files(directory) == []
+    assert main(["cache", "prune", "--keep", "-1"]) == 2
+
+
+def test_prune_removes_files_of_other_layouts(
+    model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, used: Used
+) -> None:
+    tokens(model)
+    monkeypatch.setattr(_C, "PACK_LAYOUT_VERSION", 999)
+    tokens(model)
+    assert not used.mapped()
+    assert len(files(directory)) == 2
+    assert main(["cache", "prune"]) == 0
+    assert len(files(directory)) == 1
+    assert tokens(model)
+    assert used.mapped()
+
+
+def test_unknown_choice() -> None:
+    with pytest.raises(
+        ValueError, match="packed_cache='never' is not one of auto, on, off, verify"
+    ):
+        EngineConfig(model="x", packed_cache="never")
