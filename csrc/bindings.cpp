@@ -41,6 +41,15 @@ Format parse_format(const std::string& name) {
                         "' is unknown: use one of int4_g32, int8, bf16, fp8, fp32");
 }
 
+constexpr const char* kArithmeticNames[] = {"bf16", "int8"};
+
+Arithmetic parse_arithmetic(const std::string& name) {
+  for (int i = 0; i < 2; ++i) {
+    if (name == kArithmeticNames[i]) return static_cast<Arithmetic>(i);
+  }
+  throw py::value_error("arithmetic='" + name + "' is unknown: use one of bf16, int8");
+}
+
 Projection parse_projection(const std::string& name) {
   if (name == "gate") return Projection::kGate;
   if (name == "up") return Projection::kUp;
@@ -293,12 +302,12 @@ void set_matrix(LinearWeights& weights, int64_t matrix, const py::object& w, Thr
 void register_linear(py::module_& m) {
   py::class_<LinearWeights>(m, "LinearWeights", "G packed matrices [rows, cols] of one shape.")
       .def(py::init([](int64_t num_matrices, int64_t rows, int64_t cols, const std::string& format,
-                       const std::vector<int>& memory_nodes) {
+                       const std::vector<int>& memory_nodes, const std::string& arithmetic) {
              return std::make_unique<LinearWeights>(num_matrices, rows, cols, parse_format(format),
-                                                    memory_nodes);
+                                                    memory_nodes, parse_arithmetic(arithmetic));
            }),
            py::arg("num_matrices"), py::arg("rows"), py::arg("cols"), py::arg("format"),
-           py::arg("memory_nodes") = std::vector<int>{kAnyNode})
+           py::arg("memory_nodes") = std::vector<int>{kAnyNode}, py::arg("arithmetic") = "bf16")
       .def(
           "set", &set_matrix, py::arg("matrix"), py::arg("w"), py::arg("pool") = py::none(),
           py::arg("isa") = "auto", py::arg("scale_inv") = py::none(),
@@ -325,6 +334,10 @@ void register_linear(py::module_& m) {
       .def_property_readonly(
           "format",
           [](const LinearWeights& self) { return kFormatNames[static_cast<int>(self.format())]; })
+      .def_property_readonly("arithmetic",
+                             [](const LinearWeights& self) {
+                               return kArithmeticNames[static_cast<int>(self.arithmetic())];
+                             })
       .def_property_readonly("nbytes", &LinearWeights::bytes)
       .def_property_readonly("bind_error", &LinearWeights::bind_error);
 }
@@ -359,12 +372,15 @@ void register_pool(py::module_& m) {
 void register_weights(py::module_& m) {
   py::class_<ExpertWeights>(m, "ExpertWeights", "Packed routed experts of one MoE layer.")
       .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
-                       const std::string& format, const std::vector<int>& memory_nodes) {
+                       const std::string& format, const std::vector<int>& memory_nodes,
+                       const std::string& arithmetic) {
              return std::make_unique<ExpertWeights>(num_experts, hidden_size, intermediate_size,
-                                                    parse_format(format), memory_nodes);
+                                                    parse_format(format), memory_nodes,
+                                                    parse_arithmetic(arithmetic));
            }),
            py::arg("num_experts"), py::arg("hidden_size"), py::arg("intermediate_size"),
-           py::arg("format"), py::arg("memory_nodes") = std::vector<int>{kAnyNode})
+           py::arg("format"), py::arg("memory_nodes") = std::vector<int>{kAnyNode},
+           py::arg("arithmetic") = "bf16")
       .def(
           "set_projection",
           [](ExpertWeights& self, int64_t expert, const std::string& projection,
@@ -411,6 +427,10 @@ void register_weights(py::module_& m) {
       .def_property_readonly(
           "format",
           [](const ExpertWeights& self) { return kFormatNames[static_cast<int>(self.format())]; })
+      .def_property_readonly("arithmetic",
+                             [](const ExpertWeights& self) {
+                               return kArithmeticNames[static_cast<int>(self.arithmetic())];
+                             })
       .def_property_readonly("nbytes", &ExpertWeights::bytes)
       .def_property_readonly("expert_nbytes", &ExpertWeights::expert_bytes)
       .def_property_readonly("bind_error", &ExpertWeights::bind_error);
@@ -433,11 +453,12 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set to use: the widest usable one for 'auto', else exactly name.");
   m.def(
       "min_tile_rows",
-      [](const std::string& format, const std::string& isa) {
-        return table_of(isa).formats[static_cast<int>(parse_format(format))].min_tile_rows;
+      [](const std::string& format, const std::string& isa, const std::string& arithmetic) {
+        return kernels_of(table_of(isa), parse_format(format), parse_arithmetic(arithmetic))
+            .min_tile_rows;
       },
-      py::arg("format"), py::arg("isa") = "auto",
-      "Rows of one expert from which tile kernels (bf16 arithmetic) compute it; 0: never.");
+      py::arg("format"), py::arg("isa") = "auto", py::arg("arithmetic") = "bf16",
+      "Rows of one expert from which tile kernels compute it; 0: never.");
   register_pool(m);
   register_weights(m);
   register_linear(m);

@@ -13,6 +13,17 @@ const KernelTable* kernel_table(Isa isa) {
 #endif
 }
 
+const FormatKernels& kernels_of(const KernelTable& table, Format format, Arithmetic arithmetic) {
+  const int f = static_cast<int>(format);
+  static_assert(static_cast<int>(Format::kInt4G32) == 0 && static_cast<int>(Format::kInt8) == 1,
+                "the order of int8_tiles");
+  if (arithmetic == Arithmetic::kInt8 && !takes_fp32(format) &&
+      table.int8_tiles[f].min_tile_rows > 0) {
+    return table.int8_tiles[f];
+  }
+  return table.formats[f];
+}
+
 const CeilingKernels* ceiling_kernels(Isa isa) {
   if (isa == Isa::kScalar) return &scalar::ceilings;
 #if defined(__x86_64__)

@@ -38,11 +38,13 @@ PairGeometry down_geometry(Format format, int64_t hidden, int64_t intermediate) 
 }  // namespace
 
 ExpertWeights::ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
-                             Format format, const std::vector<int>& memory_nodes)
+                             Format format, const std::vector<int>& memory_nodes,
+                             Arithmetic arithmetic)
     : num_experts_((check_size("num_experts", num_experts, kMaxExperts), num_experts)),
       hidden_(hidden_size),
       intermediate_(intermediate_size),
       format_(format),
+      arithmetic_(arithmetic),
       gate_up_(gate_up_geometry(format, hidden_size, intermediate_size)),
       down_(down_geometry(format, hidden_size, intermediate_size)),
       gate_up_slices_(gate_up_.num_pairs, check_nodes(memory_nodes), 2),

@@ -22,9 +22,11 @@ class ExpertWeights {
   // Memory is reserved now and becomes resident when written. Unwritten weights are zero (bf16) or
   // have zero scales, so unset experts contribute zero. Throws std::invalid_argument for sizes out
   // of range and OutOfMemory if the address space cannot be had. memory_nodes: the system's numbers
-  // of the nodes to divide every expert among, kAnyNode for memory wherever it comes.
+  // of the nodes to divide every expert among, kAnyNode for memory wherever it comes. arithmetic:
+  // how tile kernels compute with them; the packed bytes are the same.
   ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Format format,
-                const std::vector<int>& memory_nodes = {kAnyNode});
+                const std::vector<int>& memory_nodes = {kAnyNode},
+                Arithmetic arithmetic = Arithmetic::kBf16);
 
   // Packs a [rows(projection), cols(projection)] matrix; see pack_matrix.
   void set_projection(int64_t expert, Projection projection, const SourceMatrix& source,
@@ -44,6 +46,7 @@ class ExpertWeights {
   int64_t hidden_size() const { return hidden_; }
   int64_t intermediate_size() const { return intermediate_; }
   Format format() const { return format_; }
+  Arithmetic arithmetic() const { return arithmetic_; }
   const PairGeometry& gate_up() const { return gate_up_; }
   const PairGeometry& down() const { return down_; }
   int num_nodes() const { return memory_.num_nodes(); }
@@ -72,6 +75,7 @@ class ExpertWeights {
 
   const int64_t num_experts_, hidden_, intermediate_;
   const Format format_;
+  const Arithmetic arithmetic_;
   const PairGeometry gate_up_, down_;
   const Slices gate_up_slices_, down_slices_;
   const NodeMemory memory_;

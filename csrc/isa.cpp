@@ -115,6 +115,7 @@ CpuInfo detect() {
   amx = missing_avx512(f);
   need(f.amx_tile, "amx_tile", &amx);
   need(f.amx_bf16, "amx_bf16", &amx);
+  need(f.amx_int8, "amx_int8", &amx);
   need(f.os_tiles, "tile state enabled by the operating system", &amx);
   need(info.amx_permission, "permission for tile data from the kernel", &amx);
   for (int i = 0; i < kNumIsas; ++i) {

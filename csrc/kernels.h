@@ -19,6 +19,10 @@ static constexpr int dtype_bytes(DType dtype) {
   return dtype == DType::kF32 ? 4 : dtype == DType::kFp8 || dtype == DType::kInt4 ? 1 : 2;
 }
 
+// What tile kernels multiply the integer formats in; the vector kernels take int8 activations for
+// them in either case.
+enum class Arithmetic { kBf16 = 0, kInt8 };
+
 // Rows of one expert and pairs of panels that are computed at a time: how often one unpacking of
 // weights and one read of activations is used, and the size of the worker's buffers.
 constexpr int kRowBlock = 256;
@@ -27,7 +31,10 @@ constexpr int kPairBlock = 8;
 constexpr int kTileChunkK = 2048;
 constexpr int kUnpackedBytes = 2 * kPairCols * kTileChunkK;
 constexpr int kTileRows = 16;
-constexpr int kTileK = 32;  // bf16 inputs of one tile
+constexpr int kTileK = 32;      // bf16 inputs of one tile
+constexpr int kInt8TileK = 64;  // int8 inputs of one tile
+// In int8 arithmetic on tiles: inputs that share a scale, of an activation row and of a weight row.
+constexpr int kInt8Group = 128;
 
 // Activations as the vector kernels read them, one row per token or per (token, expert) pair.
 // Integer formats: q, scale, offset. The others: f32.
@@ -38,6 +45,15 @@ struct Activations {
   float* f32;       // [rows, ld]
   int64_t ld;       // padded k
   int64_t ld_groups;
+};
+
+// Activations as the tile kernels read them. The rows of an expert or matrix begin at a multiple of
+// 16.
+struct TileActivations {
+  uint16_t* bf16;  // A tiles [rows / 16][k_padded / 32][16][32]
+  // int8 arithmetic:
+  int8_t* q;     // A tiles [rows / 16][k_padded / 64][16][64], -127..127
+  float* scale;  // [rows / 16][ceil(k_padded / 128)][16], one per 128 inputs of a row
 };
 
 // One call on a chunk of tokens. R routed rows = (token, expert) pairs, sorted by expert; a slot is
@@ -67,9 +83,8 @@ struct MoeBatch {
 
   Activations x_acts;  // by token
   Activations h_acts;  // by row
-  // bf16 A tiles, [rows / 16][k_padded / 32][16][32]
-  uint16_t* x_tiles;
-  uint16_t* h_tiles;
+  TileActivations x_tiles;
+  TileActivations h_tiles;  // int8 arithmetic: bf16 from gate_up to quantize_h, int8 from there
 };
 
 // One call on a chunk of tokens of G matrices of one shape, each with inputs of its own or all with
@@ -91,7 +106,7 @@ struct LinearBatch {
 
   bool tiles;  // the tile kernel computes this call
   Activations acts;
-  uint16_t* a_tiles;
+  TileActivations a_tiles;
 };
 
 // Memory of one worker; sizes in moe.cpp.
@@ -137,8 +152,13 @@ struct FormatKernels {
   // Outputs [32 pair_begin, 32 pair_end) of one matrix for all tokens.
   void (*linear)(const LinearBatch& batch, int64_t matrix, int64_t pair_begin, int64_t pair_end,
                  WorkerScratch* scratch);
-  // Rows from which an expert goes to the tile kernel (bf16 arithmetic); 0: no tile kernel.
+  // Tile kernels with int8 arithmetic, else null: brings rows [16 tile, 16 tile + 16) of h_tiles
+  // from bf16 to int8, between gate_up and down. A scale takes 128 channels, so more than one
+  // gate-up task may have written them.
+  void (*quantize_h)(const MoeBatch& batch, int64_t tile);
+  // Rows from which an expert goes to the tile kernel; 0: no tile kernel.
   int min_tile_rows;
+  Arithmetic tile_arithmetic;
 };
 
 struct KernelTable {
@@ -146,7 +166,12 @@ struct KernelTable {
   FormatKernels formats[kNumFormats];
   OpKernels ops;
   AttentionKernels attention[2];  // by element type of the latent cache: fp32, bf16
+  // int4_g32 and int8 in int8 arithmetic on tiles; empty without tiles.
+  FormatKernels int8_tiles[2] = {};
 };
+
+// The table's kernels for a format. Without tiles, the arithmetic changes nothing.
+const FormatKernels& kernels_of(const KernelTable& table, Format format, Arithmetic arithmetic);
 
 // Null if this build has no kernels for it.
 const KernelTable* kernel_table(Isa isa);

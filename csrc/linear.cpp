@@ -21,11 +21,12 @@ PairGeometry linear_geometry(Format format, int64_t rows, int64_t cols) {
   return pair_geometry(format, cols, ceil_div(rows, kPairCols));
 }
 
-void take_scratch(Layout* layout, int64_t input_rows, int64_t input_tile_rows, LinearBatch* batch,
+void take_scratch(Layout* layout, const FormatKernels& kernels, int64_t input_rows,
+                  int64_t input_tile_rows, LinearBatch* batch,
                   std::vector<WorkerScratch>* workers) {
   const int64_t k_padded = batch->geometry.k_padded;
   if (batch->tiles) {
-    batch->a_tiles = layout->take<uint16_t>(input_tile_rows * k_padded);
+    batch->a_tiles = take_tiles(layout, kernels.tile_arithmetic, input_tile_rows, k_padded);
   } else {
     batch->acts = take_activations(layout, batch->format, input_rows, k_padded);
   }
@@ -39,11 +40,12 @@ void take_scratch(Layout* layout, int64_t input_rows, int64_t input_tile_rows, L
 }  // namespace
 
 LinearWeights::LinearWeights(int64_t num_matrices, int64_t rows, int64_t cols, Format format,
-                             const std::vector<int>& memory_nodes)
+                             const std::vector<int>& memory_nodes, Arithmetic arithmetic)
     : num_matrices_((check_size("num_matrices", num_matrices), num_matrices)),
       rows_(rows),
       cols_(cols),
       format_(format),
+      arithmetic_(arithmetic),
       geometry_(linear_geometry(format, rows, cols)),
       slices_(geometry_.num_pairs, check_nodes(memory_nodes)),
       memory_(memory_nodes, num_matrices, slice_bytes(), "matrices") {}
@@ -89,7 +91,7 @@ void LinearWeights::fill_random(uint64_t seed, ThreadPool* pool) {
 LinearTask::LinearTask(const LinearWeights& weights, const KernelTable& table, Workspace* workspace,
                        int num_threads)
     : weights_(weights),
-      kernels_(table.formats[static_cast<int>(weights.format())]),
+      kernels_(kernels_of(table, weights.format(), weights.arithmetic())),
       workspace_(workspace),
       scratch_(static_cast<size_t>(num_threads)),
       items_(weights.num_nodes()) {
@@ -128,9 +130,9 @@ void LinearTask::begin_chunk() {
   input_rows_ = inputs * batch_.num_tokens;
   const int64_t input_tile_rows = inputs * round_up(batch_.num_tokens, kTileRows);
   Layout sizes(nullptr);
-  take_scratch(&sizes, input_rows_, input_tile_rows, &batch_, &scratch_);
+  take_scratch(&sizes, kernels_, input_rows_, input_tile_rows, &batch_, &scratch_);
   Layout layout(workspace_->reserve(static_cast<size_t>(sizes.bytes())));
-  take_scratch(&layout, input_rows_, input_tile_rows, &batch_, &scratch_);
+  take_scratch(&layout, kernels_, input_rows_, input_tile_rows, &batch_, &scratch_);
 
   const int64_t num_threads = static_cast<int64_t>(scratch_.size());
   const int64_t all_pairs = batch_.geometry.num_pairs * batch_.num_matrices;

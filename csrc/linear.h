@@ -20,7 +20,8 @@ class LinearWeights {
   // G matrices [rows, cols]; unset ones are zero. The rows of each are divided among memory_nodes;
   // see ExpertWeights.
   LinearWeights(int64_t num_matrices, int64_t rows, int64_t cols, Format format,
-                const std::vector<int>& memory_nodes = {kAnyNode});
+                const std::vector<int>& memory_nodes = {kAnyNode},
+                Arithmetic arithmetic = Arithmetic::kBf16);
 
   void set(int64_t matrix, const SourceMatrix& source, const KernelTable& table, ThreadPool* pool);
   void dequantize(int64_t matrix, float* out) const;
@@ -30,6 +31,7 @@ class LinearWeights {
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
   Format format() const { return format_; }
+  Arithmetic arithmetic() const { return arithmetic_; }
   const PairGeometry& geometry() const { return geometry_; }
   int num_nodes() const { return memory_.num_nodes(); }
   // The pairs that lie with each node.
@@ -52,6 +54,7 @@ class LinearWeights {
 
   const int64_t num_matrices_, rows_, cols_;
   const Format format_;
+  const Arithmetic arithmetic_;
   const PairGeometry geometry_;
   const Slices slices_;
   const NodeMemory memory_;

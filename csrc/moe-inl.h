@@ -3,9 +3,10 @@
 // Vector microkernels are described in gemm-inl.h.
 //
 // A tile microkernel is a struct with
-//   Tiles                      tile registers, real or emulated (tiles-inl.h)
+//   Tiles                      multiplies tiles in registers, real or emulated: bf16 (tiles-inl.h)
+//                              or int8 (isa/int8-tiles512-inl.h)
 //   kMinRows                   rows from which it is used
-//   b_tiles(...)               weights as bf16 B tiles
+//   b_tiles(...)               weights as bf16 B tiles; int8 arithmetic: int8_blocks(...)
 // or NoTiles.
 #pragma once
 
@@ -25,11 +26,6 @@ struct NoTiles {
   static constexpr int kMinRows = 0;
 };
 
-inline uint16_t* tile_row(uint16_t* tiles, int64_t k_padded, int64_t row, int64_t k_tile) {
-  const int64_t tile = row / kTileRows * (k_padded / kTileK) + k_tile;
-  return tiles + (tile * kTileRows + row % kTileRows) * kTileK;
-}
-
 template <class Mk, class TileMk>
 void prepare(const MoeBatch& batch, int64_t t, WorkerScratch* scratch) {
   const int64_t k_padded = batch.gate_up.k_padded;
@@ -46,15 +42,8 @@ void prepare(const MoeBatch& batch, int64_t t, WorkerScratch* scratch) {
   }
   if constexpr (TileMk::kMinRows > 0) {
     const int32_t begin = batch.token_begin[t], end = batch.token_begin[t + 1];
-    for (int64_t kt = 0; begin < end && kt < k_padded / kTileK; ++kt) {
-      uint16_t rounded[kTileK];
-      store_bf16(load<F>(row + kt * kTileK), rounded);
-      store_bf16(load<F>(row + kt * kTileK + kLanes), rounded + kLanes);
-      for (int32_t i = begin; i < end; ++i) {
-        std::memcpy(tile_row(batch.x_tiles, k_padded, batch.token_tiles[i], kt), rounded,
-                    sizeof(rounded));
-      }
-    }
+    TileMk::Tiles::store_row(row, k_padded, batch.x_tiles, end - begin,
+                             [&](int64_t i) { return batch.token_tiles[begin + i]; });
   }
 }
 
@@ -89,15 +78,14 @@ void gate_up_tiles(const MoeBatch& batch, int slot, int64_t unit_begin, int64_t 
       batch, slot, unit_begin, unit_end, [&](int64_t unit, int count, const PairRun& pairs) {
         for (int64_t row = 0; row < rows; row += kRowBlock) {
           const int m = static_cast<int>(smaller(kRowBlock, rows - row));
-          tiles.template gemm<TileMk>(
-              pairs, tile_row(batch.x_tiles, batch.gate_up.k_padded, first + row, 0), m,
-              scratch->results, scratch->unpacked);
+          tiles.template gemm<TileMk>(pairs, batch.x_tiles, first + row, m, scratch->results,
+                                      scratch->unpacked);
           for (int u = 0; u < count; ++u) {
             const float* gate_up = scratch->results + 2 * u * result_stride(m);
             for (int i = 0; i < m; ++i, gate_up += kPairCols) {
               unit_outputs(gate_up, gate_up + result_stride(m),
                            batch.intermediate_size - (unit + u) * kUnitCols, h);
-              uint16_t* dst = tile_row(batch.h_tiles, h_padded, first + row + i, unit + u);
+              uint16_t* dst = tile_row(batch.h_tiles.bf16, h_padded, first + row + i, unit + u);
               store_bf16(load<F>(h), dst);
               store_bf16(load<F>(h + kLanes), dst + kLanes);
             }
@@ -108,9 +96,14 @@ void gate_up_tiles(const MoeBatch& batch, int slot, int64_t unit_begin, int64_t 
   const int64_t num_units = batch.gate_up.num_pairs / 2;
   for (int64_t row = 0; unit_end == num_units && row < rows; ++row) {
     for (int64_t kt = num_units; kt < h_padded / kTileK; ++kt) {
-      std::memset(tile_row(batch.h_tiles, h_padded, first + row, kt), 0, 2 * kTileK);
+      std::memset(tile_row(batch.h_tiles.bf16, h_padded, first + row, kt), 0, 2 * kTileK);
     }
   }
+}
+
+template <class TileMk>
+void quantize_h(const MoeBatch& batch, int64_t tile) {
+  TileMk::Tiles::quantize_tile(batch.h_tiles, batch.down.k_padded, tile);
 }
 
 // Row r of h, padded channels beyond the last unit.
@@ -205,9 +198,8 @@ void down_slot(const MoeBatch& batch, int slot, int64_t pair_begin, int64_t pair
     if (batch.slot_tile[slot] >= 0) {
       typename TileMk::Tiles tiles;
       return for_blocks([&](const PairRun& pairs, int64_t row, int m) {
-        const uint16_t* a =
-            tile_row(batch.h_tiles, batch.down.k_padded, batch.slot_tile[slot] + row, 0);
-        tiles.template gemm<TileMk>(pairs, a, m, scratch->results, scratch->unpacked);
+        tiles.template gemm<TileMk>(pairs, batch.h_tiles, batch.slot_tile[slot] + row, m,
+                                    scratch->results, scratch->unpacked);
       });
     }
   }
@@ -248,11 +240,8 @@ void linear_prepare(const LinearBatch& batch, int64_t row, WorkerScratch* scratc
   if constexpr (TileMk::kMinRows > 0) {
     if (batch.tiles) {
       const int64_t first = matrix * round_up(batch.num_tokens, kTileRows);
-      for (int64_t kt = 0; kt < k_padded / kTileK; ++kt) {
-        uint16_t* dst = tile_row(batch.a_tiles, k_padded, first + token, kt);
-        store_bf16(load<F>(wide + kt * kTileK), dst);
-        store_bf16(load<F>(wide + kt * kTileK + kLanes), dst + kLanes);
-      }
+      TileMk::Tiles::store_row(wide, k_padded, batch.a_tiles, 1,
+                               [&](int64_t) { return first + token; });
       return;
     }
   }
@@ -299,8 +288,8 @@ void linear(const LinearBatch& batch, int64_t matrix, int64_t pair_begin, int64_
       typename TileMk::Tiles tiles;
       const int64_t first = input * round_up(batch.num_tokens, kTileRows);
       return for_blocks([&](const PairRun& pairs, int64_t row, int m) {
-        const uint16_t* a = tile_row(batch.a_tiles, batch.geometry.k_padded, first + row, 0);
-        tiles.template gemm<TileMk>(pairs, a, m, scratch->results, scratch->unpacked);
+        tiles.template gemm<TileMk>(pairs, batch.a_tiles, first + row, m, scratch->results,
+                                    scratch->unpacked);
       });
     }
   }
@@ -308,6 +297,24 @@ void linear(const LinearBatch& batch, int64_t matrix, int64_t pair_begin, int64_
     vector_gemm<Mk>(pairs, {&batch.acts, nullptr, input * batch.num_tokens + row}, m,
                     scratch->results, scratch->unpacked);
   });
+}
+
+template <class TileMk>
+constexpr Arithmetic tile_arithmetic() {
+  if constexpr (TileMk::kMinRows > 0) {
+    return TileMk::Tiles::kArithmetic;
+  } else {
+    return Arithmetic::kBf16;
+  }
+}
+
+template <class TileMk>
+constexpr auto quantize_h_or_null() -> void (*)(const MoeBatch&, int64_t) {
+  if constexpr (tile_arithmetic<TileMk>() == Arithmetic::kInt8) {
+    return quantize_h<TileMk>;
+  } else {
+    return nullptr;
+  }
 }
 
 template <class Mk, class TileMk>
@@ -324,7 +331,9 @@ constexpr FormatKernels format_kernels() {
           down<Mk, TileMk>,
           linear_prepare<Mk, TileMk>,
           linear<Mk, TileMk>,
-          TileMk::kMinRows};
+          quantize_h_or_null<TileMk>(),
+          TileMk::kMinRows,
+          tile_arithmetic<TileMk>()};
 }
 
 }  // namespace MOEJET_ISA_NS

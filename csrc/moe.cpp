@@ -18,15 +18,19 @@ constexpr int64_t kSerialPrepareValues = 32 * 1024;
 constexpr int64_t kGateUpTasksPerThread = 32;
 constexpr int64_t kDownTasksPerThread = 16;
 
-void take_scratch(Layout* layout, const Routing& routing, int64_t pairs_per_task, MoeBatch* batch,
-                  std::vector<WorkerScratch>* workers) {
+void take_scratch(Layout* layout, const FormatKernels& kernels, const Routing& routing,
+                  int64_t pairs_per_task, MoeBatch* batch, std::vector<WorkerScratch>* workers) {
   const int64_t x_padded = batch->gate_up.k_padded, h_padded = batch->down.k_padded;
   if (routing.any_vector) {
     batch->x_acts = take_activations(layout, batch->format, batch->num_tokens, x_padded);
     batch->h_acts = take_activations(layout, batch->format, routing.num_rows, h_padded);
   }
-  batch->x_tiles = layout->take<uint16_t>(routing.num_tile_rows * x_padded);
-  batch->h_tiles = layout->take<uint16_t>(routing.num_tile_rows * h_padded);
+  const Arithmetic arithmetic = kernels.tile_arithmetic;
+  batch->x_tiles = take_tiles(layout, arithmetic, routing.num_tile_rows, x_padded);
+  batch->h_tiles = take_tiles(layout, arithmetic, routing.num_tile_rows, h_padded);
+  if (arithmetic == Arithmetic::kInt8) {
+    batch->h_tiles.bf16 = layout->take<uint16_t>(routing.num_tile_rows * h_padded);
+  }
   for (WorkerScratch& worker : *workers) {
     worker.row = layout->take<float>(x_padded);
     worker.results = layout->take<float>(kPairBlock * kRowBlock * kPairCols);
@@ -40,7 +44,7 @@ void take_scratch(Layout* layout, const Routing& routing, int64_t pairs_per_task
 MoeTask::MoeTask(const ExpertWeights& weights, const KernelTable& table, Workspace* workspace,
                  int num_threads)
     : weights_(weights),
-      kernels_(table.formats[static_cast<int>(weights.format())]),
+      kernels_(kernels_of(table, weights.format(), weights.arithmetic())),
       workspace_(workspace),
       scratch_(static_cast<size_t>(num_threads)),
       units_(weights.gate_up().num_pairs / 2, weights.num_nodes()),
@@ -84,9 +88,9 @@ void MoeTask::begin_chunk() {
   batch_.out_stride = part.out_stride;
   plan();
   Layout sizes(nullptr);
-  take_scratch(&sizes, routing_, pairs_per_task_, &batch_, &scratch_);
+  take_scratch(&sizes, kernels_, routing_, pairs_per_task_, &batch_, &scratch_);
   Layout layout(workspace_->reserve(static_cast<size_t>(sizes.bytes())));
-  take_scratch(&layout, routing_, pairs_per_task_, &batch_, &scratch_);
+  take_scratch(&layout, kernels_, routing_, pairs_per_task_, &batch_, &scratch_);
   divide_among_nodes();
 }
 
@@ -186,6 +190,17 @@ bool MoeTask::begin_gate_up() {
   return true;
 }
 
+// False if there is nothing to quantise, or it is done already.
+bool MoeTask::begin_quantize() {
+  phase_ = Phase::kQuantize;
+  if (kernels_.quantize_h == nullptr) return false;
+  const int64_t tiles = routing_.num_tile_rows / kTileRows;
+  items_.set_all(tiles);
+  if (routing_.num_tile_rows * batch_.intermediate_size > kSerialPrepareValues) return true;
+  for (int64_t tile = 0; tile < tiles; ++tile) kernels_.quantize_h(batch_, tile);
+  return false;
+}
+
 // A down task is a part of one node's pairs, for all experts.
 bool MoeTask::begin_down() {
   phase_ = Phase::kDown;
@@ -200,6 +215,8 @@ bool MoeTask::next() {
     case Phase::kPrepare:
       return begin_gate_up();
     case Phase::kGateUp:
+      return begin_quantize() || begin_down();
+    case Phase::kQuantize:
       return begin_down();
     case Phase::kDown:
     case Phase::kChunk:
@@ -227,6 +244,8 @@ void MoeTask::work(int worker) {
                        static_cast<int>(task / tasks_per_slot), unit,
                        std::min(unit + units_per_task_, units_.end(node)), scratch);
     });
+  } else if (phase_ == Phase::kQuantize) {
+    items_.drain(own_node, [&](int, int64_t tile) { kernels_.quantize_h(batch_, tile); });
   } else {
     items_.drain(own_node, [&](int node, int64_t task) {
       const Slices& pairs = weights_.down_slices();

@@ -57,6 +57,7 @@ class MoeTask final : public Task {
   void plan();
   void divide_among_nodes();
   bool begin_gate_up();
+  bool begin_quantize();
   bool begin_down();
   int64_t gate_up_tasks_per_slot(int node) const;
 
@@ -66,7 +67,7 @@ class MoeTask final : public Task {
   std::vector<WorkerScratch> scratch_;  // of each worker
   MoeCall call_{};
   int64_t chunk_ = 0, num_chunks_ = 0;
-  enum class Phase { kChunk, kPrepare, kGateUp, kDown } phase_ = Phase::kChunk;
+  enum class Phase { kChunk, kPrepare, kGateUp, kQuantize, kDown } phase_ = Phase::kChunk;
   Routing routing_;
   MoeBatch batch_{};
   std::vector<MoeBatch> node_batches_;  // batch_ with each node's weights

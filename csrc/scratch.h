@@ -45,4 +45,17 @@ inline Activations take_activations(Layout* layout, Format format, int64_t rows,
   return acts;
 }
 
+// For a multiple of 16 rows.
+inline TileActivations take_tiles(Layout* layout, Arithmetic arithmetic, int64_t rows,
+                                  int64_t k_padded) {
+  TileActivations tiles{};
+  if (arithmetic == Arithmetic::kBf16) {
+    tiles.bf16 = layout->take<uint16_t>(rows * k_padded);
+  } else {
+    tiles.q = layout->take<int8_t>(rows * k_padded);
+    tiles.scale = layout->take<float>(rows * ceil_div(k_padded, kInt8Group));
+  }
+  return tiles;
+}
+
 }  // namespace moejet

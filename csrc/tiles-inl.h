@@ -1,4 +1,5 @@
-// Matrix multiplication on bf16 tiles (AMX), and an emulation of the tile registers.
+// Matrix multiplication on bf16 tiles (AMX), and an emulation of the tile registers. For int8 tiles
+// see isa/int8-tiles512-inl.h.
 //
 // Tile registers: 0..3 accumulate C (2 x 2 tiles of 16 x 16 fp32), 4 and 5 hold A (16 rows x 32 k),
 // 6 and 7 hold B (32 k x 16 columns as 16 rows of k-pairs: one packed bf16 panel block).
@@ -70,23 +71,64 @@ class EmulatedTiles {
       moejet::MOEJET_ISA_NS::store(tile_[C] + 64 * m, sum);
     }
   }
+  // C[m][n] += sum over j < 4, k of A[m][4k + j] B[k][4n + j], int8 to int32
+  template <int C, int A, int B>
+  void dot_int8() {
+    for (int k = 0; k < 16; ++k) {
+      const I b = moejet::MOEJET_ISA_NS::load<I>(tile_[B] + 64 * k);
+      const I parts[4] = {(b << 24) >> 24, (b << 16) >> 24, (b << 8) >> 24, b >> 24};
+      for (int m = 0; m < 16; ++m) {
+        I sum = moejet::MOEJET_ISA_NS::load<I>(tile_[C] + 64 * m);
+        for (int j = 0; j < 4; ++j) {
+          sum = sum + parts[j] * static_cast<int8_t>(tile_[A][64 * m + 4 * k + j]);
+        }
+        moejet::MOEJET_ISA_NS::store(tile_[C] + 64 * m, sum);
+      }
+    }
+  }
 
  private:
   alignas(64) uint8_t tile_[8][kTileBytes];
 };
 
+inline uint16_t* tile_row(uint16_t* tiles, int64_t k_padded, int64_t row, int64_t k_tile) {
+  const int64_t tile = row / kTileRows * (k_padded / kTileK) + k_tile;
+  return tiles + (tile * kTileRows + row % kTileRows) * kTileK;
+}
+
+// What the classes that multiply bf16 tiles share: the form of activations.
+struct Bf16TileRows {
+  static constexpr Arithmetic kArithmetic = Arithmetic::kBf16;
+
+  // x[0..k_padded) to rows row_of(0) .. row_of(count - 1).
+  template <class RowOf>
+  static void store_row(const float* x, int64_t k_padded, const TileActivations& acts,
+                        int64_t count, const RowOf& row_of) {
+    for (int64_t kt = 0; count > 0 && kt < k_padded / kTileK; ++kt) {
+      uint16_t rounded[kTileK];
+      store_bf16(load<F>(x + kt * kTileK), rounded);
+      store_bf16(load<F>(x + kt * kTileK + kLanes), rounded + kLanes);
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(tile_row(acts.bf16, k_padded, row_of(i), kt), rounded, sizeof(rounded));
+      }
+    }
+  }
+};
+
 // Matrix multiplication on tile registers, real (AmxTiles) or emulated.
 template <class Registers>
-class TileBlocks {
+class TileBlocks : public Bf16TileRows {
  public:
   static constexpr int min_rows(Format format) {
     return takes_fp32(format) ? kMinTileRowsFloat : kMinTileRowsInt;
   }
 
-  // results[pair][m][0..31] = A B for m rows of A in tile form (tile_row in moe-inl.h). Writes
+  // results[pair][m][0..31] = A B for rows [first, first + m) of A, first a multiple of 16. Writes
   // whole tiles.
   template <class TileMk>
-  void gemm(const PairRun& pairs, const uint16_t* a, int m, float* results, uint8_t* unpacked) {
+  void gemm(const PairRun& pairs, const TileActivations& acts, int64_t first, int m, float* results,
+            uint8_t* unpacked) {
+    const uint16_t* a = tile_row(acts.bf16, pairs.geometry->k_padded, first, 0);
     for (int p = 0; p < pairs.num; ++p) {
       pair_gemm<TileMk>(pairs.pair(p), *pairs.geometry, a, m, results + p * result_stride(m),
                         reinterpret_cast<uint16_t*>(unpacked));

@@ -8,6 +8,7 @@ import pytest
 
 from moejet import _C, ceilings
 from moejet.cli import bench_ceilings
+from moejet.config import ARITHMETICS
 from moejet.experts.cpu_experts import create_pool
 
 SECONDS = 0.02
@@ -109,9 +110,15 @@ def test_each_kernel_has_its_bound():
     names = ceilings.arithmetic_names()
     for isa in ("avx2", "avx512", "avx512_bf16", "amx"):
         for weight_format in ("int4_g32", "int8", "fp8", "bf16"):
-            arithmetic = ceilings.arithmetic_of(isa, weight_format)
-            assert ceilings.bounding_ceiling(isa, arithmetic) in names
-    assert ceilings.bounding_ceiling("amx", ceilings.arithmetic_of("amx", "int4_g32")) == "amx_bf16"
+            for tiles in ARITHMETICS:
+                arithmetic = ceilings.arithmetic_of(isa, weight_format, tiles)
+                assert ceilings.bounding_ceiling(isa, arithmetic) in names
+    for tiles, integers in (("bf16", "amx_bf16"), ("int8", "amx_int8")):
+        arithmetic = ceilings.arithmetic_of("amx", "int4_g32", tiles)
+        assert ceilings.bounding_ceiling("amx", arithmetic) == integers
+        arithmetic = ceilings.arithmetic_of("amx", "bf16", tiles)
+        assert ceilings.bounding_ceiling("amx", arithmetic) == "amx_bf16"
+        assert ceilings.arithmetic_of("avx512", "int4_g32", tiles) == "int8"
     assert ceilings.bounding_ceiling("scalar", "int8") is None
 
 

@@ -208,6 +208,7 @@ def test_unknown_engine_option_gets_a_hint():
         ({"num_threads": -1}, "num_threads=-1"),
         ({"block_size": 2.5}, "block_size=2.5"),
         ({"isa": "avx1024"}, "isa='avx1024'"),
+        ({"arithmetic": "int4"}, "arithmetic='int4'"),
     ],
 )
 def test_bad_engine_values(options, words):

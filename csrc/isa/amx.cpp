@@ -1,9 +1,10 @@
-// Kernels for AMX bf16 tiles beside AVX-512.
+// Kernels for AMX bf16 and int8 tiles beside AVX-512.
 #define MOEJET_ISA_NS amx
 #define MOEJET_VEC_BITS 512
 #include "attention-tiles-inl.h"
 #include "attention-vectors-inl.h"
 #include "fp8-tiles512-inl.h"
+#include "int8-tiles512-inl.h"
 #include "ops-inl.h"
 
 namespace moejet {
@@ -42,6 +43,11 @@ class AmxTiles {
     // AT&T order: the last operand is the destination, the middle one A, the first one B.
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
   }
+  // tdpbssd: C[m][n] += sum over j < 4, k of A[m][4k + j] B[k][4n + j], int8 to int32
+  template <int C, int A, int B>
+  void dot_int8() {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  }
 };
 
 }  // namespace
@@ -53,7 +59,9 @@ extern const KernelTable table = {
      format_kernels<Bf16, Bf16Tiles<TileBlocks<AmxTiles>>>(),
      format_kernels<Fp8, Fp8Tiles<TileBlocks<AmxTiles>>>(), format_kernels<Fp32, NoTiles>()},
     op_kernels(),
-    {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<AmxTiles>>()}};
+    {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<AmxTiles>>()},
+    {format_kernels<Int4, Int4AsInt8<Int8TileBlocks<AmxTiles>>>(),
+     format_kernels<Int8, Int8AsPacked<Int8TileBlocks<AmxTiles>>>()}};
 
 }  // namespace amx
 }  // namespace moejet

@@ -4,6 +4,7 @@
 #include "attention-tiles-inl.h"
 #include "attention-vectors-inl.h"
 #include "fp8-tiles512-inl.h"
+#include "int8-tiles512-inl.h"
 #include "ops-inl.h"
 
 namespace moejet {
@@ -16,7 +17,9 @@ extern const KernelTable table = {
      format_kernels<Bf16, Bf16Tiles<TileBlocks<EmulatedTiles>>>(),
      format_kernels<Fp8, Fp8Tiles<TileBlocks<EmulatedTiles>>>(), format_kernels<Fp32, NoTiles>()},
     op_kernels(),
-    {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<EmulatedTiles>>()}};
+    {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<EmulatedTiles>>()},
+    {format_kernels<Int4, Int4AsInt8<Int8TileBlocks<EmulatedTiles>>>(),
+     format_kernels<Int8, Int8AsPacked<Int8TileBlocks<EmulatedTiles>>>()}};
 
 }  // namespace amx_emulated
 }  // namespace moejet

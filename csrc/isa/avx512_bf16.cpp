@@ -65,13 +65,15 @@ void dot_rows_of(int mr, const uint16_t* a, const uint16_t* b, int64_t k_tiles, 
   dot_rows<MR>(a, b, k_tiles, upcoming, c);
 }
 
-struct Dots {
+struct Dots : Bf16TileRows {
   // Fewer rows leave the time to memory, which the vector kernels read faster.
   static constexpr int min_rows(Format format) { return format == Format::kFp8 ? 4 : 6; }
 
-  // results[pair][m][0..31] = A B for m rows of A in tile form.
+  // results[pair][m][0..31] = A B for rows [first, first + m) of A.
   template <class TileMk>
-  void gemm(const PairRun& pairs, const uint16_t* a, int m, float* results, uint8_t* unpacked) {
+  void gemm(const PairRun& pairs, const TileActivations& acts, int64_t first, int m, float* results,
+            uint8_t* unpacked) {
+    const uint16_t* a = tile_row(acts.bf16, pairs.geometry->k_padded, first, 0);
     constexpr BlockShape kBlock = block_shape(TileMk::kFormat);
     constexpr int64_t kBlockTiles = kBlock.k / kTileK;
     const Chunks chunks = {pairs, kDotChunkTiles / kBlockTiles, 2 * kBlock.bytes};

@@ -19,8 +19,9 @@ const std::vector<int64_t> kTokens = {1, 2, 7, 17, 66, 131};
 
 // A layer of random experts and the values that its kernels compute with.
 struct Experts {
-  Experts(Format format, int64_t num, int64_t hidden, int64_t inter)
-      : weights(num, hidden, inter, format) {
+  Experts(Format format, int64_t num, int64_t hidden, int64_t inter,
+          Arithmetic arithmetic = Arithmetic::kBf16)
+      : weights(num, hidden, inter, format, {kAnyNode}, arithmetic) {
     weights.fill_random(3, nullptr);
     for (int64_t e = 0; e < num; ++e) {
       for (const Projection p : {Projection::kGate, Projection::kUp, Projection::kDown}) {
@@ -222,6 +223,47 @@ TEST(no_tokens_and_no_experts) {
 TEST(linear_matches_float64) {
   test_linear(1, 97, 130);
   test_linear(3, 33, 31);
+}
+
+// Odd sizes, channels in two groups of 128 (each written by several gate-up tasks), and more rows
+// than a chunk of 512 inputs holds.
+TEST(int8_arithmetic_on_tiles) {
+  ThreadPool three({0, 1, 2}, false), one({0}, false);
+  for (const Format format : {Format::kInt4G32, Format::kInt8}) {
+    const Experts experts(format, 3, 579, 161, Arithmetic::kInt8);
+    const Experts in_bf16(format, 3, 579, 161);
+    for (const int64_t tokens : {1, 9, 66, 131}) {
+      const Inputs inputs(experts, tokens, 2, 584);
+      const std::vector<double> expected = inputs.answer(experts);
+      for (const KernelTable* table : usable_tables()) {
+        const FormatKernels& kernels = kernels_of(*table, format, Arithmetic::kInt8);
+        const std::vector<float> got = run(experts, inputs, &three, *table);
+        CHECK_OP(testing::relative_error(got, expected), <, 2.4e-2);
+        CHECK(got == run(experts, inputs, &one, *table));
+        const bool tiles = kernels.quantize_h != nullptr;
+        CHECK(tiles == uses_tiles(*table, format));
+        if (!tiles || tokens == 1) CHECK(got == run(in_bf16, inputs, &three, *table));
+        if (tiles && tokens > 60) CHECK(got != run(in_bf16, inputs, &three, *table));
+      }
+    }
+    LinearWeights weights(2, 70, 579, format, {kAnyNode}, Arithmetic::kInt8);
+    weights.fill_random(5, &three);
+    std::vector<float> values(70 * 579);
+    weights.dequantize(1, values.data());
+    const std::vector<float> x = gaussian(19 * 579, 1.f, 21);
+    for (const KernelTable* table : usable_tables()) {
+      std::vector<float> out(19 * 2 * 70, NAN);
+      linear_forward(weights,
+                     {19, x.data(), DType::kF32, 579, 0, out.data(), DType::kF32, 2 * 70, 70},
+                     &three, *table);
+      for (int64_t t = 0; t < 19; ++t) {
+        const std::vector<double> row(x.begin() + t * 579, x.begin() + (t + 1) * 579);
+        const std::vector<float> got(out.begin() + (2 * t + 1) * 70,
+                                     out.begin() + (2 * t + 2) * 70);
+        CHECK_OP(testing::relative_error(got, multiply(values, 70, 579, row.data())), <, 2e-2);
+      }
+    }
+  }
 }
 
 // Two engines in one process: threads that share weights and pools.

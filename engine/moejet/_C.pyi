@@ -31,8 +31,8 @@ PACK_LAYOUT_VERSION: int
 def checksum(data: Any) -> int:
     """A 64-bit hash of contiguous bytes (any buffer), against accidents and not attacks."""
 
-def min_tile_rows(format: str, isa: str = "auto") -> int:
-    """Rows of one expert from which tile kernels (bf16 arithmetic) compute it; 0: never."""
+def min_tile_rows(format: str, isa: str = "auto", arithmetic: str = "bf16") -> int:
+    """Rows of one expert from which tile kernels compute it; 0: never."""
 
 class ThreadPool:
     """Workers on the given CPUs. The calling thread works as worker 0; callers take turns.
@@ -47,6 +47,7 @@ class ThreadPool:
         pin: bool = True,
         worker_nodes: list[int] = ...,
         memory_nodes: list[int] = ...,
+        arithmetic: str = "bf16",
     ) -> None: ...
     @property
     def num_threads(self) -> int: ...
@@ -64,7 +65,8 @@ class ExpertWeights:
     """Packed experts of one layer: E experts, gate and up [I, D], down [D, I].
 
     Memory becomes resident when written; experts that were never set contribute zero. Each expert
-    is divided among memory_nodes; results do not depend on that.
+    is divided among memory_nodes; results do not depend on that. arithmetic: what tile kernels
+    multiply int4_g32 and int8 in, "bf16" or "int8"; the packed bytes are the same.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class ExpertWeights:
         intermediate_size: int,
         format: str,
         memory_nodes: list[int] = ...,
+        arithmetic: str = "bf16",
     ) -> None: ...
     @property
     def is_placed(self) -> bool:
@@ -140,6 +143,8 @@ class ExpertWeights:
     @property
     def format(self) -> str: ...
     @property
+    def arithmetic(self) -> str: ...
+    @property
     def nbytes(self) -> int: ...
     @property
     def expert_nbytes(self) -> int: ...
@@ -154,6 +159,7 @@ class LinearWeights:
         cols: int,
         format: str,
         memory_nodes: list[int] = ...,
+        arithmetic: str = "bf16",
     ) -> None: ...
     @property
     def is_placed(self) -> bool:
@@ -193,6 +199,8 @@ class LinearWeights:
     def cols(self) -> int: ...
     @property
     def format(self) -> str: ...
+    @property
+    def arithmetic(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
 

@@ -167,14 +167,17 @@ def arithmetic_names() -> list[str]:
     return list(load_extension().arithmetic_ceilings())
 
 
-def arithmetic_of(isa: str, weight_format: str) -> str:
+def arithmetic_of(isa: str, weight_format: str, tiles: str) -> str:
     """What the expert kernels multiply in: "int8", "fp32", or "bf16" for bf16 or fp32 multiply-adds.
 
-    AMX multiplies in bf16 unless the weights are fp32, except for a few rows per expert.
+    AMX multiplies in bf16 unless the weights are fp32, and integer formats in what `tiles` says
+    ("bf16" or "int8", as `CpuExperts.arithmetic`), except for a few rows per expert.
     """
     if weight_format == "fp32":
         return "fp32"
-    return "int8" if weight_format in _INTEGER_FORMATS and isa != "amx" else "bf16"
+    if weight_format not in _INTEGER_FORMATS:
+        return "bf16"
+    return tiles if isa == "amx" else "int8"
 
 
 def bounding_ceiling(isa: str, arithmetic: str) -> str | None:

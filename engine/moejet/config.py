@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 ExpertFormat = Literal["auto", "native", "int4_g32", "int8", "fp8", "bf16", "fp32"]
 DenseFormat = Literal["int8", "int4_g32", "fp8", "bf16", "fp32"]
 CacheDtype = Literal["bf16", "fp32"]
+Arithmetic = Literal["bf16", "int8"]
 Quantization = Literal["fp8", "int4"]
 # Packed formats; "auto" and "native" stand for one of them, by the checkpoint.
 EXPERT_FORMATS: tuple[str, ...] = get_args(ExpertFormat)[2:]
@@ -30,6 +31,7 @@ _NATIVE_FORMATS: dict[Quantization | None, ExpertFormat] = {
 DENSE_FORMATS: tuple[str, ...] = get_args(DenseFormat)
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
 PackedCache = Literal["auto", "on", "off", "verify"]
+ARITHMETICS: tuple[str, ...] = get_args(Arithmetic)
 # Bits per weight, scales included.
 FORMAT_BITS = {"int4_g32": 4.5, "int8": 8.25, "fp8": 8.125, "bf16": 16.0, "fp32": 32.0}
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
@@ -441,7 +443,10 @@ class EngineConfig:
     cache_tokens: capacity of the latent cache (None: max_context, or 8192 if that is more)
     packed_cache: keep packed weights on disk for the next start ("auto": if they are large; "verify": compare checksums
     on loading; MOEJET_CACHE says where) · num_threads: CPU workers (None: physical cores that this process may use)
-    isa: "auto" or the instruction set to use · seed: base of requests that bring none of their own
+    isa: "auto" or the instruction set to use
+    arithmetic: what AMX tiles multiply int4_g32 and int8 weights in; "int8" is faster and less exact (activations
+    share a scale per 128 inputs), other instruction sets compute these formats with int8 activations either way
+    seed: base of requests that bring none of their own
     show_progress: a bar while loading (None: if stderr is a terminal)
     """
 
@@ -458,6 +463,7 @@ class EngineConfig:
     packed_cache: PackedCache = "auto"
     num_threads: int | None = None
     isa: str = "auto"
+    arithmetic: Arithmetic = "bf16"
     seed: int | None = None
     show_progress: bool | None = None
 
@@ -486,6 +492,7 @@ class EngineConfig:
         _require_choice("dense_format", self.dense_format, DENSE_FORMATS)
         _require_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         _require_choice("packed_cache", self.packed_cache, get_args(PackedCache))
+        _require_choice("arithmetic", self.arithmetic, ARITHMETICS)
         _require_choice("isa", self.isa, ("auto", *ISAS, "amx_emulated"))
         for name in ("max_num_requests", "max_batch_tokens", "block_size"):
             _require_positive(name, getattr(self, name))

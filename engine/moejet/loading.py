@@ -115,7 +115,7 @@ def _create_engine(
     max_context, num_blocks = plan_cache(config, model_config)
     check_memory(config, model_config, num_blocks * config.block_size)
     pool = create_pool(config.num_threads)
-    dense = DenseWeights(config.dense_format, pool, resolve_isa(config.isa))
+    dense = DenseWeights(config.dense_format, pool, resolve_isa(config.isa), config.arithmetic)
     model = DeepseekForCausalLM(
         model_config,
         make_experts=lambda: CpuExperts(
@@ -125,6 +125,7 @@ def _create_engine(
             format=config.expert_format,
             pool=pool,
             isa=dense.isa,
+            arithmetic=dense.arithmetic,
         ),
         dense=dense,
         max_context=max_context,

@@ -25,6 +25,7 @@ class FakeLLM:
             model=model,
             expert_format=engine_options.get("expert_format", "int4_g32"),
             dense_format="bf16",
+            arithmetic=engine_options.get("arithmetic", "bf16"),
         )
         self.model_config = SHAPE
         self.cost = ModelCost(SHAPE, self.config.expert_format, "bf16", "bf16")
@@ -122,7 +123,7 @@ def test_the_cache_holds_every_sequence():
 def test_rows():
     llm = FakeLLM("m", {})
     cases = bench.plan_tests([10], [20], [100], [1, 4])
-    common = {"isa": "avx2", "format": "int4_g32"}
+    common = {"isa": "avx2", "format": "int4_g32", "arithmetic": "bf16"}
     prompt, answer, batch = bench.measure(llm, cases, 2, common, FakeMeter())
     # One warm-up and two repetitions each; the overhead once per number of sequences.
     assert llm.calls[:3] == [("pp", 10, 100)] * 3
@@ -172,7 +173,8 @@ def test_table(moejet, loaded):
 
 def test_formats_and_threads_are_compared(moejet, loaded):
     result = moejet(
-        "bench", "-p", "8", "-n", "0", "-t", "1,2", "--format", "int4_g32,bf16", "-o", "jsonl"
+        *("bench", "-p", "8", "-n", "0", "-t", "1,2", "--format", "int4_g32,bf16", "-o", "jsonl"),
+        *("--arithmetic", "int8"),
     )
     rows = [json.loads(line) for line in result.out.splitlines()]
     assert [(row["format"], row["threads"]) for row in rows] == [
@@ -181,6 +183,7 @@ def test_formats_and_threads_are_compared(moejet, loaded):
         ("bf16", 1),
         ("bf16", 2),
     ]
+    assert {row["arithmetic"] for row in rows} == {"int8"}
     for key in ("commit", "dirty", "cpu", "versions", "isa", "time", "read_gbps", "samples_s"):
         assert key in rows[0]
 

@@ -31,9 +31,9 @@ def small_buffer(monkeypatch):
     monkeypatch.setattr(ceilings, "_TRIAL_SECONDS", 0.001)
 
 
-def make_layer(pool, weight_format, isa="auto"):
+def make_layer(pool, weight_format, isa="auto", arithmetic="bf16"):
     sizes = (SHAPE.num_experts, SHAPE.hidden_size, SHAPE.intermediate_size)
-    layer = CpuExperts(*sizes, format=weight_format, pool=pool, isa=isa)
+    layer = CpuExperts(*sizes, format=weight_format, pool=pool, isa=isa, arithmetic=arithmetic)
     layer.fill_random(3)
     return layer
 
@@ -64,6 +64,8 @@ def test_right_answers_pass(pool, weight_format, num_tokens):
 def test_tiles_are_checked(pool, usable_isa):
     layer = make_layer(pool, "int4_g32", usable_isa("amx_emulated"))
     assert moe_bench.check(layer, SHAPE, 70) < 0.005
+    layer = make_layer(pool, "int4_g32", "amx_emulated", "int8")
+    assert 0.01 < moe_bench.check(layer, SHAPE, 70) < 0.024
 
 
 @pytest.mark.parametrize("row", [0, 20, 39])
@@ -179,8 +181,11 @@ def test_rows_of_the_command(moejet, tmp_path):
         for key in ("commit", "dirty", "cpu", "versions", "isa", "time", "relative_error"):
             assert key in row
     # A second run adds to the file.
-    moejet("bench", "moe", *SMALL, "--format", "int8", "--tokens", "1", "--json", str(file))
-    assert len(file.read_text().splitlines()) == 5
+    arguments = ("--format", "int8", "--arithmetic", "int8", "--tokens", "1", "--json", str(file))
+    moejet("bench", "moe", *SMALL, *arguments)
+    lines = file.read_text().splitlines()
+    assert len(lines) == 5
+    assert [json.loads(line)["arithmetic"] for line in lines] == ["bf16"] * 4 + ["int8"]
 
 
 @pytest.mark.usefixtures("small_buffer")
@@ -188,6 +193,7 @@ def test_json_to_stdout_replaces_the_table(moejet):
     result = moejet("bench", "moe", *SMALL, "--format", "int8", "--tokens", "2", "--json", "-")
     assert result.code == 0, result.err
     assert json.loads(result.out)["tokens"] == 2
+    assert json.loads(result.out)["arithmetic"] == "bf16"
 
 
 @pytest.mark.usefixtures("small_buffer")

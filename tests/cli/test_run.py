@@ -147,6 +147,7 @@ def test_every_option_reaches_the_engine(moejet, llm):
     words += ["--stop", "A", "--stop", "B", "--ignore-eos", "--stop-in-reasoning"]
     words += ["-n", "2", "--json", "--logprobs", "3", "--expert-format", "int8"]
     words += ["--dense-format", "fp32", "--max-context", "512", "--threads", "2", "--isa", "avx2"]
+    words += ["--arithmetic", "int8"]
     assert moejet("run", "x", *words).code == 0
     assert llm.calls[0][2] == SamplingParams(
         **sampling,
@@ -157,7 +158,12 @@ def test_every_option_reaches_the_engine(moejet, llm):
         logprobs=3,
     )
     engine = {"expert_format": "int8", "dense_format": "fp32", "max_context": 512}
-    assert llm.opened[0][1] == {**engine, "num_threads": 2, "isa": "avx2"}
+    assert llm.opened[0][1] == {
+        **engine,
+        "num_threads": 2,
+        "isa": "avx2",
+        "arithmetic": "int8",
+    }
 
 
 def test_bad_sampling_value_names_the_field(moejet, llm):

@@ -94,6 +94,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dense-format", choices=DENSE_FORMATS, help="type of all other weights")
     options.add_isa_option(parser)
+    options.add_arithmetic_option(parser)
     parser.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md")
 
 
@@ -157,6 +158,7 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
                 "num_threads": num_threads,
                 "dense_format": args.dense_format,
                 "isa": args.isa,
+                "arithmetic": args.arithmetic,
                 **cache_options(tests),
             }
             with open_llm(args, {k: v for k, v in given.items() if v is not None}) as llm:
@@ -174,7 +176,8 @@ def measure(
     """One row per test: `common` and the test's figures. The first run of a test is a warm-up."""
     from moejet.ceilings import arithmetic_of, bounding_ceiling
 
-    bound = bounding_ceiling(common["isa"], arithmetic_of(common["isa"], common["format"]))
+    isa = common["isa"]
+    bound = bounding_ceiling(isa, arithmetic_of(isa, common["format"], common["arithmetic"]))
     overhead_s: dict[int, float] = {}
 
     def ceilings() -> tuple[float | None, float | None]:
@@ -264,6 +267,7 @@ def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
         "dense": llm.config.dense_format,
         "threads": experts.pool.num_threads,
         "isa": experts.isa,
+        "arithmetic": llm.config.arithmetic,
     }
 
 

@@ -69,6 +69,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
     options.add_isa_option(parser)
+    options.add_arithmetic_option(parser)
     parser.add_argument(
         "--json", metavar="FILE", help="append one JSON line per case to FILE, '-': print them"
     )
@@ -135,6 +136,7 @@ def _measure_all(
                 "num_experts": shape.num_experts,
                 "num_experts_per_tok": shape.top_k,
                 "format": weight_format,
+                "arithmetic": layers[0].arithmetic,
                 "layers": len(layers),
                 "weight_bytes": sum(layer.nbytes for layer in layers),
             }
@@ -155,7 +157,14 @@ def _make_layers(
     sizes = (shape.hidden_size, shape.intermediate_size)
 
     def make(num_experts: int) -> CpuExperts:
-        return CpuExperts(num_experts, *sizes, format=weight_format, pool=pool, isa=isa)
+        return CpuExperts(
+            num_experts,
+            *sizes,
+            format=weight_format,
+            pool=pool,
+            isa=isa,
+            arithmetic=args.arithmetic or "bf16",
+        )
 
     expert_bytes = make(1).nbytes
     if args.experts is None:

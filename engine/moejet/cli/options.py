@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moejet.config import DENSE_FORMATS, EXPERT_FORMATS, ISAS
+from moejet.config import ARITHMETICS, DENSE_FORMATS, EXPERT_FORMATS, ISAS
 
 if TYPE_CHECKING:
     from moejet.llm import LLM
@@ -80,6 +80,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="CPU threads (default: physical cores that this process may use)",
     )
     add_isa_option(group)
+    add_arithmetic_option(group)
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the model hub")
 
 
@@ -87,6 +88,16 @@ def add_isa_option(group: argparse._ActionsContainer) -> None:
     """Add --isa; the choices are those of the CPU kernels."""
     group.add_argument(
         "--isa", choices=("auto", *ISAS), help="CPU instruction set (default auto: the widest)"
+    )
+
+
+def add_arithmetic_option(group: argparse._ActionsContainer) -> None:
+    """Add --arithmetic."""
+    group.add_argument(
+        "--arithmetic",
+        choices=ARITHMETICS,
+        help="what AMX multiplies int4_g32 and int8 weights in (default bf16); int8 is faster and "
+        "less exact; changes nothing without AMX",
     )
 
 
@@ -123,6 +134,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "max_context",
         "num_threads",
         "isa",
+        "arithmetic",
         "revision",
     )
     return {n: v for n in names if (v := getattr(args, n, None)) is not None}

@@ -24,14 +24,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DenseWeights:
-    """How a model's dense matrices are held: packed in `format`, computed by the pool's workers."""
+    """How a model's dense matrices are held: packed in `format`, computed by the pool's workers.
+
+    arithmetic: see `CpuExperts`.
+    """
 
     format: str
     pool: ThreadPool
     isa: str = "auto"
+    arithmetic: str = "bf16"
 
     def matrices(self, num: int, rows: int, cols: int) -> PackedMatrices:
-        return PackedMatrices(num, rows, cols, format=self.format, pool=self.pool, isa=self.isa)
+        return PackedMatrices(
+            num,
+            rows,
+            cols,
+            format=self.format,
+            pool=self.pool,
+            isa=self.isa,
+            arithmetic=self.arithmetic,
+        )
 
 
 class Linear:
@@ -106,7 +118,13 @@ class GatedMLP:
     def __init__(self, hidden_size: int, intermediate_size: int, *, dense: DenseWeights):
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.packed = CpuExperts(
-            1, hidden_size, intermediate_size, format=dense.format, pool=dense.pool, isa=dense.isa
+            1,
+            hidden_size,
+            intermediate_size,
+            format=dense.format,
+            pool=dense.pool,
+            isa=dense.isa,
+            arithmetic=dense.arithmetic,
         )
 
     def __call__(self, x: Tensor) -> Tensor:

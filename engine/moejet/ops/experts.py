@@ -24,7 +24,7 @@ def moe_experts(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: CpuE
       x [T, D] fp32 or bf16 (rows may be apart) · topk_ids [T, K] i32 or i64, -1 skips ·
       topk_weights [T, K] fp32
     Returns: [T, D] in x's dtype. Integer formats quantise activations to int8 per 32 inputs on
-    vector instruction sets; AMX computes in bf16. An id out of range raises ValueError.
+    vector instruction sets; AMX computes in bf16, or in int8 (see `CpuExperts`). An id out of range raises ValueError.
     """
     if use_reference():
         return moe_experts_ref(x, topk_ids, topk_weights, experts)

@@ -3,8 +3,8 @@
 out[t, g] = W_g x[t, g], or W_g x[t] where all matrices read the same input.
 
 G = 1 is an ordinary linear layer; MLA's absorbed projections are one matrix per head. Packing and arithmetic are those
-of the experts: integer formats quantise activations to int8 per 32 inputs (bf16 tiles on AMX), the others multiply
-fp32 activations (fp8 and bf16: bf16 tiles on AMX).
+of the experts: integer formats quantise activations to int8 per 32 inputs (on AMX: bf16 tiles, or int8 ones with
+arithmetic="int8"), the others multiply fp32 activations (fp8 and bf16: bf16 tiles on AMX).
 """
 
 from __future__ import annotations
@@ -45,12 +45,20 @@ class PackedMatrices:
     """G packed matrices [rows, cols]; those never set are zero."""
 
     def __init__(
-        self, num: int, rows: int, cols: int, *, format: str, pool: ThreadPool, isa: str = "auto"
+        self,
+        num: int,
+        rows: int,
+        cols: int,
+        *,
+        format: str,
+        pool: ThreadPool,
+        isa: str = "auto",
+        arithmetic: str = "bf16",
     ):
         self._C = load_extension()
         self.isa = resolve_isa(isa)
         self.pool = pool
-        self.weights = self._C.LinearWeights(num, rows, cols, format, pool.memory_nodes)
+        self.weights = self._C.LinearWeights(num, rows, cols, format, pool.memory_nodes, arithmetic)
         report_placement(self.weights)
 
     @property

@@ -130,7 +130,7 @@ def check(layer: CpuExperts, shape: LayerShape, num_tokens: int) -> float:
     rounded = torch.full_like(out, float("nan"), dtype=torch.bfloat16)
     layer.run_kernels(x, ids, mix, rounded)
     error = relative_error(out, truth)
-    limit = tolerance(layer.format, layer.isa, ids)
+    limit = tolerance(layer.format, layer.isa, ids, layer.arithmetic)
     rounding = relative_error(rounded, out.double())
     if not error <= limit or not rounding <= _BF16_ROUNDING:
         raise WrongAnswerError(
@@ -158,11 +158,11 @@ def time_case(
     *,
     meter: Meter,
     seconds: float,
-    arithmetic: str | None = None,
 ) -> dict[str, Any]:
-    """The figures of one case. arithmetic: what the kernels multiply in, None: as the format says."""
-    isa, weight_format = layers[0].isa, layers[0].format
-    bound = bounding_ceiling(isa, arithmetic or arithmetic_of(isa, weight_format))
+    """The figures of one case."""
+    layer = layers[0]
+    arithmetic = arithmetic_of(layer.isa, layer.format, layer.arithmetic)
+    bound = bounding_ceiling(layer.isa, arithmetic)
     read_gbps: list[float] = []
     peaks: list[float] = []
 
