@@ -90,10 +90,7 @@ void AttentionTask::begin(const AttentionCall& call) {
       worker.product = layout->take<float>(4 * kQueryPanel * kQueryPanel);
     }
   };
-  Layout sizes(nullptr);
-  take(&sizes);
-  Layout layout(scratch_->worker_memory_.reserve(static_cast<size_t>(sizes.bytes())));
-  take(&layout);
+  reserve_scratch(&scratch_->worker_memory_, take);
 }
 
 bool AttentionTask::begin_unit() {
@@ -181,10 +178,7 @@ void AttentionTask::place_wave(int64_t num_tokens) {
       part.sum = layout->take<float>(states);
     }
   };
-  Layout sizes(nullptr);
-  take(&sizes);
-  Layout layout(scratch_->data_.reserve(static_cast<size_t>(sizes.bytes())));
-  take(&layout);
+  reserve_scratch(&scratch_->data_, take);
 
   attend_items_.clear();
   merge_items_.clear();
@@ -234,10 +228,7 @@ void AttentionTask::begin_expanded() {
     block_.max = layout->take<float>(states);
     block_.sum = layout->take<float>(states);
   };
-  Layout sizes(nullptr);
-  take(&sizes);
-  Layout layout(scratch_->data_.reserve(static_cast<size_t>(sizes.bytes())));
-  take(&layout);
+  reserve_scratch(&scratch_->data_, take);
   block_.keys = keys_;
   block_.values = values_;
   begin_block();

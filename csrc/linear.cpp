@@ -129,10 +129,9 @@ void LinearTask::begin_chunk() {
   const int64_t inputs = call_.x_matrix_stride == 0 ? 1 : batch_.num_matrices;
   input_rows_ = inputs * batch_.num_tokens;
   const int64_t input_tile_rows = inputs * round_up(batch_.num_tokens, kTileRows);
-  Layout sizes(nullptr);
-  take_scratch(&sizes, kernels_, input_rows_, input_tile_rows, &batch_, &scratch_);
-  Layout layout(workspace_->reserve(static_cast<size_t>(sizes.bytes())));
-  take_scratch(&layout, kernels_, input_rows_, input_tile_rows, &batch_, &scratch_);
+  reserve_scratch(workspace_, [&](Layout* layout) {
+    take_scratch(layout, kernels_, input_rows_, input_tile_rows, &batch_, &scratch_);
+  });
 
   const int64_t num_threads = static_cast<int64_t>(scratch_.size());
   const int64_t all_pairs = batch_.geometry.num_pairs * batch_.num_matrices;

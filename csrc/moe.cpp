@@ -87,10 +87,9 @@ void MoeTask::begin_chunk() {
   batch_.out_dtype = part.out_dtype;
   batch_.out_stride = part.out_stride;
   plan();
-  Layout sizes(nullptr);
-  take_scratch(&sizes, kernels_, routing_, pairs_per_task_, &batch_, &scratch_);
-  Layout layout(workspace_->reserve(static_cast<size_t>(sizes.bytes())));
-  take_scratch(&layout, kernels_, routing_, pairs_per_task_, &batch_, &scratch_);
+  reserve_scratch(workspace_, [&](Layout* layout) {
+    take_scratch(layout, kernels_, routing_, pairs_per_task_, &batch_, &scratch_);
+  });
   divide_among_nodes();
 }
 

@@ -1,10 +1,11 @@
-// How one reservation of scratch memory is divided, for moe.cpp and linear.cpp.
+// How one reservation of scratch memory is divided, for moe.cpp, linear.cpp and attention.cpp.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels.h"
 #include "sanitizer.h"
+#include "workspace.h"
 
 namespace moejet {
 
@@ -30,6 +31,15 @@ class Layout {
   uint8_t* base_;
   int64_t bytes_ = 0;
 };
+
+// Reserves what take(Layout*) takes. It is called twice, first to add up sizes.
+template <class Take>
+void reserve_scratch(Workspace* workspace, const Take& take) {
+  Layout sizes(nullptr);
+  take(&sizes);
+  Layout layout(workspace->reserve(static_cast<size_t>(sizes.bytes())));
+  take(&layout);
+}
 
 inline Activations take_activations(Layout* layout, Format format, int64_t rows, int64_t k_padded) {
   Activations acts{};
