@@ -9,11 +9,11 @@
 // x 16 columns as 16 rows of four k).
 //
 // What to expect (estimated, not measured): for 32 rows, 32 columns and 128 inputs, 8 tile products
-// take 128 cycles, half of what bf16 takes; beside them run 64 times convert, multiply,
-// multiply-add, store (96 cycles of two ports, some 160 of the load ports with the tiles' lines).
-// So the scales cost more than they hide once the tiles are fast: 70 to 80 % of the int8 ceiling at
-// best. Since every group's sums leave the tiles anyway, short chunks cost nothing, and B stays
-// in L1.
+// take 128 cycles, half of what bf16 takes. Scaling the sums takes 64 times convert, multiply,
+// multiply-add and store: 96 cycles of the two vector ports, and with the tiles' lines some 160 of
+// the two load ports. It runs while the next products do, so load ports set the limit: 70 to 80 %
+// of the int8 ceiling at best. Since every group's sums leave the tiles anyway, short chunks of k
+// cost nothing, and B stays in L1.
 #pragma once
 
 #ifndef MOEJET_ISA_NS
@@ -121,7 +121,7 @@ class Int8TileBlocks {
     return acts.q + (tile * (k_padded / kInt8TileK) + 2 * g) * kTileBytes;
   }
 
-  // Group g, x[0..127] (or 63, if it has a single tile), quantised, to rows row_of(0) ..
+  // Group g, x[0..127] (x[0..63] if it has a single tile), quantised, to rows row_of(0) ..
   // row_of(count - 1).
   template <class RowOf>
   static void store_group(const float* x, int64_t k_padded, int64_t g, const TileActivations& acts,
