@@ -20,6 +20,7 @@ from moejet.extension import resolve_isa
 from moejet.layers.linear import DenseWeights
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM
+from moejet.plan import GIB, PROCESS_BYTES, Machine, make_plan
 from moejet.request import SamplingParams
 from moejet.runner import ModelRunner
 from moejet.tokenizer import Tokenizer
@@ -162,17 +163,22 @@ def plan_cache(config: EngineConfig, model_config: ModelConfig) -> tuple[int, in
 
 
 def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: int) -> None:
-    """Raises ValueError if weights and cache exceed the memory available now, before anything is allocated."""
-    cost = ModelCost.of(model_config, config)
-    cache_bytes = cache_tokens * cost.latent_bytes
-    needed, available = cost.weight_bytes + cache_bytes, topology.available_bytes()
-    if available is not None and needed > available:
+    """Raises ValueError if the plan exceeds the memory available now, before anything is allocated."""
+    # This process is there already.
+    available = topology.available_bytes()
+    machine = Machine(None if available is None else available + PROCESS_BYTES)
+    plan = make_plan(model_config, config, machine=machine, cache_tokens=cache_tokens)
+    if not plan.fits:
+        parts = ", ".join(
+            f"{part.name} {part.num_bytes / GIB:.1f}"
+            for part in plan.parts
+            if part.num_bytes >= GIB / 20 and part.name != "process"
+        )
         raise ValueError(
-            f"the model needs {needed / 2**30:.1f} GiB (experts as {config.expert_format} "
-            f"{cost.routed_bytes / 2**30:.1f}, dense weights as {config.dense_format} "
-            f"{cost.dense_bytes / 2**30:.1f}, cache for {cache_tokens} tokens {cache_bytes / 2**30:.1f}), "
-            f"and {available / 2**30:.1f} GiB are available: choose a smaller expert_format, "
-            "max_context or model"
+            f"the model needs {(plan.bytes_in('RAM') - PROCESS_BYTES) / GIB:.1f} GiB ({parts}; experts "
+            f"as {plan.expert_format}, other weights as {plan.dense_format}, cache for "
+            f"{cache_tokens} tokens), and {(available or 0) / GIB:.1f} GiB are available: use "
+            + "; ".join(plan.advice)
         )
 
 

@@ -43,15 +43,20 @@ class ModelCost:
         return self.config.num_moe_layers * self.config.num_experts * self.expert_bytes
 
     @property
+    def packed_bytes(self) -> float:
+        """Attention, shared experts, dense layers and output projection, as they are held."""
+        c = self.config
+        # Attention holds W_UK in both orientations.
+        w_uk = c.num_hidden_layers * c.num_attention_heads * c.qk_nope_head_dim * c.kv_lora_rank
+        return (self._packed_parameters + w_uk) * FORMAT_BITS[self.dense_format] / 8
+
+    @property
     def dense_bytes(self) -> float:
-        """Everything else, as it is held: see `moejet.layers`."""
+        """Everything but routed experts, as it is held: see `moejet.layers`."""
         c = self.config
         table = c.vocab_size * c.hidden_size
         table_bytes = 4 if self.dense_format == "fp32" else 2
-        # Attention holds W_UK in both orientations.
-        w_uk = c.num_hidden_layers * c.num_attention_heads * c.qk_nope_head_dim * c.kv_lora_rank
-        packed = (self._packed_parameters + w_uk) * FORMAT_BITS[self.dense_format] / 8
-        return packed + table_bytes * table + 4 * self._router_parameters
+        return self.packed_bytes + table_bytes * table + 4 * self._router_parameters
 
     @property
     def weight_bytes(self) -> float:

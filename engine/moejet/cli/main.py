@@ -22,6 +22,7 @@ COMMANDS = {
     "run": ("moejet.cli.run", "answer one prompt"),
     "chat": ("moejet.cli.chat", "hold a conversation in the terminal"),
     "bench": ("moejet.cli.bench", "measure tokens per second"),
+    "plan": ("moejet.cli.plan", "say where the memory goes and how fast a model will be"),
     "cache": ("moejet.cli.cache", "list, check or remove packed weights on disk"),
     "doctor": ("moejet.cli.doctor", "check this machine and this installation"),
 }

@@ -54,15 +54,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add the EngineConfig fields that a user sets by hand."""
     group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--expert-format",
-        choices=("auto", "native", *EXPERT_FORMATS),
-        help="how routed experts are kept in memory (default auto: int4_g32, or the checkpoint's own "
-        "format, native, if that has about 4 bits)",
-    )
-    group.add_argument(
-        "--dense-format", choices=DENSE_FORMATS, help="type of all other weights (default int8)"
-    )
+    add_format_options(group)
     group.add_argument(
         "--packed-cache",
         choices=("auto", "on", "off", "verify"),
@@ -82,6 +74,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add_isa_option(group)
     add_arithmetic_option(group)
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the model hub")
+
+
+def add_format_options(group: argparse._ActionsContainer) -> None:
+    """Add the packed formats of weights."""
+    group.add_argument(
+        "--expert-format",
+        choices=("auto", "native", *EXPERT_FORMATS),
+        help="how routed experts are kept in memory (default auto: int4_g32, or the checkpoint's own "
+        "format, native, if that has about 4 bits)",
+    )
+    group.add_argument(
+        "--dense-format", choices=DENSE_FORMATS, help="type of all other weights (default int8)"
+    )
 
 
 def add_isa_option(group: argparse._ActionsContainer) -> None:

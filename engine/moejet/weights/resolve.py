@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from moejet.config import ModelConfig
+from moejet.presets import PRESETS
 from moejet.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,18 @@ def resolve_model(
     return _download(model, revision, None if cache_dir is None else Path(cache_dir))
 
 
+def resolve_config(model: str, revision: str | None = None) -> ModelConfig:
+    """The configuration of a preset by name, or of anything that `resolve_model` takes.
+
+    Of hub models only config.json is downloaded.
+    """
+    if model in PRESETS and not Path(model).exists():
+        return PRESETS[model]
+    if _HUB_ID.fullmatch(model) and not Path(model).expanduser().exists():
+        return ModelConfig.from_hf(_download(model, revision, None, only_config=True))
+    return ModelConfig.from_hf(resolve_model(model, revision))
+
+
 def _embedded() -> Path:
     root = importlib.resources.files("moejet") / "assets" / "tiny_reasoner"
     if not isinstance(root, Path) or not (root / "config.json").is_file():
@@ -86,7 +99,9 @@ def _looks_like_path(model: str) -> bool:
     return starts or "\\" in model or model.count("/") > 1 or model.endswith((".gguf", "/"))
 
 
-def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Path:
+def _download(
+    repo_id: str, revision: str | None, cache_dir: Path | None, *, only_config: bool = False
+) -> Path:
     # Imported here: it costs a noticeable part of a second and local models do not need it.
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
@@ -107,6 +122,8 @@ def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Pat
     try:
         config = hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache_dir)
         ModelConfig.from_hf(config)
+        if only_config:
+            return Path(config)
         for wanted in (_SMALL, _WANTED):
             root = snapshot_download(
                 repo_id,

@@ -1,0 +1,146 @@
+"""`moejet plan`: where every gigabyte goes, whether it fits, and the speed to expect, before anything is loaded.
+
+Exit code 0: it fits; 1: it does not.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from moejet.cli import options
+from moejet.cli.terminal import style
+from moejet.config import EngineConfig, ModelConfig
+from moejet.plan import GIB, Machine, Plan, make_plan
+
+_DEPTHS = (0, 4096, 32768)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moejet plan`."""
+    parser.epilog = (
+        "MODEL may also be the name of a preset (deepseek-v3, kimi-k2, ...): then nothing is read.\n"
+        "exit code: 0 if the model fits, 1 if not\n"
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="alias, directory, GGUF file, hub id, preset"
+    )
+    parser.add_argument("--ram", type=_gib, metavar="GIB", help="plan for this much RAM")
+    parser.add_argument(
+        "--vram",
+        type=_gib,
+        metavar="GIB",
+        help="plan for a GPU of this much memory (a forecast: this version computes on the CPU)",
+    )
+    parser.add_argument(
+        "--context", dest="max_context", type=int, metavar="N", help="tokens of the longest request"
+    )
+    parser.add_argument(
+        "--bandwidth", type=_positive, metavar="GBPS", help="memory read rate, instead of measuring"
+    )
+    parser.add_argument(
+        "--no-measure", action="store_true", help="predict no speed from measurements"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options.add_format_options(parser)
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    options.add_isa_option(parser)
+    parser.add_argument("--threads", dest="num_threads", type=int, metavar="N", help="CPU threads")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    from moejet.loading import plan_cache
+    from moejet.weights.resolve import resolve_config
+
+    given = options.engine_options(args)
+    config = EngineConfig.create(model=args.model, **given)
+    model_config = resolve_config(args.model, args.revision)
+    _, num_blocks = plan_cache(config, model_config)
+    machine = _machine(args, config, model_config)
+    plan = make_plan(
+        model_config,
+        config,
+        machine=machine,
+        cache_tokens=num_blocks * config.block_size,
+        depths=[d for d in _DEPTHS if d < model_config.max_position_embeddings],
+    )
+    print(json.dumps(plan.as_dict(), indent=2) if args.json else render(plan))
+    return 0 if plan.fits else 1
+
+
+def render(plan: Plan) -> str:
+    """The plan for people."""
+    lines = [
+        style(plan.model, "bold", sys.stdout)
+        + f": experts {plan.expert_format}, other weights {plan.dense_format}, cache for "
+        f"{plan.cache_tokens} tokens"
+    ]
+    for place, available in (("VRAM", plan.machine.vram_bytes), ("RAM", plan.machine.ram_bytes)):
+        parts = [part for part in plan.parts if part.place == place]
+        if not parts:
+            continue
+        lines += ["", place]
+        lines += [f"  {part.num_bytes / GIB:10.2f} GiB  {part.name}" for part in parts]
+        of = "" if available is None else f" of {available / GIB:.2f}"
+        lines.append(f"  {plan.bytes_in(place) / GIB:10.2f} GiB{of} in all")
+    speeds = [s for s in plan.speeds if s.decode is not None]
+    if speeds:
+        read = plan.machine.read_gbps
+        lines += ["", f"expected of one request (memory reads {read:.1f} GB/s)"]
+        for speed in speeds:
+            prefill = "" if speed.prefill is None else f", prompts {speed.prefill:.0f} tokens/s"
+            lines.append(
+                f"  at depth {speed.depth:6}  generation {speed.decode:.2f} tokens/s{prefill}"
+            )
+    if plan.machine.vram_bytes is not None:
+        lines += ["", "VRAM is a forecast: this version computes on the CPU"]
+    lines += ["", "it fits" if plan.fits else "it does not fit: " + "; ".join(plan.advice)]
+    return "\n".join(lines)
+
+
+def _machine(args: argparse.Namespace, config: EngineConfig, model_config: ModelConfig) -> Machine:
+    from moejet import topology
+
+    ram = topology.available_bytes() if args.ram is None else args.ram
+    read, expert, attention = args.bandwidth, None, None
+    if not args.no_measure:
+        measured = measure(config.for_model(model_config))
+        read = read or measured["read"]
+        expert, attention = measured["experts"], measured["attention"]
+    return Machine(ram, args.vram, read, expert, attention)
+
+
+def measure(config: EngineConfig) -> dict[str, Any]:
+    """Read rate (GB/s) and arithmetic ceilings (10^12 operations per second) of this machine, in about two seconds."""
+    from moejet.ceilings import Meter, arithmetic_of, bounding_ceiling
+    from moejet.experts.cpu_experts import create_pool
+    from moejet.extension import resolve_isa
+
+    isa = resolve_isa(config.isa)
+    pool = create_pool(config.num_threads)
+    try:
+        meter = Meter(pool, isa=isa)
+        result: dict[str, Any] = {"read": meter.read().value, "experts": None, "attention": None}
+        arithmetic = arithmetic_of(isa, config.expert_format, config.arithmetic)
+        for name, kind in (("experts", arithmetic), ("attention", "bf16")):
+            ceiling = bounding_ceiling(isa, kind)
+            if ceiling is not None:
+                result[name] = meter.arithmetic(ceiling).value
+        return result
+    finally:
+        pool.close()
+
+
+def _gib(text: str) -> int:
+    return round(_positive(text) * GIB)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value

@@ -1,0 +1,54 @@
+"""`moejet plan`: presets and checkpoints, with and without measuring."""
+
+import json
+
+import pytest
+
+from moejet.cli.main import main
+from moejet.testing.checkpoints import tiny_checkpoint
+
+
+def test_preset_for_another_machine(capsys):
+    arguments = ["plan", "deepseek-v3", "--ram", "512", "--bandwidth", "400", "--no-measure"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "342.56 GiB  routed experts" in out
+    assert "of 512.00 in all" in out
+    assert "memory reads 400.0 GB/s" in out
+    assert out.endswith("it fits\n")
+    assert main([*arguments, "--expert-format", "int8"]) == 1
+    assert "it does not fit: one of: expert_format='int4_g32'" in capsys.readouterr().out
+
+
+def test_json_of_a_checkpoint_with_measurement(tmp_path, capsys):
+    path = tiny_checkpoint(tmp_path, "deepseek_v3")
+    assert main(["plan", str(path), "--json", "--context", "64", "--threads", "1"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] is True
+    assert plan["cache_tokens"] == 8192
+    assert plan["machine"]["read_gbps"] > 0.1
+    assert [s["depth"] for s in plan["speeds"]] == [0]
+    assert sum(p["num_bytes"] for p in plan["parts"]) == plan["ram_bytes"]
+
+
+def test_vram_is_a_forecast(capsys):
+    assert main(["plan", "kimi-k2", "--ram", "640", "--vram", "24", "--no-measure"]) == 0
+    out = capsys.readouterr().out
+    assert "VRAM is a forecast" in out
+    assert "routed experts" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/"], "no such directory"),
+        (["deepseek-v9"], "neither an alias"),
+        (["deepseek-v3", "--ram", "-1"], "'-1' is not a positive number"),
+        (["deepseek-v3", "--bandwidth", "fast"], "'fast' is not a positive number"),
+        (["deepseek-v3", "--context", "999999999"], "max_context=999999999 exceeds"),
+        ([], "MODEL"),
+    ],
+)
+def test_bad_usage(arguments, message, capsys):
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
