@@ -1,10 +1,12 @@
 """Options and fixtures shared by all tests."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
+
+from moejet.testing.hub import StandInHub
 
 # Packed weights are kept only where a test asks for it.
 os.environ["MOEJET_CACHE"] = "off"
@@ -38,3 +40,23 @@ def usable_isa(pytestconfig: pytest.Config) -> Callable[[str], str]:
         return name
 
     return check
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    """A model hub on this machine, which huggingface_hub talks to during the test."""
+    from huggingface_hub import constants
+
+    server = StandInHub()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        server.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    # Waiting between attempts is left out; what counts here is how many there are.
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    yield server
+    server.close()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moejet.progress import ProgressLine
 from moejet.testing import damage
 from moejet.testing.checkpoints import tiny_checkpoint, write_safetensors
 from moejet.weights import (
@@ -24,7 +25,6 @@ from moejet.weights import (
     TensorSpec,
     load_weights,
 )
-from moejet.weights.progress import ProgressLine
 from moejet.weights.stored import StoredWeight
 
 

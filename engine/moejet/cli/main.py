@@ -21,6 +21,7 @@ from moejet.config import env_log_level
 COMMANDS = {
     "run": ("moejet.cli.run", "answer one prompt"),
     "chat": ("moejet.cli.chat", "hold a conversation in the terminal"),
+    "pull": ("moejet.cli.pull", "download a model, or check one that is here"),
     "bench": ("moejet.cli.bench", "measure tokens per second"),
     "plan": ("moejet.cli.plan", "say where the memory goes and how fast a model will be"),
     "cache": ("moejet.cli.cache", "list, check or remove packed weights on disk"),
@@ -153,7 +154,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _describe(error: Exception) -> tuple[str, int]:
     """One line and an exit code for an error that is not a bug of ours."""
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
         return str(error), 2
     if isinstance(error, ImportError):
         return f"{error}; 'moejet doctor' checks the installation", 1

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 
+from moejet.progress import ProgressLine
 from moejet.weights.checkpoint import Checkpoint
-from moejet.weights.progress import LoadProgress, ProgressLine
+from moejet.weights.progress import LoadProgress
 from moejet.weights.reader import Piece, read_pieces
 from moejet.weights.sources import SourceWeight, assemble, plain_name
 from moejet.weights.spec import TensorSpec

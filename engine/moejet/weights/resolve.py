@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import logging
 import re
 from pathlib import Path
 
 from moejet.config import ModelConfig
 from moejet.presets import PRESETS
-from moejet.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 TINY_REASONER = "tiny-reasoner"
-# Top-level files only: repositories keep other formats in subdirectories.
-_SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]
-_WANTED = [*_SMALL, "*.safetensors"]
-_UNWANTED = ["*/*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -28,8 +20,7 @@ def resolve_model(
     """Directory that holds the files of `model`, downloaded if it is a hub id ("org/name").
 
     "tiny-reasoner" is the embedded model. An existing directory wins over a hub id of the same spelling. `revision` and
-    `cache_dir` (None: the Hugging Face cache) apply to downloads only. Before the weights are downloaded, config.json
-    is, and a model that moejet cannot run is refused.
+    `cache_dir` (None: the Hugging Face cache) apply to downloads only; `moejet.hub` makes them.
     Raises ValueError, in one line with a remedy, if there is no such model or it cannot be fetched.
     """
     if not isinstance(model, str) or not model.strip():
@@ -59,7 +50,9 @@ def resolve_config(model: str, revision: str | None = None) -> ModelConfig:
     if model in PRESETS and not Path(model).exists():
         return PRESETS[model]
     if _HUB_ID.fullmatch(model) and not Path(model).expanduser().exists():
-        return ModelConfig.from_hf(_download(model, revision, None, only_config=True))
+        from moejet.hub import pull_config
+
+        return ModelConfig.from_hf(pull_config(model, revision))
     return ModelConfig.from_hf(resolve_model(model, revision))
 
 
@@ -99,71 +92,9 @@ def _looks_like_path(model: str) -> bool:
     return starts or "\\" in model or model.count("/") > 1 or model.endswith((".gguf", "/"))
 
 
-def _download(
-    repo_id: str, revision: str | None, cache_dir: Path | None, *, only_config: bool = False
-) -> Path:
+def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Path:
     # Imported here: it costs a noticeable part of a second and local models do not need it.
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from moejet.hub import pull_or_local
+    from moejet.hub.progress import LineReporter
 
-    at = f" at revision {revision!r}" if revision else ""
-    # Its retries are logged line by line; what matters of them ends up in our one-line error.
-    hub_logger = logging.getLogger("huggingface_hub")
-    level = hub_logger.level
-    hub_logger.setLevel(logging.ERROR)
-    try:
-        config = hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache_dir)
-        ModelConfig.from_hf(config)
-        if only_config:
-            return Path(config)
-        for wanted in (_SMALL, _WANTED):
-            root = snapshot_download(
-                repo_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                allow_patterns=wanted,
-                ignore_patterns=_UNWANTED,
-            )
-            Tokenizer.from_path(root)  # refused before hundreds of gigabytes arrive, not after
-    except GatedRepoError as error:
-        raise ValueError(
-            f"model={repo_id!r} is gated: accept its terms on the hub, then set HF_TOKEN or run "
-            "`hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"model={repo_id!r} is neither a directory here nor a public hub repository; check the "
-            "spelling, or set HF_TOKEN if it is private"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ValueError(
-            f"model={repo_id!r} has no revision {revision!r}; give a branch, a tag or a commit of it"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"model={repo_id!r}{at} is not in the local cache and the hub cannot be reached; check "
-            "the network (HF_ENDPOINT, HF_HUB_OFFLINE), or give a local directory"
-        ) from error
-    except EntryNotFoundError as error:
-        raise ValueError(
-            f"model={repo_id!r}{at} holds no config.json: it is not a transformers checkpoint"
-        ) from error
-    except HFValidationError as error:
-        raise ValueError(f"model={repo_id!r} is not a valid hub id: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"model={repo_id!r}{at} could not be downloaded ({reason[0]}); run the command again to "
-            "resume, or give a local directory"
-        ) from error
-    finally:
-        hub_logger.setLevel(level)
-    return Path(root)
+    return pull_or_local(repo_id, revision, cache_dir, LineReporter())

@@ -1,0 +1,49 @@
+"""A one-line progress display for terminals, and how shares and durations are written."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+
+class ProgressLine:
+    """Redraws one line of `stream` at most ten times a second and wipes it at the end."""
+
+    def __init__(self, *, enabled: bool | None = None, stream: TextIO | None = None):
+        self.stream = sys.stderr if stream is None else stream
+        self.enabled = self.stream.isatty() if enabled is None else enabled
+        self._drawn_at = 0.0
+        self._width = 0
+
+    def update(self, progress: object) -> None:
+        now = time.monotonic()
+        if not self.enabled or now - self._drawn_at < 0.1:
+            return
+        self._drawn_at = now
+        text = str(progress)
+        self._write("\r" + text.ljust(self._width))
+        self._width = len(text)
+
+    def close(self) -> None:
+        if self._width:
+            self._write("\r" + " " * self._width + "\r")
+            self._width = 0
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
+
+
+def bar(share: float) -> str:
+    """Such as [######..................]  25%."""
+    filled = int(share * 24)
+    return f"[{'#' * filled}{'.' * (24 - filled)}] {share:4.0%}"
+
+
+def duration(seconds: float) -> str:
+    """Such as 2 h 5 min, 3 min 20 s, 8 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
