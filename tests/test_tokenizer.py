@@ -453,8 +453,8 @@ def test_missing_tokenizer_json(broken: Path) -> None:
     (broken / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"no tokenizer\.json; supported: .*save_pretrained"):
         Tokenizer.from_path(broken)
-    (broken / "tiktoken.model").touch()
-    with pytest.raises(ValueError, match=r"found tiktoken\.model, which is not read"):
+    (broken / "tokenizer.model").touch()
+    with pytest.raises(ValueError, match=r"found tokenizer\.model, which is not read"):
         Tokenizer.from_path(broken)
 
 

@@ -1,8 +1,9 @@
 """Text to token ids and back, on the `tokenizers` library; no transformers (its import costs seconds).
 
-`Tokenizer` reads tokenizer.json and the settings beside it. Ids, decoded text and rendered templates equal those of
-transformers' AutoTokenizer, with one difference: `add_bos_token: true` in tokenizer_config.json is honoured where
-tokenizer.json itself adds none (DeepSeek-V3 is published like that and was trained with it; transformers 5 ignores it).
+`Tokenizer` reads tokenizer.json, or Kimi's tiktoken.model, and the settings beside it. Ids, decoded text and rendered
+templates equal those of transformers' AutoTokenizer, with one difference: `add_bos_token: true` in
+tokenizer_config.json is honoured where tokenizer.json itself adds none (DeepSeek-V3 is published like that and was
+trained with it; transformers 5 ignores it).
 
 `IncrementalDecoder` turns a stream of ids into text that may be shown at once.
 """
@@ -13,13 +14,14 @@ import codecs
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
+from moejet import tiktoken_files
 from moejet.chat_template import ChatTemplate
 from moejet.reasoning.parser import detect_think_tags
 
@@ -71,22 +73,14 @@ class Tokenizer:
 
     @classmethod
     def from_path(cls, path: str | Path) -> Tokenizer:
-        """Reads tokenizer.json and, where present, tokenizer_config.json, chat_template.jinja, special_tokens_map.json
-        and the eos ids of generation_config.json or config.json.
+        """Reads tokenizer.json or tiktoken.model and, where present, tokenizer_config.json, chat_template.jinja,
+        special_tokens_map.json and the eos ids of generation_config.json or config.json.
 
-        Raises ValueError if tokenizer.json is missing (saying what is supported) or a file cannot be read.
+        Raises ValueError if both are missing (saying what is supported) or a file cannot be read.
         """
         root = Path(path)
-        file = root / "tokenizer.json"
-        if not file.is_file():
-            raise ValueError(_missing_tokenizer(root))
-        try:
-            raw = RawTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(
-                f"{file} cannot be read ({error}): download it again, or update tokenizers"
-            ) from error
         settings = _read_json(root / "tokenizer_config.json")
+        raw = _read_raw(root, settings)
         _add_missing_tokens(raw, settings.get("added_tokens_decoder"), root)
         named = {**_read_json(root / "special_tokens_map.json"), **settings}
         return cls(
@@ -262,30 +256,30 @@ def _is_byte_token(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-@lru_cache(maxsize=1)
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 and up, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    table = {chr(b): b for b in printable}
-    table.update({chr(0x100 + i): b for i, b in enumerate(others)})
-    return table
-
-
 def _token_bytes(token: str) -> bytes:
     """Bytes of a byte-level token; an added token with characters outside the alphabet is its own text."""
-    table = _byte_of_char()
+    table = tiktoken_files.byte_of_char()
     if all(c in table for c in token):
         return bytes(table[c] for c in token)
     return token.encode()
 
 
-def _missing_tokenizer(root: Path) -> str:
-    others = [n for n in ("tiktoken.model", "tokenizer.model") if (root / n).is_file()]
-    found = f" (found {others[0]}, which is not read)" if others else ""
-    return (
+def _read_raw(root: Path, settings: dict[str, Any]) -> RawTokenizer:
+    file = root / "tokenizer.json"
+    if file.is_file():
+        try:
+            return RawTokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"{file} cannot be read ({error}): download it again, or update tokenizers"
+            ) from error
+    ranks = root / tiktoken_files.FILE_NAME
+    if ranks.is_file():
+        return tiktoken_files.load_tiktoken(ranks, settings)
+    found = " (found tokenizer.model, which is not read)" * (root / "tokenizer.model").is_file()
+    raise ValueError(
         f"{root} holds no tokenizer.json{found}; supported: the tokenizers library's tokenizer.json, "
-        "which transformers' save_pretrained writes for most tokenizers"
+        "which transformers' save_pretrained writes for most tokenizers, and Kimi's tiktoken.model"
     )
 
 

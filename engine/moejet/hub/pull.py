@@ -185,7 +185,7 @@ def _fetch_all(
     files = [*small, *weight_files(listing, path, choice.include, choice.quant)]
     total = sum(file.size for file in files)
     present = sum(cache.present_bytes(file, commit) for file in files)
-    reporter.plan(files, total, present)
+    reporter.plan(files, total, present - fetched)
     if choice.weights:
         _check_space(listing.repo_id, cache, total - present)
         counter = Counter(reporter, total, present)
