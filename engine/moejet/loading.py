@@ -25,6 +25,8 @@ from moejet.request import SamplingParams
 from moejet.runner import ModelRunner
 from moejet.tokenizer import Tokenizer
 from moejet.weights import Checkpoint, load_weights, resolve_model
+from moejet.weights.gguf_model import GgufCheckpoint
+from moejet.weights.gguf_tokenizer import gguf_tokenizer
 from moejet.weights.packed_cache import (
     MIN_BYTES as MIN_CACHED_BYTES,
 )
@@ -44,8 +46,12 @@ _DEFAULT_CACHE_TOKENS = 8192
 def load_engine(config: EngineConfig) -> Engine:
     """Loads a checkpoint. Raises ValueError with a remedy for anything wrong with it."""
     path = resolve_model(config.model, config.revision)
-    model_config = ModelConfig.from_hf(path)
-    tokenizer = Tokenizer.from_path(path)
+    checkpoint = GgufCheckpoint.open(path) if path.is_file() else None
+    model_config, tokenizer = _describe(path, checkpoint)
+    if checkpoint is None:
+        default_params = _read_default_params(path)
+    else:
+        default_params = _default_params(checkpoint.generation_config, path)
     if tokenizer.vocab_size > model_config.vocab_size:
         logger.warning(
             "the tokenizer has %d tokens, the model %d",
@@ -55,22 +61,36 @@ def load_engine(config: EngineConfig) -> Engine:
     config = config.for_model(model_config)
     engine = _create_engine(config, model_config, tokenizer)
     try:
-        _load(engine, path)
+        _load(engine, path, checkpoint)
     except BaseException:
         engine.close()
         raise
-    engine.default_params = _read_default_params(path)
+    engine.default_params = default_params
     return engine
 
 
-def _load(engine: Engine, path: Path) -> None:
-    """Fills the model from the packed cache, or from the checkpoint, which is then cached."""
+def _describe(path: Path, checkpoint: GgufCheckpoint | None) -> tuple[ModelConfig, Tokenizer]:
+    """Configuration and tokenizer of a directory, or of a GGUF file, which has them in its metadata."""
+    if checkpoint is None:
+        return ModelConfig.from_hf(path), Tokenizer.from_path(path)
+    try:
+        return checkpoint.config, gguf_tokenizer(checkpoint.metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _load(engine: Engine, path: Path, checkpoint: Checkpoint | None) -> None:
+    """Fills the model from the packed cache, or from the checkpoint, which is then cached.
+
+    checkpoint: None to open it at `path` if it is needed.
+    """
     config, model = engine.config, engine.runner.model
     file = _cache_file(engine, path)
     if file is not None and file.load(model.state(), verify=config.packed_cache == "verify"):
         logger.info("mapped packed weights from %s", file.path)
         return
-    load_weights(Checkpoint.open(path), model.tensor_specs(), show_progress=config.show_progress)
+    checkpoint = checkpoint or Checkpoint.open(path)
+    load_weights(checkpoint, model.tensor_specs(), show_progress=config.show_progress)
     if file is not None:
         writer = BackgroundWriter(file, model.state())
         close_pool = engine.on_close
@@ -205,6 +225,10 @@ def _read_default_params(path: Path) -> SamplingParams:
         raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
     if raw.get("do_sample") is False:
         return SamplingParams(temperature=0.0)
+    return _default_params(raw, file)
+
+
+def _default_params(raw: dict[str, Any], file: Path) -> SamplingParams:
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     chosen = {name: raw[name] for name in names if raw.get(name) is not None}
     try:

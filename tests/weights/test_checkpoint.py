@@ -226,7 +226,7 @@ def test_other_formats_are_named(tmp_path: Path) -> None:
     assert "pickled PyTorch weights only" in refusal(tmp_path)
     assert "convert it to safetensors" in refusal(tmp_path)
     (tmp_path / "model-Q4_K_M.gguf").touch()
-    assert "GGUF files, which this version does not read yet" in refusal(tmp_path)
+    assert "holds GGUF files: give the one to load" in refusal(tmp_path)
     assert "is not a directory" in refusal(tmp_path / "nothing")
 
 

@@ -107,7 +107,7 @@ def test_a_missing_path_is_no_hub_id(
     hub: StandInHub, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no such directory"):
+    with pytest.raises(ValueError, match="no such file or directory"):
         resolve_model(model)
     assert hub.requests == []
 
@@ -131,16 +131,42 @@ def test_bad_names(hub: StandInHub, model: str, reason: str) -> None:
 def test_unusable_local_paths(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no config\.json; supported"):
         resolve_model(str(tmp_path))
-    gguf = tmp_path / "model.gguf"
-    gguf.touch()
-    with pytest.raises(ValueError, match="GGUF file, which this version does not read yet"):
-        resolve_model(str(gguf))
-    with pytest.raises(ValueError, match="holds GGUF files"):
-        resolve_model(str(tmp_path))
     file = tmp_path / "model.safetensors"
     file.touch()
-    with pytest.raises(ValueError, match="is a file; give the directory"):
+    with pytest.raises(ValueError, match=r"is a file; give a \.gguf file or the directory"):
         resolve_model(str(file))
+
+
+def test_gguf_files_and_directories_of_one(tmp_path: Path) -> None:
+    """Only names count here; the files are read when they are loaded."""
+    single = tmp_path / "model-Q4_K_M.gguf"
+    single.touch()
+    (tmp_path / "mmproj-F16.gguf").touch()
+    assert resolve_model(str(single)) == resolve_model(str(tmp_path)) == single
+    shards = [tmp_path / f"other-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    for shard in shards:
+        shard.touch()
+    assert resolve_model(str(shards[1])) == shards[0]
+    with pytest.raises(ValueError, match=r"2 GGUF models; give one of model.*other-00001-of-00003"):
+        resolve_model(str(tmp_path))
+    single.unlink()
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == shards[0]
+    (tmp_path / "model.safetensors").touch()
+    assert resolve_model(str(tmp_path)) == tmp_path.resolve()
+    (tmp_path / "model.safetensors").unlink()
+    shards[2].unlink()
+    for path in (tmp_path, shards[0]):
+        with pytest.raises(ValueError, match="lacks 1 of its 3 shards: other-00003-of-00003"):
+            resolve_model(str(path))
+
+
+def test_a_link_keeps_the_name_of_its_shard(tmp_path: Path) -> None:
+    """As in the hub's cache, where the files themselves are named by their hashes."""
+    for number in (1, 2):
+        (tmp_path / f"blob{number}").touch()
+        (tmp_path / f"m-0000{number}-of-00002.gguf").symlink_to(tmp_path / f"blob{number}")
+    assert resolve_model(str(tmp_path)).name == "m-00001-of-00002.gguf"
 
 
 def test_embedded_model() -> None:

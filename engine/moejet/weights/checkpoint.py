@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moejet.weights.spec import TensorSpec
+
 MAX_HEADER_BYTES = 100_000_000
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -48,7 +50,7 @@ class TensorInfo:
     """Where one tensor lies: `num_bytes` at byte `offset` of `file`."""
 
     name: str
-    dtype: str  # the format's spelling: F32, BF16, F8_E4M3, ...
+    dtype: str  # the format's spelling: F32, BF16, F8_E4M3, ..., or GGUF:Q4_K
     shape: tuple[int, ...]
     file: Path
     offset: int
@@ -57,6 +59,8 @@ class TensorInfo:
 
 class Checkpoint:
     """The tensors of one checkpoint directory; holds file positions, not data."""
+
+    described_in = "config.json"
 
     def __init__(self, root: Path, tensors: dict[str, TensorInfo]):
         self.root = root
@@ -113,6 +117,10 @@ class Checkpoint:
     def __iter__(self) -> Iterator[TensorInfo]:
         """In file order: by file name, then by position."""
         return iter(sorted(self.tensors.values(), key=lambda t: (t.file.name, t.offset)))
+
+    def adapt(self, specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
+        """Specs in terms of the tensors that this checkpoint has, where it stores something in other parts."""
+        return specs
 
     def read(self, name: str) -> Tensor:
         """Reads one whole F32, F16 or BF16 tensor."""
@@ -308,9 +316,7 @@ def _incomplete_series(files: list[Path]) -> list[str]:
 def _nothing_to_load(root: Path) -> str:
     supported = "supported: model.safetensors, or shards with model.safetensors.index.json"
     if any(root.glob("*.gguf")):
-        return (
-            f"checkpoint {root} holds GGUF files, which this version does not read yet; {supported}"
-        )
+        return f"checkpoint {root} holds GGUF files: give the one to load; here {supported}"
     if any(f.suffix in (".bin", ".pt", ".pth") for f in root.iterdir()):
         return (
             f"checkpoint {root} holds pickled PyTorch weights only, which can run code and are never "

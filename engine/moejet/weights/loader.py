@@ -119,6 +119,7 @@ def plan_load(
 ) -> _Plan:
     """Matches checkpoint and specs without reading data; ValueError lists all differences."""
     plan = _Plan()
+    specs = checkpoint.adapt(specs)
     num_layers = num_hidden_layers or 1 + max((_layer_of(name) for name in specs), default=-1)
     wanted = []
     for info in checkpoint:
@@ -228,7 +229,8 @@ def _refuse(checkpoint: Checkpoint, plan: _Plan, missing: list[str]) -> None:
         problems.append(f"{len(plan.unexpected)} unexpected: {_few(plan.unexpected)}")
     if problems:
         raise ValueError(
-            f"the tensors of {checkpoint.root} do not match its config.json: " + "; ".join(problems)
+            f"the tensors of {checkpoint.root} do not match its {checkpoint.described_in}: "
+            + "; ".join(problems)
         )
 
 

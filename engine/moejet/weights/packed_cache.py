@@ -41,6 +41,7 @@ from torch import Tensor
 
 from moejet.config import EngineConfig, ModelConfig, env_cache_dir
 from moejet.extension import load_extension
+from moejet.weights.gguf import list_shards
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +242,7 @@ def cache_key(
     root: Path, config: EngineConfig, model_config: ModelConfig, num_nodes: int
 ) -> dict[str, Any]:
     """What decides about the packed bytes; JSON values only."""
-    files = [root] if root.is_file() else sorted(root.iterdir())
+    files = list_shards(root) if root.is_file() else sorted(root.iterdir())
     weights = [f for f in files if f.suffix in (".safetensors", ".gguf")]
     stats = [(file.name, file.stat()) for file in weights]
     key = {

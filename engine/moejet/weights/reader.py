@@ -126,7 +126,8 @@ class _Reader(threading.Thread):
         if source.encoding == "plain":
             dtype = TORCH_DTYPES[source.info.dtype]
             return StoredWeight(shape, read_tensor(fd, piece.offset, shape, dtype, buffer))
-        rows = shape[0]
+        # Blocks of GGUF are read as one run of bytes.
+        rows = 1 if source.encoding == "gguf" else shape[0]
         raw_shape = (rows, source.info.num_bytes // rows)
         data = read_tensor(fd, piece.offset, raw_shape, torch.uint8, buffer)
         scale = None
@@ -137,7 +138,7 @@ class _Reader(threading.Thread):
             scale = read_tensor(fd, info.offset, info.shape, dtype)
             if source.encoding == "fp8":
                 scale = scale_values(scale, info.dtype)
-        return StoredWeight(shape, data, source.encoding, scale)
+        return StoredWeight(shape, data, source.encoding, scale, source.ggml_type)
 
     def _reserve(self, num_bytes: int) -> Tensor | None:
         """A buffer once little enough is waiting, or None if reading has to end."""

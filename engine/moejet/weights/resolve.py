@@ -1,4 +1,4 @@
-"""From what a user calls a model (alias, directory, hub id) to a directory with its files."""
+"""From what a user calls a model (alias, directory, GGUF file, hub id) to a path with its files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from moejet.config import ModelConfig
 from moejet.presets import PRESETS
+from moejet.weights.gguf import list_shards
 
 TINY_REASONER = "tiny-reasoner"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -17,10 +18,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def resolve_model(
     model: str, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
-    """Directory that holds the files of `model`, downloaded if it is a hub id ("org/name").
+    """Directory or .gguf file that holds `model`, downloaded if it is a hub id ("org/name").
 
-    "tiny-reasoner" is the embedded model. An existing directory wins over a hub id of the same spelling. `revision` and
-    `cache_dir` (None: the Hugging Face cache) apply to downloads only; `moejet.hub` makes them.
+    "tiny-reasoner" is the embedded model. A .gguf file is a model of its own, and so is a directory whose only model is
+    one, in any number of shards: the first one is returned. Existing paths win over a hub id of the same spelling.
+    `revision` and `cache_dir` (None: the Hugging Face cache) apply to downloads only; `moejet.hub` makes them.
     Raises ValueError, in one line with a remedy, if there is no such model or it cannot be fetched.
     """
     if not isinstance(model, str) or not model.strip():
@@ -31,7 +33,7 @@ def resolve_model(
     if path.exists():
         return _local(path)
     if _looks_like_path(model):
-        raise ValueError(f"model={model!r}: no such directory; check the path")
+        raise ValueError(f"model={model!r}: no such file or directory; check the path")
     if not _HUB_ID.fullmatch(model):
         near = difflib.get_close_matches(model, [TINY_REASONER], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -68,23 +70,34 @@ def _embedded() -> Path:
 def _local(path: Path) -> Path:
     if path.is_file():
         if path.suffix == ".gguf":
-            raise ValueError(
-                f"model={str(path)!r} is a GGUF file, which this version does not read yet; "
-                "supported: a directory with config.json and *.safetensors"
-            )
+            # Not resolved: in a cache a link carries the name and thereby the number of the shard.
+            return list_shards(path.absolute())[0]
         raise ValueError(
-            f"model={str(path)!r} is a file; give the directory that holds config.json, "
-            f"probably {str(path.parent)!r}"
+            f"model={str(path)!r} is a file; give a .gguf file or the directory that holds "
+            f"config.json, probably {str(path.parent)!r}"
+        )
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return path.resolve()
+    models = _gguf_models(path.absolute())
+    if len(models) == 1:
+        return models[0]
+    if models:
+        names = ", ".join(file.name for file in models)
+        raise ValueError(
+            f"model={str(path)!r}: the directory holds {len(models)} GGUF models; give one of {names}"
         )
     if not (path / "config.json").is_file():
-        hint = ""
-        if any(path.glob("*.gguf")):
-            hint = " (it holds GGUF files, which this version does not read yet)"
         raise ValueError(
-            f"model={str(path)!r}: the directory holds no config.json{hint}; supported: a Hugging "
-            "Face checkpoint with config.json, *.safetensors and tokenizer.json"
+            f"model={str(path)!r}: the directory holds no config.json; supported: a Hugging "
+            "Face checkpoint with config.json, *.safetensors and tokenizer.json, or a GGUF file"
         )
     return path.resolve()
+
+
+def _gguf_models(root: Path) -> list[Path]:
+    """The GGUF files of a directory, of split ones the first shard; no vision projectors."""
+    files = [f for f in sorted(root.glob("*.gguf")) if not f.name.startswith("mmproj")]
+    return list(dict.fromkeys(list_shards(file)[0] for file in files))
 
 
 def _looks_like_path(model: str) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from moejet.weights.checkpoint import TORCH_DTYPES, TensorInfo
+from moejet.weights.gguf_types import layout_of
 from moejet.weights.stored import FP8_BLOCK, INT4_GROUP, Encoding
 
 # Multimodal checkpoints nest the language model; the longest prefix is tried first.
@@ -29,6 +30,12 @@ class SourceWeight:
     shape: tuple[int, ...]
     encoding: Encoding = "plain"
     scale: TensorInfo | None = None
+
+    @property
+    def ggml_type(self) -> str | None:
+        """Of the blocks, if it is encoded as "gguf"."""
+        layout = layout_of(self.info.dtype)
+        return None if layout is None else layout.name
 
     @property
     def num_bytes(self) -> int:
@@ -84,6 +91,8 @@ def _assemble_one(
         return _int4(name, info, parts)
     if info.dtype == "F8_E4M3" and name.endswith(".weight"):
         return _fp8(name, info, parts)
+    if layout_of(info.dtype) is not None:
+        return SourceWeight(name, info, info.shape, "gguf")
     if info.dtype not in TORCH_DTYPES:
         raise ValueError(
             f"is stored as {info.dtype}; supported: F32, F16, BF16, fp8 (F8_E4M3 with "

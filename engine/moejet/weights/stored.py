@@ -4,19 +4,25 @@ fp8    float8_e4m3fn codes [rows, cols] and one scale per 128 x 128 block (DeepS
        ue8m0 powers of two as in V3.1); blocks at the edges are cut off
 int4   codes 0..15, eight in an int32, the first in its lowest bits, and one scale per 32 inputs of a row
        (compressed-tensors' `pack-quantized`, symmetric: `weight_packed`, `weight_scale`); weight = (code - 8) scale
+gguf   blocks of a ggml type, codes and scales together (`moejet.weights.gguf_types`)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from moejet.weights.gguf_types import dequantize
+
 FP8_BLOCK = 128
 INT4_GROUP = 32
-Encoding = Literal["plain", "fp8", "int4"]
+Encoding = Literal["plain", "fp8", "int4", "gguf"]
+# Larger tensors of GGUF (tables of the largest models) come in bf16, which is what they were made from.
+_FP32_WEIGHTS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +30,7 @@ class StoredWeight:
     """One tensor of a checkpoint in memory, of logical shape `shape`.
 
     data: plain: that shape, F32, F16 or BF16 · fp8: uint8 [rows, cols] · int4: uint8 [rows, cols / 2], the code of the
-    smaller index in the low half of each byte.
+    smaller index in the low half of each byte · gguf: the blocks of `ggml_type`, uint8 [1, bytes].
     scale: fp8: fp32 [ceil(rows / 128), ceil(cols / 128)] · int4: bf16, fp16 or fp32 [rows, cols / 32].
     """
 
@@ -32,11 +38,16 @@ class StoredWeight:
     data: Tensor
     encoding: Encoding = "plain"
     scale: Tensor | None = None
+    ggml_type: str | None = None
 
     def dequantize(self) -> Tensor:
         """The values: plain tensors as they are, others in fp32."""
         if self.encoding == "plain":
             return self.data
+        if self.encoding == "gguf":
+            assert self.ggml_type is not None
+            dtype = torch.float32 if math.prod(self.shape) <= _FP32_WEIGHTS else torch.bfloat16
+            return dequantize(self.data, self.ggml_type, self.shape, dtype)
         assert self.scale is not None
         if self.encoding == "fp8":
             return dequantize_fp8(self.data, self.scale)

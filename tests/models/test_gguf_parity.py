@@ -1,0 +1,101 @@
+"""GGUF files through the whole engine: greedy tokens equal transformers' on the dequantised weights.
+
+Weights are dequantised on loading; experts and dense matrices are kept in fp32 here, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moejet import LLM, SamplingParams
+from moejet.testing.checkpoints import (
+    CHAT_TEMPLATE,
+    FAMILIES,
+    reference_greedy,
+    reference_logits,
+    tiny_checkpoint,
+)
+from moejet.testing.gguf_files import dequantized_checkpoint, write_gguf
+from moejet.testing.tolerances import LOGPROB_LIMITS
+
+NUM_GREEDY = 24
+EXACT = {"expert_format": "fp32", "dense_format": "fp32", "cache_dtype": "fp32", "max_context": 256}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_GREEDY, ignore_eos=True)
+# Every matrix but those that multiply small head dimensions has rows of whole blocks.
+SIZES_32 = {"moe_intermediate_size": 96, "intermediate_size": 160}
+SIZES_256 = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 512}
+
+
+def prompt(seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(10, 250, (21,), generator=generator).tolist()
+
+
+def greedy(truth: Path, ids: list[int]) -> list[int]:
+    """In float64: near a tie of two experts, transformers in float32 is the one that goes astray."""
+    return reference_greedy(truth, ids, NUM_GREEDY, torch.float64)
+
+
+def check(file: Path, root: Path, tmp_path: Path, isa: str) -> None:
+    truth = dequantized_checkpoint(file, root, tmp_path / "dequantised")
+    ids = prompt(1)
+    with LLM(file, isa=isa, **EXACT) as llm:
+        result = llm.generate([ids], GREEDY)[0]
+        scores = torch.tensor(llm.score(ids), dtype=torch.float64)
+    assert list(result.outputs[0].token_ids) == greedy(truth, ids)
+    logprobs = torch.log_softmax(reference_logits(truth, ids, torch.float64)[:-1], -1)
+    expected = logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+    assert float((scores - expected).abs().max()) < LOGPROB_LIMITS["fp32"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_in_f16(family: str, tmp_path: Path, usable_isa) -> None:
+    root = tiny_checkpoint(tmp_path / "hf", family, dtype=torch.bfloat16)
+    file = write_gguf(root, tmp_path / "model.gguf", "F16")
+    check(file, root, tmp_path, usable_isa("avx2"))
+
+
+@pytest.mark.parametrize("split_kv_b", [False, True])
+@pytest.mark.parametrize("quantization", ["BF16", "Q8_0", "Q4_0", "Q5_1"])
+def test_quantised(quantization: str, split_kv_b: bool, tmp_path: Path, usable_isa) -> None:
+    root = tiny_checkpoint(tmp_path / "hf", "deepseek_v3", **SIZES_32)
+    file = write_gguf(root, tmp_path / "model.gguf", quantization, split_kv_b=split_kv_b)
+    check(file, root, tmp_path, usable_isa("avx2"))
+
+
+@pytest.mark.parametrize("quantization", ["Q4_K", "Q6_K", "IQ4_XS"])
+def test_blocks_of_256(quantization: str, tmp_path: Path, usable_isa) -> None:
+    root = tiny_checkpoint(tmp_path / "hf", "moonlight", num_hidden_layers=2, **SIZES_256)
+    file = write_gguf(root, tmp_path / "model.gguf", quantization)
+    check(file, root, tmp_path, usable_isa("avx2"))
+
+
+def test_shards_given_as_a_directory(tmp_path: Path, usable_isa) -> None:
+    root = tiny_checkpoint(tmp_path / "hf", "deepseek_v2", tie_word_embeddings=True, **SIZES_32)
+    (tmp_path / "gguf").mkdir()
+    file = write_gguf(root, tmp_path / "gguf" / "m.gguf", "Q8_0", shard_tensors=7)
+    assert file.name.startswith("m-00001-of-")
+    truth = dequantized_checkpoint(file, root, tmp_path / "dequantised")
+    with LLM(tmp_path / "gguf", isa=usable_isa("avx2"), **EXACT) as llm:
+        result = llm.generate([prompt(3)], GREEDY)[0]
+        assert list(result.outputs[0].token_ids) == greedy(truth, prompt(3))
+
+
+def test_text_and_conversations(tmp_path: Path, usable_isa) -> None:
+    """The tokenizer, the template and the end of a reply come from the file as they do from a directory."""
+    root = tiny_checkpoint(tmp_path / "hf", "glm4_moe_lite", dtype=torch.bfloat16)
+    file = write_gguf(root, tmp_path / "model.gguf", "BF16")
+    messages = [{"role": "user", "content": "the cat and the hat"}]
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    replies = []
+    for path in (root, file):
+        with LLM(path, isa=usable_isa("avx2"), **EXACT) as llm:
+            assert llm.engine.tokenizer.chat_template == CHAT_TEMPLATE
+            assert llm.engine.model_config.eos_token_ids == (1, 4)
+            text = llm.generate(["Grüße, the hat"], params)[0].outputs[0]
+            chat = llm.chat(messages, params)
+            replies.append((text.token_ids, text.text, text.finish_reason, chat[0].outputs[0].text))
+    assert replies[0] == replies[1]
