@@ -24,6 +24,7 @@ from torch import Tensor
 from moejet.weights.spec import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 16
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -219,8 +220,15 @@ def _parse_entry(name: str, entry: Any, file: Path, data_start: int) -> TensorIn
         raise ValueError(f"the entry of {name} is not an object")
     keys = ("dtype", "shape", "data_offsets")
     dtype, shape, offsets = (entry.get(key, ()) for key in keys)
+    if not isinstance(dtype, str) or len(dtype) > 16:
+        raise ValueError(f"tensor {name} has a dtype that is no name")
+    if isinstance(shape, list) and len(shape) > MAX_DIMENSIONS:
+        # Checked first: the product of a million dimensions would take hours.
+        raise ValueError(f"tensor {name} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     if not _is_size_list(shape) or not _is_size_list(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name} has shape {shape!r} and data_offsets {offsets!r}")
+        raise ValueError(
+            f"tensor {name} has shape {shape!r:.100} and data_offsets {offsets!r:.100}"
+        )
     count = math.prod(shape)
     if dtype in _ITEM_BYTES:
         expected = count * _ITEM_BYTES[dtype]
