@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
@@ -82,6 +83,51 @@ def test_shards_given_as_a_directory(tmp_path: Path, usable_isa) -> None:
     with LLM(tmp_path / "gguf", isa=usable_isa("avx2"), **EXACT) as llm:
         result = llm.generate([prompt(3)], GREEDY)[0]
         assert list(result.outputs[0].token_ids) == greedy(truth, prompt(3))
+
+
+def test_recommended_sampling(tmp_path: Path, usable_isa) -> None:
+    root = tiny_checkpoint(tmp_path / "hf", "moonlight", num_hidden_layers=1)
+    kinds = gguf.GGUFValueType
+    sampling = {
+        "general.sampling.temp": (0.6, kinds.FLOAT32),
+        "general.sampling.top_p": (0.95, kinds.FLOAT32),
+        "general.sampling.top_k": (20, kinds.INT32),
+    }
+    for wrong in (False, True):
+        if wrong:
+            sampling["general.sampling.top_p"] = (7.0, kinds.FLOAT32)
+        file = write_gguf(root, tmp_path / "m.gguf", edit=lambda meta: meta.update(sampling))
+        if wrong:
+            with pytest.raises(ValueError, match=r"m\.gguf: top_p=7\.0"):
+                LLM(file, isa=usable_isa("avx2"), **EXACT)
+        else:
+            with LLM(file, isa=usable_isa("avx2"), **EXACT) as llm:
+                assert llm.engine.default_params == SamplingParams(
+                    temperature=0.6, top_p=0.95, top_k=20
+                )
+
+
+def test_a_wrong_tokenizer_is_named(tmp_path: Path) -> None:
+    root = tiny_checkpoint(tmp_path / "hf", "moonlight", num_hidden_layers=1)
+    file = write_gguf(root, tmp_path / "m.gguf", pre_tokenizer="tekken")
+    with pytest.raises(
+        ValueError, match=r"m\.gguf: tokenizer\.ggml\.pre='tekken' is not supported"
+    ):
+        LLM(file, **EXACT)
+
+
+@pytest.mark.parametrize("options", [{}, {"expert_format": "bf16", "dense_format": "bf16"}])
+def test_other_formats_load(options: dict[str, str], tmp_path: Path) -> None:
+    """Dequantised weights go through every packing; the defaults among them."""
+    root = tiny_checkpoint(tmp_path / "hf", "deepseek_v3", **SIZES_32)
+    file = write_gguf(root, tmp_path / "m.gguf", "Q8_0")
+    truth = dequantized_checkpoint(file, root, tmp_path / "truth")
+    ids = prompt(5)
+    with (
+        LLM(file, max_context=256, **options) as ours,
+        LLM(truth, max_context=256, **options) as same,
+    ):
+        assert ours.score(ids) == same.score(ids)
 
 
 def test_text_and_conversations(tmp_path: Path, usable_isa) -> None:

@@ -79,6 +79,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "moe_every_n_layers": (0, 1),
     "interleave_moe_layer_step": (0, 1),
 }
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 _LISTED = 10
 
 
@@ -109,6 +116,14 @@ class GgufCheckpoint(Checkpoint):
         except ValueError as error:
             raise ValueError(f"{root.name} cannot be loaded: {error}") from error
         return cls(root, tensors, config=config, files=files)
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The recommended sampling, spelled as generation_config.json does."""
+        found = {n: self.metadata.get(f"general.sampling.{key}") for key, n in _SAMPLING.items()}
+        return {
+            n: _decimal(v) if isinstance(v, float) else v for n, v in found.items() if v is not None
+        }
 
     def adapt(self, specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
         """Where the file has k_b and v_b, wants both in place of kv_b and puts them together."""
@@ -359,6 +374,11 @@ def _rope_scaling(meta: _Metadata) -> dict[str, Any] | None:
     return scaling | ({"mscale": mscale, "mscale_all_dim": mscale} if mscale else {})
 
 
+def _decimal(value: float) -> float:
+    """Floats are stored in 32 bits; their shortest decimal gives back the 1e-06 that config.json says."""
+    return float(str(np.float32(value)))
+
+
 class _Metadata:
     """The architecture's own keys, typed; every refusal names key and value."""
 
@@ -378,9 +398,7 @@ class _Metadata:
         return int(self._get(key, (int,), default))
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Floats are stored in 32 bits; the shortest decimal gives back the 1e-06 that config.json says."""
-        value = self._get(key, (float, int), default)
-        return float(str(np.float32(value)))
+        return _decimal(self._get(key, (float, int), default))
 
     def flag(self, key: str, *, default: bool) -> bool:
         return bool(self._get(key, (bool,), default))
