@@ -5,6 +5,8 @@ Weights are dequantised on loading; experts and dense matrices are kept in fp32 
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 
 import gguf
@@ -128,6 +130,25 @@ def test_other_formats_load(options: dict[str, str], tmp_path: Path) -> None:
         LLM(truth, max_context=256, **options) as same,
     ):
         assert ours.score(ids) == same.score(ids)
+
+
+def test_packed_weights_are_cached(
+    tmp_path: Path, usable_isa, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By all shards: a change in the last one is noticed."""
+    monkeypatch.setenv("MOEJET_CACHE", str(tmp_path / "cache"))
+    caplog.set_level(logging.INFO, "moejet")
+    root = tiny_checkpoint(tmp_path / "hf", "moonlight", num_hidden_layers=2)
+    file = write_gguf(root, tmp_path / "m.gguf", shard_tensors=15)
+    scores = []
+    for expected in (False, True, False):
+        caplog.clear()
+        with LLM(file, isa=usable_isa("avx2"), packed_cache="on", **EXACT) as llm:
+            scores.append(llm.score(prompt(6)))
+        assert ("mapped packed weights" in caplog.text) == expected
+        if expected:
+            os.utime(max(tmp_path.glob("m-*.gguf")), (0, 0))
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_text_and_conversations(tmp_path: Path, usable_isa) -> None:

@@ -22,6 +22,7 @@ from moejet.testing.gguf_files import dequantized_checkpoint, write_gguf
 from moejet.weights import Checkpoint, TensorInfo, TensorSpec, load_weights, stored
 from moejet.weights.gguf import GgufFiles
 from moejet.weights.gguf_model import GgufCheckpoint, hf_config
+from moejet.weights.resolve import resolve_config
 
 SIZES = {"moe_intermediate_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}
 
@@ -107,6 +108,12 @@ def test_quantised_tensors_arrive_dequantised(
     target = Target(plain)
     load_weights(GgufCheckpoint.open(file), target.specs, show_progress=False)
     target.check(dequantized_checkpoint(file, plain, tmp_path / "truth"))
+
+
+def test_the_configuration_alone(plain: Path, tmp_path: Path) -> None:
+    file = write_gguf(plain, tmp_path / "m.gguf", shard_tensors=15)
+    expected = ModelConfig.from_hf(plain)
+    assert resolve_config(str(file)) == resolve_config(str(tmp_path)) == expected
 
 
 def test_large_tables_are_decoded_to_bf16(

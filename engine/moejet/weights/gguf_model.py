@@ -376,7 +376,8 @@ def _rope_scaling(meta: _Metadata) -> dict[str, Any] | None:
 
 def _decimal(value: float) -> float:
     """Floats are stored in 32 bits; their shortest decimal gives back the 1e-06 that config.json says."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
 
 
 class _Metadata:

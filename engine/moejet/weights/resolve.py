@@ -10,6 +10,7 @@ from pathlib import Path
 from moejet.config import ModelConfig
 from moejet.presets import PRESETS
 from moejet.weights.gguf import list_shards
+from moejet.weights.gguf_model import GgufCheckpoint
 
 TINY_REASONER = "tiny-reasoner"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -55,7 +56,8 @@ def resolve_config(model: str, revision: str | None = None) -> ModelConfig:
         from moejet.hub import pull_config
 
         return ModelConfig.from_hf(pull_config(model, revision))
-    return ModelConfig.from_hf(resolve_model(model, revision))
+    path = resolve_model(model, revision)
+    return GgufCheckpoint.open(path).config if path.is_file() else ModelConfig.from_hf(path)
 
 
 def _embedded() -> Path:
