@@ -435,8 +435,9 @@ def _require_positive(name: str, value: Any) -> None:
 class EngineConfig:
     """How to run a model.
 
-    model: alias, directory or hub id · expert_format: packed form of routed experts; "native": the checkpoint's own;
-    "auto": its own where that has about 4 bits, otherwise int4_g32
+    model: alias, directory, GGUF file or hub id
+    expert_format: packed form of routed experts; "native": the checkpoint's own; "auto": its own where that has about
+    4 bits, otherwise int4_g32
     dense_format: packed form of all other matrices · cache_dtype: latent cache
     max_context: tokens per request (None: the model's, at most 32768) · max_num_requests: that run together
     max_batch_tokens: tokens per step, so also the prefill chunk · block_size: tokens per cache block

@@ -36,7 +36,8 @@ Message = Mapping[str, Any]
 class LLM:
     """A loaded model. Use it as a context manager, or call close().
 
-    model: "tiny-reasoner" (embedded in the package), a directory with a Hugging Face checkpoint, or a hub id.
+    model: "tiny-reasoner" (embedded in the package), a directory with a Hugging Face checkpoint, a GGUF file, or
+    a hub id.
     Engine options are the fields of `moejet.EngineConfig`; an unknown one raises ValueError with a suggestion.
     Calls from several threads take turns.
     """

@@ -41,7 +41,7 @@ def test_vram_is_a_forecast(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere/"], "no such directory"),
+        (["nowhere/"], "no such file or directory"),
         (["deepseek-v9"], "neither an alias"),
         (["deepseek-v3", "--ram", "-1"], "'-1' is not a positive number"),
         (["deepseek-v3", "--bandwidth", "fast"], "'fast' is not a positive number"),

@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moejet bench`."""
     parser.epilog = f"{__doc__ or ''}\npresets for --synthetic: {', '.join(PRESETS)}\n"
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("-m", "--model", metavar="MODEL", help="directory or hub id")
+    source.add_argument("-m", "--model", metavar="MODEL", help="directory, GGUF file or hub id")
     source.add_argument(
         "--synthetic",
         metavar="PRESET[:layers=N]",

@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="[MODEL] PROMPT",
-        help="PROMPT alone asks the embedded tiny reasoner; MODEL is a directory or a hub id "
+        help="PROMPT alone asks the embedded tiny reasoner; MODEL is a directory, GGUF file or hub id "
         "(org/name); PROMPT '-' reads standard input, and so does leaving both out",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message before the prompt")
