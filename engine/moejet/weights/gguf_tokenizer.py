@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
+from moejet.tiktoken_files import WORD_PATTERN
 from moejet.tokenizer import Tokenizer
 from moejet.weights.gguf_model import eos_token_ids
 
@@ -44,8 +45,6 @@ _CASED = (
 _CJK = r"[\x{4e00}-\x{9fa5}\x{0800}-\x{4e00}\x{ac00}-\x{d7ff}]+"
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LINES_AND_SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 
 
 def _cased_letters() -> str:
@@ -83,11 +82,7 @@ def _deepseek_v3() -> list[Any]:
 
 
 def _kimi_k2() -> list[Any]:
-    other = r"[^\r\n\p{L}\p{N}]?"
-    return [
-        rf"\p{{Han}}+|{other}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{other}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
-        rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_LINES_AND_SPACE}"
-    ]
+    return [WORD_PATTERN]
 
 
 def _glm4() -> list[Any]:
