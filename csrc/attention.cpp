@@ -18,6 +18,7 @@ constexpr int64_t kMaxWavePartials = int64_t{16} << 20;
 // Splits have at least this many keys, and a part makes at most this many tasks by splitting.
 constexpr int64_t kMinSplitKeys = 128;
 constexpr int64_t kMaxSplits = 64;
+constexpr int64_t kInvariantSplitKeys = 2048;  // whole key blocks of every kernel
 constexpr int64_t kMergeRows = 16;
 constexpr int64_t kGatherKeys = 32;
 
@@ -117,7 +118,13 @@ void AttentionTask::add_part(int64_t request, int64_t query, int64_t num_queries
   part.num_queries = num_queries;
   part.first_position = before + query;
   const int64_t groups = ceil_div(num_queries * batch_.heads, kAbsorbedRows);
-  part.num_splits = splits_of(part.first_position + num_queries, groups);
+  const int64_t context = part.first_position + num_queries;
+  if (call_.form == AttentionForm::kInvariant) {
+    part.split_keys = kInvariantSplitKeys;
+    part.num_splits = ceil_div(context, kInvariantSplitKeys);
+  } else {
+    part.num_splits = splits_of(context, groups);
+  }
   parts_.push_back(part);
 }
 

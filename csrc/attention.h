@@ -41,7 +41,9 @@ struct AttentionWeights {
 // token and head.
 bool prefers_expanded(const AttentionWeights& weights, int64_t query_len);
 
-enum class AttentionForm { kAuto, kAbsorbed, kExpanded };
+// kInvariant is absorbed with splits that depend on a key's position only: what comes out for a
+// query is the same to the last bit whichever other queries are computed with it.
+enum class AttentionForm { kAuto, kAbsorbed, kExpanded, kInvariant };
 
 // B requests with T query tokens in all. Request i's are its last query_lens[i] of context_lens[i].
 struct AttentionCall {

@@ -15,13 +15,6 @@ namespace py = pybind11;
 namespace moejet {
 namespace {
 
-AttentionForm parse_form(const std::string& name) {
-  if (name == "auto") return AttentionForm::kAuto;
-  if (name == "absorbed") return AttentionForm::kAbsorbed;
-  if (name == "expanded") return AttentionForm::kExpanded;
-  throw py::value_error("form='" + name + "' is unknown: use one of auto, absorbed, expanded");
-}
-
 void check_up_projection(const LinearWeights& w, const char* name, int64_t heads, int64_t rows,
                          int64_t cols) {
   if (w.num_matrices() == heads && w.rows() == rows && w.cols() == cols) return;
@@ -120,7 +113,7 @@ std::string mla_attention_py(const LinearWeights& w_uk_transposed, const LinearW
   call.out = static_cast<float*>(result.data());
   call.out_stride = heads * w_uv.rows();
   call.out_head_stride = w_uv.rows();
-  call.form = parse_form(form);
+  call.form = parse_attention_form(form);
   {
     const py::gil_scoped_release release;
     mla_attention({&w_uk_transposed, &w_uk, &w_uv, rope, scale}, call, &pool, table);
@@ -129,6 +122,15 @@ std::string mla_attention_py(const LinearWeights& w_uk_transposed, const LinearW
 }
 
 }  // namespace
+
+AttentionForm parse_attention_form(const std::string& name) {
+  if (name == "auto") return AttentionForm::kAuto;
+  if (name == "absorbed") return AttentionForm::kAbsorbed;
+  if (name == "expanded") return AttentionForm::kExpanded;
+  if (name == "invariant") return AttentionForm::kInvariant;
+  throw py::value_error("form='" + name +
+                        "' is unknown: use one of auto, absorbed, expanded, invariant");
+}
 
 void register_attention(py::module_& m) {
   m.def("mla_attention", &mla_attention_py, py::arg("w_uk_transposed"), py::arg("w_uk"),

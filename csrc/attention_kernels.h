@@ -44,8 +44,9 @@ struct AbsorbedPart {
   int64_t token, num_queries, first_position;
   const float* q_latent;  // [num_queries, heads, rank]
   float* mixed;           // [num_queries, heads, rank], the result
-  // Each split attends to a share of the context; merge combines them.
-  int64_t num_splits;
+  // Each split attends to a share of the context; merge combines them. split_keys: how many keys
+  // each takes, the last one the rest; 0 for even shares.
+  int64_t num_splits, split_keys;
   float* partial;    // [num_splits, rows, rank rounded up to 16]
   float *max, *sum;  // [num_splits, rows rounded up to 16]
 };

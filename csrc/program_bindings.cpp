@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention_bindings.h"
 #include "ops_bindings.h"
 #include "program.h"
 #include "tensor.h"
@@ -20,9 +21,11 @@ namespace {
 // while recording.
 class BoundProgram {
  public:
-  BoundProgram(py::object pool, int64_t max_tokens, const std::string& isa)
+  BoundProgram(py::object pool, int64_t max_tokens, const std::string& isa,
+               const std::string& attention_form)
       : table_(*kernel_table(resolve_isa(isa, ""))),
         max_tokens_(max_tokens),
+        attention_form_(parse_attention_form(attention_form)),
         program_(pool.cast<ThreadPool*>(), table_) {
     if (max_tokens < 1) {
       throw py::value_error("max_tokens=" + std::to_string(max_tokens) + " must be at least 1");
@@ -126,6 +129,7 @@ class BoundProgram {
     call.out = result.data;
     call.out_stride = result.stride;
     call.out_head_stride = w.value();
+    call.form = attention_form_;
     program_.attention(w, call);
   }
 
@@ -320,6 +324,7 @@ class BoundProgram {
 
   const KernelTable& table_;
   const int64_t max_tokens_;
+  const AttentionForm attention_form_;
   std::vector<py::object> kept_;
   std::vector<std::unique_ptr<Tensor>> tensors_;
   Program program_;
@@ -331,8 +336,8 @@ class BoundProgram {
 void register_program(py::module_& m) {
   py::class_<BoundProgram>(m, "Program",
                            "A recorded forward pass; buffers and weights are kept alive.")
-      .def(py::init<py::object, int64_t, const std::string&>(), py::arg("pool"),
-           py::arg("max_tokens"), py::arg("isa") = "auto")
+      .def(py::init<py::object, int64_t, const std::string&, const std::string&>(), py::arg("pool"),
+           py::arg("max_tokens"), py::arg("isa") = "auto", py::arg("attention_form") = "auto")
       .def("embed", &BoundProgram::embed, py::arg("weight"), py::arg("out"))
       .def("rms_norm", &BoundProgram::rms_norm, py::arg("h"), py::arg("deltas"), py::arg("weight"),
            py::arg("eps"), py::arg("out"), py::arg("only_logits_rows") = false)

@@ -87,7 +87,8 @@ def test_seeded_samples_do_not_depend_on_the_batch(llm):
 
 def test_twenty_seeded_requests_equal_each_alone(path):
     """More rows than the micro-kernels take at once, so every width of them is used."""
-    options = {**OPTIONS, "expert_format": "int4_g32", "dense_format": "int8", "isa": "avx2"}
+    formats = {"expert_format": "int4_g32", "dense_format": "int8", "isa": "avx2"}
+    options = {**OPTIONS, **formats, "deterministic": True}
     with LLM(path, **options) as llm:
         prompts = [f"prompt number {i}" * (1 + i % 3) for i in range(20)]
         params = [

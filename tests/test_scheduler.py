@@ -1,5 +1,6 @@
 """The scheduler: chunked prefill, budget, preemption, and no block ever lost."""
 
+import itertools
 import random
 
 import pytest
@@ -8,12 +9,17 @@ from moejet.block_pool import BlockPool
 from moejet.request import Request, RequestState, SamplingParams
 from moejet.scheduler import Scheduler
 
+_ORDER = itertools.count()
 
-def _request(name: str, num_tokens: int, limit: int = 1000) -> Request:
+
+def _request(name: str, num_tokens: int, limit: int = 1000, tokens=None, priority=0) -> Request:
+    order = next(_ORDER)
     return Request(
         request_id=name,
         index=0,
-        prompt_token_ids=tuple(range(num_tokens)),
+        order=order,
+        priority=priority,
+        prompt_token_ids=tokens or tuple(order * 1000 + i for i in range(num_tokens)),
         params=SamplingParams(),
         seed=0,
         max_total_tokens=limit,
@@ -130,4 +136,259 @@ def test_random_schedules_finish_everything(seed):
             if len(request.token_ids) >= request.max_total_tokens:
                 scheduler.finish(request, "length")
     assert all(r.state is RequestState.FINISHED for r in requests)
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+
+
+class Cache:
+    """The latent cache as it would be: for every slot, the token whose latent is there and all tokens before it."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.size = scheduler.pool.block_size
+        self.slots: list[tuple | None] = [None] * (scheduler.pool.num_blocks * self.size)
+        self.num_computed = 0
+
+    def run(self, batch) -> None:
+        for source, target in batch.block_copies:
+            for i in range(self.size):
+                self.slots[target * self.size + i] = self.slots[source * self.size + i]
+        row = 0
+        for request, query_len, end in zip(
+            batch.requests, batch.query_lens, batch.context_lens, strict=True
+        ):
+            for position in range(end - query_len, end):
+                slot = int(batch.slot_mapping[row])
+                assert int(batch.token_ids[row]) == request.token_ids[position]
+                self.slots[slot] = tuple(request.token_ids[: position + 1])
+                row += 1
+        self.num_computed += row
+        # Only now, as attention would: nobody's context may have been written over.
+        for request, end in zip(batch.requests, batch.context_lens, strict=True):
+            for position in range(end):
+                block = request.block_table[position // self.size]
+                expected = tuple(request.token_ids[: position + 1])
+                assert self.slots[block * self.size + position % self.size] == expected
+
+
+def _drive(scheduler, cache, until=lambda: False, next_token=lambda request: 7) -> None:
+    while scheduler.has_work and not until():
+        batch = scheduler.schedule()
+        scheduler.check_integrity()
+        cache.run(batch)
+        scheduler.advance(batch)
+        for request in batch.sampled:
+            request.token_ids.append(next_token(request))
+            if len(request.token_ids) >= request.max_total_tokens:
+                scheduler.finish(request, "length")
+
+
+def test_equal_prefixes_are_computed_once():
+    scheduler = _scheduler(num_blocks=64, budget=100)
+    cache = Cache(scheduler)
+    tokens = tuple(range(20))
+    first = _request("first", 0, limit=24, tokens=tokens)
+    scheduler.add(first)
+    _drive(scheduler, cache)
+    assert cache.num_computed == 23  # the last token is never an input
+    again = _request("again", 0, limit=24, tokens=tokens)
+    longer = _request("longer", 0, limit=30, tokens=(*tokens, 7, 7, 99))
+    other = _request("other", 0, limit=22, tokens=(*tokens[:9], 55, *tokens[10:]))
+    for request in (again, longer, other):
+        scheduler.add(request)
+    _drive(scheduler, cache)
+    # All full blocks that leave one token to compute; 20 and 3 tokens of the first were kept.
+    assert (again.num_cached_tokens, longer.num_cached_tokens) == (16, 20)
+    assert other.num_cached_tokens == 8
+    assert scheduler.pool.num_free == 64
+
+
+def test_prompts_that_arrive_together_wait_for_the_first_of_them():
+    scheduler = _scheduler(num_blocks=64, budget=100)
+    cache = Cache(scheduler)
+    tokens = tuple(range(40))
+    requests = [_request(str(i), 0, limit=44, tokens=(*tokens, i)) for i in range(5)]
+    for request in requests:
+        scheduler.add(request)
+    assert scheduler.schedule().requests == requests[:1]
+    scheduler = _scheduler(num_blocks=64, budget=100)
+    cache = Cache(scheduler)
+    for request in requests:
+        request.block_table, request.state = [], RequestState.WAITING
+        scheduler.add(request)
+    _drive(scheduler, cache)
+    assert [r.num_cached_tokens for r in requests] == [0, 40, 40, 40, 40]
+    assert cache.num_computed == 43 + 4 * 3
+
+
+def test_idle_blocks_are_evicted_oldest_first_and_reported():
+    scheduler = _scheduler(num_blocks=6, block_size=4, budget=100)
+    cache = Cache(scheduler)
+    evicted = []
+    scheduler.pool.on_evict = lambda block, digest: evicted.append(cache.slots[block * 4 + 3])
+    for start in (0, 100, 200):
+        scheduler.add(_request("r", 0, limit=10, tokens=tuple(range(start, start + 9))))
+        _drive(scheduler, cache)
+    assert scheduler.pool.num_evictions == len(evicted) == 1
+    # The end of the oldest context goes first.
+    assert evicted[0] == tuple(range(8))
+
+
+def test_without_root_nothing_is_found_again():
+    scheduler = Scheduler(BlockPool(64, 4), max_batch_tokens=99, max_num_requests=8, root=None)
+    cache = Cache(scheduler)
+    for _ in range(2):
+        scheduler.add(_request("r", 0, limit=24, tokens=tuple(range(20))))
+        _drive(scheduler, cache)
+    assert cache.num_computed == 46
+    assert scheduler.pool.num_cached == 0
+
+
+def test_roots_separate_caches():
+    tokens = tuple(range(20))
+    pool, cache = BlockPool(64, 4), None
+    for root, expected in ((b"a", 0), (b"b", 0), (b"a", 16)):
+        scheduler = Scheduler(pool, max_batch_tokens=99, max_num_requests=8, root=root)
+        request = _request("r", 0, limit=22, tokens=tokens)
+        scheduler.add(request)
+        cache = cache or Cache(scheduler)
+        _drive(scheduler, cache, until=lambda r=request: r.num_computed_tokens >= 20)
+        assert request.num_cached_tokens == expected
+        scheduler.finish(request, "stop")
+
+
+def test_forks_share_everything_and_copy_what_they_write():
+    scheduler = _scheduler(num_blocks=99, block_size=4, budget=100, max_requests=99)
+    cache = Cache(scheduler)
+    parent = _request("parent", 0, limit=40, tokens=tuple(range(30)))
+    scheduler.add(parent)
+    _drive(scheduler, cache, until=lambda: len(parent.token_ids) > 30)
+    used = 99 - scheduler.pool.num_free
+    children = []
+    for i in range(20):
+        child = _request(f"child {i}", 0, limit=40, tokens=tuple(range(30)))
+        scheduler.fork(parent, child)
+        child.token_ids.append(1000 + i)
+        children.append(child)
+    assert 99 - scheduler.pool.num_free == used == 8
+    batch = scheduler.schedule()
+    assert batch.requests == [parent, *children]
+    # 21 tables end in the same block, of which all but one need a copy; the first seven blocks stay shared.
+    assert len(batch.block_copies) == 20
+    assert 99 - scheduler.pool.num_free == 8 + 20
+    cache.run(batch)
+    scheduler.advance(batch)
+    for request in batch.sampled:
+        request.token_ids.append(5)
+    _drive(scheduler, cache)
+    assert scheduler.pool.num_free == 99
+    assert cache.num_computed == 30 + 21 * 9
+
+
+def test_forks_that_wait_give_their_blocks_back():
+    """A fork holds the only copy of a long prompt while something else needs the whole cache."""
+    scheduler = _scheduler(num_blocks=8, block_size=4, budget=100, max_requests=2)
+    cache = Cache(scheduler)
+    parent = _request("parent", 0, limit=30, tokens=tuple(range(20)))
+    scheduler.add(parent)
+    _drive(scheduler, cache, until=lambda: len(parent.token_ids) > 20)
+    big = _request("big", 30, limit=32, priority=-1)
+    child = _request("child", 0, limit=30, tokens=tuple(range(20)))
+    scheduler.fork(parent, child)
+    child.token_ids.append(3)
+    scheduler.finish(parent, "abort")
+    scheduler.add(big)
+    assert scheduler.waiting == [big, child]
+    _drive(scheduler, cache)
+    assert child.finish_reason == big.finish_reason == "length"
+
+
+def test_priorities_run_first_and_are_preempted_last():
+    scheduler = _scheduler(num_blocks=6, block_size=2, budget=100, max_requests=2)
+    cache = Cache(scheduler)
+    low = _request("low", 4, limit=9, priority=5)
+    middle = _request("middle", 4, limit=9)
+    high = _request("high", 4, limit=9, priority=-5)
+    for request in (low, middle, high):
+        scheduler.add(request)
+    assert scheduler.waiting == [high, middle, low]
+    finished = []
+    original = scheduler.finish
+    scheduler.finish = lambda r, *args: (finished.append(r), original(r, *args))
+    _drive(scheduler, cache)
+    assert finished == [high, middle, low]
+    assert scheduler.num_preemptions > 0
+
+
+def test_prompts_leave_room_for_those_that_decode():
+    scheduler = Scheduler(
+        BlockPool(99, 4), max_batch_tokens=64, max_num_requests=9, max_mixed_tokens=10
+    )
+    alone = _request("a", 50)
+    scheduler.add(alone)
+    assert scheduler.schedule().query_lens == [50]
+    scheduler.finish(alone, "abort")
+    decoding, prompt, second = _request("d", 3), _request("p", 50), _request("s", 40)
+    scheduler.add(decoding)
+    scheduler.advance(scheduler.schedule())
+    decoding.token_ids.append(1)
+    scheduler.add(prompt)
+    scheduler.add(second)
+    batch = scheduler.schedule()
+    assert batch.requests == [decoding, prompt]
+    assert batch.query_lens == [1, 10]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_sharing_never_mixes_contexts(seed):
+    """Few distinct prompts, forks, priorities, aborts, in a pool too small for them, against a model of the cache."""
+    rng = random.Random(seed)
+    scheduler = Scheduler(
+        BlockPool(rng.randint(8, 24), size := rng.choice([1, 2, 4, 5])),
+        max_batch_tokens=rng.randint(3, 40),
+        max_num_requests=rng.randint(1, 6),
+        max_mixed_tokens=rng.choice([None, 3]),
+    )
+    capacity = scheduler.pool.num_blocks * size
+    cache = Cache(scheduler)
+    trunk = [rng.randint(0, 2) for _ in range(capacity)]
+    made, pending = [], 25
+
+    def make(tokens) -> Request:
+        limit = rng.randint(len(tokens) + 1, capacity)
+        request = _request(str(len(made)), 0, limit, tuple(tokens), priority=rng.choice([0, 0, 1]))
+        made.append(request)
+        return request
+
+    for _ in range(20000):
+        if pending and rng.random() < 0.3:
+            pending -= 1
+            cut = rng.randint(1, capacity - 2)
+            tail = [rng.randint(0, 2) for _ in range(rng.randint(0, 3))]
+            scheduler.add(make((trunk[:cut] + tail)[: capacity - 1]))
+        if pending and scheduler.running and rng.random() < 0.2:
+            parent = rng.choice(scheduler.running)
+            tokens = parent.token_ids[: max(1, parent.num_computed_tokens)]
+            if 0 < parent.num_computed_tokens < capacity - 2:
+                pending -= 1
+                child = make([*tokens, rng.randint(0, 9)])
+                scheduler.fork(parent, child)
+        if scheduler.running and rng.random() < 0.02:
+            scheduler.finish(rng.choice(scheduler.running), "abort")
+        if scheduler.waiting and rng.random() < 0.02:
+            scheduler.finish(rng.choice(scheduler.waiting), "abort")
+        scheduler.check_integrity()
+        batch = scheduler.schedule()
+        scheduler.check_integrity()
+        if batch is None:
+            assert not scheduler.has_work
+            if not pending:
+                break
+            continue
+        assert batch.num_tokens <= scheduler.max_batch_tokens
+        cache.run(batch)
+        scheduler.advance(batch)
+        for request in batch.sampled:
+            request.token_ids.append(rng.randint(0, 2))
+            if len(request.token_ids) >= request.max_total_tokens:
+                scheduler.finish(request, "length")
+    assert all(r.state is RequestState.FINISHED for r in made)
     assert scheduler.pool.num_free == scheduler.pool.num_blocks

@@ -261,8 +261,11 @@ void pack_absorbed_queries(const AttentionBatch& batch, const AbsorbedPart& part
 }
 
 // Splits begin at multiples of 16 keys, where tiles can read the cache in place.
-inline int64_t split_begin(int64_t context, int64_t split, int64_t num_splits) {
-  return split == num_splits ? context : context * split / num_splits / 16 * 16;
+inline int64_t split_begin(const AbsorbedPart& part, int64_t split) {
+  const int64_t context = part.first_position + part.num_queries;
+  if (split == part.num_splits) return context;
+  return part.split_keys > 0 ? split * part.split_keys
+                             : context * split / part.num_splits / 16 * 16;
 }
 
 // Rows to fetch during the last step before keys [begin, end): at most one key block.
@@ -278,9 +281,8 @@ int rows_of_next_task(const AttentionBatch& batch, const AttentionWorker& worker
                       const uint8_t** rows) {
   if (worker.next_part == nullptr) return 0;
   const AbsorbedPart& part = *worker.next_part;
-  const int64_t context = part.first_position + part.num_queries;
-  return rows_ahead<A>(batch, part, split_begin(context, worker.next_split, part.num_splits),
-                       split_begin(context, worker.next_split + 1, part.num_splits), rows);
+  return rows_ahead<A>(batch, part, split_begin(part, worker.next_split),
+                       split_begin(part, worker.next_split + 1), rows);
 }
 
 template <class A>
@@ -300,10 +302,8 @@ void absorbed(const AttentionBatch& batch, const AbsorbedPart& part, int64_t gro
   const auto position = [&](int64_t row) {
     return part.first_position + (first_row + row) / batch.heads;
   };
-  const int64_t context = part.first_position + part.num_queries;
-  const int64_t begin = split_begin(context, split, part.num_splits);
-  const int64_t end =
-      smaller(split_begin(context, split + 1, part.num_splits), position(rows - 1) + 1);
+  const int64_t begin = split_begin(part, split);
+  const int64_t end = smaller(split_begin(part, split + 1), position(rows - 1) + 1);
   const int64_t state = split * round_up(all_rows, kQueryPanel) + first_row;
   float *max = part.max + state, *sum = part.sum + state;
   float* partial = part.partial + (split * all_rows + first_row) * cols;

@@ -233,7 +233,8 @@ def mla_attention(
     w_uk_transposed [C, N], w_uk [N, C], w_uv [V, C], H matrices each · q [T, H, N + R] fp32, rope
     part rotated, rows may be apart · latent_cache [blocks, block_size, C + R] fp32 or bf16 ·
     block_tables [B, max_blocks] i64 · out [T, H, V] fp32. form: absorbed, expanded, or auto, which
-    takes the cheaper one for each request. Returns the instruction set used; thread counts do not
+    takes the cheaper one for each request; or invariant, which is absorbed and gives a query the
+    same bits whatever is computed with it. Returns the instruction set used; thread counts do not
     matter. fp32 caches are computed in fp32, bf16 caches in bf16 where the instruction set has it.
     """
 
@@ -289,7 +290,13 @@ class Program:
     ones. `moejet.cpu_program` records a model and explains the whole.
     """
 
-    def __init__(self, pool: ThreadPool, max_tokens: int, isa: str = "auto") -> None: ...
+    def __init__(
+        self,
+        pool: ThreadPool,
+        max_tokens: int,
+        isa: str = "auto",
+        attention_form: str = "auto",
+    ) -> None: ...
     def embed(self, weight: _Tensor, out: _Tensor) -> None:
         """out[t] = weight[token_ids[t]]; weight [V, D] fp32 or bf16."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ class Batch:
     query_lens, context_lens: per request, context including the query tokens
     block_tables [B, max_blocks] i64, -1 padded · logits_indices [L] i64: rows of T whose logits are wanted
     sampled: the requests whose last row is among those, in order
+    block_copies: (from, to) blocks of the cache, to be copied before anything is computed
     """
 
     requests: list[Request]
@@ -29,6 +30,7 @@ class Batch:
     block_tables: Tensor
     logits_indices: Tensor
     sampled: list[Request]
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

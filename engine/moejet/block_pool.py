@@ -1,21 +1,44 @@
-"""The latent cache's blocks: who owns which. Tensors live in the runner; this is bookkeeping only."""
+"""The latent cache's blocks: who owns which, and which can be found again by their tokens. Bookkeeping only.
+
+A block is held by any number of tables (reference counts). A full block may carry a hash of all tokens up to its end;
+when its last holder lets go, it keeps its contents until its room is needed, least recently used first, and until then
+a request whose tokens have the same hash takes it instead of computing it again.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
 
 class BlockPool:
-    """A free list of `num_blocks` blocks of `block_size` tokens each."""
+    """`num_blocks` blocks of `block_size` tokens each.
+
+    on_evict(block, hash): called before a block that can be found is given away, while its contents are still there.
+    """
 
     def __init__(self, num_blocks: int, block_size: int):
         assert min(num_blocks, block_size) > 0, f"{num_blocks=} {block_size=}"
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._is_free = [True] * num_blocks
+        self.on_evict: Callable[[int, bytes], None] | None = None
+        self.num_evictions = 0
+        self._unused = list(range(num_blocks - 1, -1, -1))
+        self._references = [0] * num_blocks
+        # Blocks that nobody holds but that can be found, the least recently used first.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._by_hash: dict[bytes, int] = {}
+        self._hash_of: list[bytes | None] = [None] * num_blocks
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that can be had: unused ones, and idle ones that would be evicted."""
+        return len(self._unused) + len(self._idle)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that can be found by their hash."""
+        return len(self._by_hash)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -23,23 +46,99 @@ class BlockPool:
     def extend(self, block_table: list[int], num_tokens: int) -> bool:
         """Grows `block_table` to hold `num_tokens`; returns False and changes nothing if the pool is too empty."""
         missing = self.num_blocks_for(num_tokens) - len(block_table)
-        if missing > len(self._free):
+        if missing > self.num_free:
             return False
         for _ in range(missing):
-            block = self._free.pop()
-            self._is_free[block] = False
-            block_table.append(block)
+            block_table.append(self._take())
         return True
 
+    def share(self, blocks: Sequence[int]) -> None:
+        """Adds one holder to each block: of another table, or idle ones that were found."""
+        for block in blocks:
+            if self._references[block] == 0:
+                assert block in self._idle, f"block {block} holds nothing that could be shared"
+                del self._idle[block]
+            self._references[block] += 1
+
+    def is_shared(self, block: int) -> bool:
+        return self._references[block] > 1
+
+    def replace_shared(self, block_table: list[int], index: int) -> tuple[int, int] | None:
+        """A block of the table's own in place of a shared one: (old, new), whose contents are to be copied.
+
+        None if the pool is too empty.
+        """
+        old = block_table[index]
+        assert self.is_shared(old), f"{old=} has one holder"
+        if self.num_free == 0:
+            return None
+        new = self._take()
+        self._references[old] -= 1
+        block_table[index] = new
+        return old, new
+
     def release(self, block_table: list[int]) -> None:
-        """Gives every block of `block_table` back and empties it."""
-        for block in block_table:
-            assert not self._is_free[block], f"block {block} released twice"
-            self._is_free[block] = True
-            self._free.append(block)
+        """Takes one holder from every block of `block_table` and empties it."""
+        # The end of a context is less likely to be asked for again than its beginning: it goes first.
+        for block in reversed(block_table):
+            assert self._references[block] > 0, f"block {block} released twice"
+            self._references[block] -= 1
+            if self._references[block] > 0:
+                continue
+            if self._hash_of[block] is None:
+                self._unused.append(block)
+            else:
+                self._idle[block] = None
         block_table.clear()
 
-    def check_integrity(self, block_tables: list[list[int]]) -> None:
-        """Asserts that the given tables and the free list hold every block exactly once."""
-        seen = sorted([*self._free, *(b for table in block_tables for b in table)])
-        assert seen == list(range(self.num_blocks)), f"blocks lost or shared: {seen=}"
+    def find(self, digest: bytes) -> int | None:
+        """The block with these contents."""
+        return self._by_hash.get(digest)
+
+    def register(self, block: int, digest: bytes) -> bool:
+        """Lets a held, full block be found; False if another one has the same contents already, or it has a hash."""
+        assert self._references[block] > 0, f"block {block} is not held"
+        if self._hash_of[block] is not None or digest in self._by_hash:
+            return False
+        self._by_hash[digest] = block
+        self._hash_of[block] = digest
+        return True
+
+    def forget_all(self) -> None:
+        """No block can be found any more; idle ones become unused."""
+        for digest, block in self._by_hash.items():
+            assert self._hash_of[block] == digest
+            self._hash_of[block] = None
+        self._by_hash.clear()
+        self._unused += self._idle
+        self._idle.clear()
+
+    def check_integrity(self, block_tables: Sequence[Sequence[int]]) -> None:
+        """Asserts that the tables hold exactly the references counted, and that no block is lost or found wrongly."""
+        held = [0] * self.num_blocks
+        for table in block_tables:
+            for block in table:
+                held[block] += 1
+        assert held == self._references, f"references differ: {held=} {self._references=}"
+        free = sorted([*self._unused, *self._idle])
+        assert free == [b for b in range(self.num_blocks) if held[b] == 0], f"blocks lost: {free=}"
+        for block, digest in enumerate(self._hash_of):
+            assert digest is None or self._by_hash.get(digest) == block, f"{block=} hash differs"
+        found = sum(digest is not None for digest in self._hash_of)
+        assert found == len(self._by_hash), f"{found=} {len(self._by_hash)=}"
+        assert all(self._hash_of[b] is None for b in self._unused), "an unused block has a hash"
+
+    def _take(self) -> int:
+        if self._unused:
+            block = self._unused.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            digest = self._hash_of[block]
+            assert digest is not None, f"{block=} is idle without a hash"
+            if self.on_evict is not None:
+                self.on_evict(block, digest)
+            self.num_evictions += 1
+            del self._by_hash[digest]
+            self._hash_of[block] = None
+        self._references[block] = 1
+        return block

@@ -35,6 +35,8 @@ ARITHMETICS: tuple[str, ...] = get_args(Arithmetic)
 # Bits per weight, scales included.
 FORMAT_BITS = {"int4_g32": 4.5, "int8": 8.25, "fp8": 8.125, "bf16": 16.0, "fp32": 32.0}
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+# Their kernels compute a row the same way whatever the number of rows.
+INVARIANT_ISAS = ISAS[:3]
 
 # model_type -> (scoring_func, topk_method) where the file does not say.
 _FAMILIES: dict[str, tuple[str, str]] = {
@@ -440,11 +442,15 @@ class EngineConfig:
     4 bits, otherwise int4_g32
     dense_format: packed form of all other matrices · cache_dtype: latent cache
     max_context: tokens per request (None: the model's, at most 32768) · max_num_requests: that run together
-    max_batch_tokens: tokens per step, so also the prefill chunk · block_size: tokens per cache block
+    max_batch_tokens: tokens per step, so also the prefill chunk · max_mixed_tokens: of these, how many may be prompts
+    while other requests generate, which wait for them · block_size: tokens per cache block
+    prefix_caching: keep what was computed and use it again for requests that begin alike
     cache_tokens: capacity of the latent cache (None: max_context, or 8192 if that is more)
     packed_cache: keep packed weights on disk for the next start ("auto": if they are large; "verify": compare checksums
     on loading; MOEJET_CACHE says where) · num_threads: CPU workers (None: physical cores that this process may use)
-    isa: "auto" or the instruction set to use
+    deterministic: a request's tokens depend on nothing but itself, its parameters and its seed: not on what runs beside
+    it, how its prompt is cut, or what was found in the cache. Slower prompts: kernels are those of AVX-512 at most, and
+    attention keeps one form · isa: "auto" or the instruction set to use
     arithmetic: what AMX tiles multiply int4_g32 and int8 weights in; "int8" is faster and less exact (activations
     share a scale per 128 inputs), other instruction sets compute these formats with int8 activations either way
     seed: base of requests that bring none of their own
@@ -459,10 +465,13 @@ class EngineConfig:
     max_context: int | None = None
     max_num_requests: int = 64
     max_batch_tokens: int = 2048
+    max_mixed_tokens: int = 256
+    prefix_caching: bool = True
     cache_tokens: int | None = None
     block_size: int = 32
     packed_cache: PackedCache = "auto"
     num_threads: int | None = None
+    deterministic: bool = False
     isa: str = "auto"
     arithmetic: Arithmetic = "bf16"
     seed: int | None = None
@@ -495,11 +504,19 @@ class EngineConfig:
         _require_choice("packed_cache", self.packed_cache, get_args(PackedCache))
         _require_choice("arithmetic", self.arithmetic, ARITHMETICS)
         _require_choice("isa", self.isa, ("auto", *ISAS, "amx_emulated"))
-        for name in ("max_num_requests", "max_batch_tokens", "block_size"):
+        for name in ("max_num_requests", "max_batch_tokens", "max_mixed_tokens", "block_size"):
             _require_positive(name, getattr(self, name))
         for name in ("max_context", "cache_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
+        for name in ("prefix_caching", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.deterministic and self.isa not in ("auto", *INVARIANT_ISAS):
+            raise ValueError(
+                f"isa={self.isa!r} cannot be deterministic: it chooses its arithmetic by the number "
+                f"of rows; use one of {', '.join(INVARIANT_ISAS)}"
+            )
         if self.seed is not None and not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be an integer")
 

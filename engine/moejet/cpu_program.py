@@ -46,9 +46,10 @@ class CpuProgram:
         max_tokens: int,
         pool: ThreadPool,
         isa: str,
+        attention_form: str = "auto",
     ):
         """latent_cache [layers, blocks, block_size, C + R], bf16 or fp32; isa: a name, not "auto"."""
-        self._native = load_extension().Program(pool, max_tokens, isa)
+        self._native = load_extension().Program(pool, max_tokens, isa, attention_form)
         self._max_tokens = max_tokens
         self._config = model.config
         self._cos_sin = model.rope

@@ -41,6 +41,7 @@ class _Group:
     prompt: str | None
     samples: list[Request]
     assemblers: list[OutputAssembler]
+    has_forked: bool = False  # the samples after the first begin when the prompt has been computed
     outputs: dict[int, CompletionOutput] = field(default_factory=dict)
 
 
@@ -69,6 +70,8 @@ class Engine:
             block_pool,
             max_batch_tokens=config.max_batch_tokens,
             max_num_requests=config.max_num_requests,
+            max_mixed_tokens=config.max_mixed_tokens,
+            root=b"" if config.prefix_caching else None,
         )
         eos = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.eos_token_ids = frozenset(eos or model_config.eos_token_ids)
@@ -87,8 +90,12 @@ class Engine:
         *,
         prompt: str | None = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> str:
-        """Queues a prompt and returns its request id. Raises ValueError if it cannot be served as asked."""
+        """Queues a prompt and returns its request id. Raises ValueError if it cannot be served as asked.
+
+        priority: requests with smaller numbers run first and are preempted last.
+        """
         self.check_prompt(prompt_token_ids, params)
         number = next(self._ids)
         request_id = request_id or f"request-{number}"
@@ -107,6 +114,8 @@ class Engine:
                 seed=derive_seed(seed, index),
                 max_total_tokens=len(prompt_token_ids) + limit,
                 eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
+                order=number,
+                priority=priority,
             )
             for index in range(params.n)
         ]
@@ -115,8 +124,7 @@ class Engine:
             for _ in samples
         ]
         self._groups[request_id] = _Group(prompt, samples, assemblers)
-        for request in samples:
-            self.scheduler.add(request)
+        self.scheduler.add(samples[0])
         return request_id
 
     def step(self) -> list[StreamDelta]:
@@ -126,15 +134,16 @@ class Engine:
             return []
         # Nothing is recorded before the tokens are known, so a step that raises can simply be run again.
         logits = self.runner.execute(batch)
+        rows, requests = self._sampled_rows(batch)
         try:
-            tokens = sample(logits, batch.sampled) if batch.sampled else []
+            tokens = sample(logits[rows], requests) if requests else []
         except BadLogitsError as error:
             # Its neighbours go on with the next step.
             for request_id in error.request_ids:
                 self.abort(request_id)
             raise
         self.scheduler.advance(batch)
-        return self._commit(batch, tokens)
+        return self._commit(requests, tokens)
 
     def abort(self, request_id: str) -> list[StreamDelta]:
         """Ends a request now; its samples finish with reason "abort" and the text they have. Unknown ids do nothing."""
@@ -177,13 +186,30 @@ class Engine:
         finally:
             self.block_pool.release(request.block_table)
 
-    def _commit(self, batch: Batch, tokens: list[SampledToken]) -> list[StreamDelta]:
-        deltas: list[StreamDelta] = []
-        now = time.perf_counter()
-        for request, token in zip(batch.sampled, tokens, strict=True):
+    def _sampled_rows(self, batch: Batch) -> tuple[list[int], list[Request]]:
+        """Rows of the logits and whose they are: at the end of a prompt, all samples draw from the same row."""
+        rows: list[int] = []
+        requests: list[Request] = []
+        for row, request in enumerate(batch.sampled):
             if request.state is RequestState.FINISHED:  # aborted while the step ran
                 continue
             group = self._groups[request.request_id]
+            begins = [request] if group.has_forked else group.samples
+            rows += [row] * len(begins)
+            requests += begins
+        return rows, requests
+
+    def _commit(self, requests: list[Request], tokens: list[SampledToken]) -> list[StreamDelta]:
+        deltas: list[StreamDelta] = []
+        now = time.perf_counter()
+        for request in requests:
+            group = self._groups[request.request_id]
+            if request.index > 0 and not group.has_forked:
+                request.first_scheduled_s = group.samples[0].first_scheduled_s
+                self.scheduler.fork(group.samples[0], request)
+        for request, token in zip(requests, tokens, strict=True):
+            group = self._groups[request.request_id]
+            group.has_forked = True
             assembler = group.assemblers[request.index]
             request.token_ids.append(token.token_id)
             request.first_token_s = request.first_token_s or now
@@ -277,6 +303,7 @@ class Engine:
                 queue_s=scheduled - arrival,
                 prefill_s=first_token - scheduled,
                 decode_s=end - first_token,
+                cached_tokens=first.num_cached_tokens,
             ),
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moejet import topology
 from moejet.block_pool import BlockPool
-from moejet.config import EngineConfig, ModelConfig
+from moejet.config import INVARIANT_ISAS, EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.extension import resolve_isa
@@ -136,7 +136,10 @@ def _create_engine(
     max_context, num_blocks = plan_cache(config, model_config)
     check_memory(config, model_config, num_blocks * config.block_size)
     pool = create_pool(config.num_threads)
-    dense = DenseWeights(config.dense_format, pool, resolve_isa(config.isa), config.arithmetic)
+    isa = resolve_isa(config.isa)
+    if config.deterministic and isa not in INVARIANT_ISAS:
+        isa = resolve_isa(INVARIANT_ISAS[-1])
+    dense = DenseWeights(config.dense_format, pool, isa, config.arithmetic)
     model = DeepseekForCausalLM(
         model_config,
         make_experts=lambda: CpuExperts(

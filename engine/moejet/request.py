@@ -137,7 +137,8 @@ class CompletionOutput:
 class Timings:
     """Seconds and token counts of one request; completion_tokens counts all n samples.
 
-    prefill_s: first scheduling to first token · decode_s: first token to last · queue_s: arrival to first scheduling.
+    prefill_s: first scheduling to first token · decode_s: first token to last · queue_s: arrival to first scheduling
+    cached_tokens: of the prompt, that were in the cache already and were not computed again.
     """
 
     prompt_tokens: int
@@ -145,6 +146,7 @@ class Timings:
     queue_s: float
     prefill_s: float
     decode_s: float
+    cached_tokens: int = 0
 
     @property
     def time_to_first_token_s(self) -> float:
@@ -201,7 +203,8 @@ class RequestState(Enum):
 class Request:
     """One sample in the engine: tokens that exist, and how far the latent cache has caught up with them.
 
-    block_table, num_computed_tokens and state are set by the scheduler; token_ids and logprobs grow at commit.
+    block_table, block_hashes, num_computed_tokens and state are set by the scheduler; token_ids and logprobs grow at
+    commit, and a token that is there never changes.
     """
 
     request_id: str
@@ -211,6 +214,8 @@ class Request:
     seed: int
     max_total_tokens: int
     eos_token_ids: frozenset[int]
+    order: int = 0  # of arrival
+    priority: int = 0
     arrival_s: float = field(default_factory=time.perf_counter)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -218,6 +223,8 @@ class Request:
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int = 0  # of the prompt, that were found when it first ran
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     first_scheduled_s: float = 0.0

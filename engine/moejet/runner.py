@@ -52,12 +52,15 @@ class ModelRunner:
                 max_tokens=config.max_batch_tokens,
                 pool=dense.pool,
                 isa=dense.isa,
+                attention_form="invariant" if config.deterministic else "auto",
             )
 
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 of the rows batch.logits_indices; the batch's latents are in the cache afterwards."""
         start = time.perf_counter()
         try:
+            for source, target in batch.block_copies:
+                self.latent_cache[:, target] = self.latent_cache[:, source]
             if self._program is not None:
                 return self._program.run(batch)
             with torch.inference_mode():

@@ -2,28 +2,51 @@
 
 There is no prefill phase and no decode phase. Every step gives each running request the tokens it lacks, within a
 budget per step, so a long prompt is computed in chunks while the others go on decoding. When the cache is full, the
-youngest request gives its blocks back and is computed again later (its tokens are kept, so nothing changes).
+request of the lowest priority, and of those the youngest, gives its blocks back and is computed again later: its tokens
+are kept, and what nobody needed meanwhile is found again by its hash.
+
+Blocks are shared in two ways. A full block is found by the hash of all tokens up to its end (`BlockPool`), so equal
+prompts are computed once. A fork takes its parent's table as it is; who writes into a shared block first gets a copy.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections import deque
+from array import array
+from bisect import insort
+from collections.abc import Callable
 
 from moejet.batch import Batch
 from moejet.block_pool import BlockPool
 from moejet.request import FinishReason, Request, RequestState
 
+_DIGEST_BYTES = 16
+
 
 class Scheduler:
-    """Owns the queues and the blocks. Not thread-safe: the engine calls it from one thread."""
+    """Owns the queues and the blocks. Not thread-safe: the engine calls it from one thread.
 
-    def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_num_requests: int):
+    max_mixed_tokens: of a step's tokens, how many may be prompts while other requests decode; they wait for the whole
+    step · root: what the hash of a first block starts from; None switches prefix reuse off.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_tokens: int,
+        max_num_requests: int,
+        max_mixed_tokens: int | None = None,
+        root: bytes | None = b"",
+    ):
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
+        self.max_mixed_tokens = max_mixed_tokens or max_batch_tokens
         self.max_num_requests = max_num_requests
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.root = root
+        self.waiting: list[Request] = []  # by priority and age
+        self.running: list[Request] = []  # by admission
         self.num_preemptions = 0
 
     @property
@@ -31,45 +54,44 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        insort(self.waiting, request, key=_turn)
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Gives a new request what the parent has computed, and queues it; its tokens begin with the parent's."""
+        assert not child.block_table, f"{child.request_id=} has blocks"
+        count = self.pool.num_blocks_for(parent.num_computed_tokens)
+        child.block_table = parent.block_table[:count]
+        self.pool.share(child.block_table)
+        child.num_computed_tokens = child.num_cached_tokens = parent.num_computed_tokens
+        self.add(child)
 
     def schedule(self) -> Batch | None:
         """Chooses this step's tokens; None if there is nothing to do."""
-        budget = self.max_batch_tokens
-        requests: list[Request] = []
-        query_lens: list[int] = []
+        step = _Step(self.max_batch_tokens, self.max_mixed_tokens)
         for request in sorted(self.running, key=_tokens_missing):
-            if request.state is not RequestState.RUNNING or budget == 0:
+            if request.state is not RequestState.RUNNING:
                 continue
-            query_len = min(_tokens_missing(request), budget)
-            if not self._make_room(request, request.num_computed_tokens + query_len, requests):
+            query_len = step.share(_tokens_missing(request))
+            if query_len == 0 or not self._make_room(request, query_len, step):
                 continue
-            requests.append(request)
-            query_lens.append(query_len)
-            budget -= query_len
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_requests:
-            request = self.waiting[0]
-            query_len = min(_tokens_missing(request), budget)
-            # Admit only what can be computed in full, so that two half-read prompts never starve each other.
-            needed = self.pool.num_blocks_for(len(request.token_ids))
-            if needed > self.pool.num_free - self._blocks_promised():
-                break
-            self.pool.extend(request.block_table, request.num_computed_tokens + query_len)
-            self.waiting.popleft()
-            request.state = RequestState.RUNNING
-            request.first_scheduled_s = request.first_scheduled_s or time.perf_counter()
-            self.running.append(request)
-            requests.append(request)
-            query_lens.append(query_len)
-            budget -= query_len
-        if not requests:
+            step.take(request, query_len)
+        self._admit(step)
+        if not step.requests:
             return None
-        return Batch.build(requests, query_lens, block_size=self.pool.block_size)
+        batch = Batch.build(step.requests, step.query_lens, block_size=self.pool.block_size)
+        batch.block_copies = step.copies
+        return batch
 
     def advance(self, batch: Batch) -> None:
-        """Records that the batch's tokens are in the cache."""
+        """Records that the batch's tokens are in the cache; full blocks can be found from now on."""
+        size = self.pool.block_size
         for request, query_len in zip(batch.requests, batch.query_lens, strict=True):
+            first = request.num_computed_tokens // size
             request.num_computed_tokens += query_len
+            if self.root is None:
+                continue
+            for index in range(first, request.num_computed_tokens // size):
+                self.pool.register(request.block_table[index], self._hashes(request)[index])
 
     def finish(
         self, request: Request, reason: FinishReason, stop_reason: str | int | None = None
@@ -79,7 +101,7 @@ class Scheduler:
             return
         if request.state is RequestState.RUNNING:
             self.running.remove(request)
-        else:
+        elif request in self.waiting:
             self.waiting.remove(request)
         self.pool.release(request.block_table)
         request.finish(reason, stop_reason)
@@ -87,24 +109,139 @@ class Scheduler:
     def check_integrity(self) -> None:
         self.pool.check_integrity([r.block_table for r in (*self.running, *self.waiting)])
 
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens of a request without blocks that it would find in the cache."""
+        return len(self._find_prefix(request)) * self.pool.block_size
+
+    def _admit(self, step: _Step) -> None:
+        being_computed = self._being_computed() if self.waiting else set()
+        for request in list(self.waiting):
+            if step.budget == 0 or len(self.running) >= self.max_num_requests:
+                return
+            found = [] if request.block_table else self._find_prefix(request)
+            if not request.block_table and self._next_hash(request, found) in being_computed:
+                continue  # another request computes the same: it will be found
+            query_len = step.share(_tokens_missing(request) - len(found) * self.pool.block_size)
+            if query_len == 0:
+                return
+            self.pool.share(found)
+            # Admit only what can be computed in full, so that two half-read prompts never starve each other.
+            table = request.block_table or found
+            needed = self.pool.num_blocks_for(len(request.token_ids)) - len(table)
+            needed += self._needs_copy(request)
+            while not self.running and needed > self.pool.num_free:
+                if not self._drop_fork(keep=request):
+                    break
+            if needed > self.pool.num_free - self._blocks_promised():
+                self.pool.release(found)
+                return
+            if found:
+                request.block_table = found
+                request.num_computed_tokens = len(found) * self.pool.block_size
+                if not request.first_scheduled_s:
+                    request.num_cached_tokens = request.num_computed_tokens
+            self.waiting.remove(request)
+            request.state = RequestState.RUNNING
+            request.first_scheduled_s = request.first_scheduled_s or time.perf_counter()
+            self.running.append(request)
+            has_room = self._make_room(request, query_len, step)
+            assert has_room, f"{request.request_id=} {query_len=}"
+            step.take(request, query_len)
+            if self.root is not None:
+                size = self.pool.block_size
+                being_computed.update(self._hashes(request)[request.num_computed_tokens // size :])
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Blocks that hold the beginning of its tokens; one token is left to compute, whose logits are wanted."""
+        if self.root is None:
+            return []
+        found = []
+        for digest in self._hashes(request)[: (len(request.token_ids) - 1) // self.pool.block_size]:
+            block = self.pool.find(digest)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _next_hash(self, request: Request, found: list[int]) -> bytes | None:
+        hashes = self._hashes(request) if self.root is not None else []
+        return hashes[len(found)] if len(found) < len(hashes) else None
+
+    def _being_computed(self) -> set[bytes]:
+        """Hashes of the full blocks that running requests have tokens for but have not computed."""
+        if self.root is None:
+            return set()
+        size = self.pool.block_size
+        return {
+            digest
+            for request in self.running
+            if _tokens_missing(request) > 1
+            for digest in self._hashes(request)[request.num_computed_tokens // size :]
+        }
+
+    def _hashes(self, request: Request) -> list[bytes]:
+        """Of every full block of its tokens: a chain, each one covers all tokens before it."""
+        assert self.root is not None, "prefix reuse is off"
+        hashes, size = request.block_hashes, self.pool.block_size
+        for begin in range(len(hashes) * size, len(request.token_ids) - size + 1, size):
+            parent = hashes[-1] if hashes else self.root
+            tokens = array("q", request.token_ids[begin : begin + size]).tobytes()
+            hashes.append(hashlib.blake2b(parent + tokens, digest_size=_DIGEST_BYTES).digest())
+        return hashes
+
     def _blocks_promised(self) -> int:
         """Blocks that running requests still need for tokens they already have."""
         return sum(
             max(0, self.pool.num_blocks_for(len(r.token_ids)) - len(r.block_table))
+            + self._needs_copy(r)
             for r in self.running
         )
 
-    def _make_room(self, request: Request, num_tokens: int, scheduled: list[Request]) -> bool:
-        """Extends the request's blocks, preempting younger requests; False if it has to wait."""
-        while not self.pool.extend(request.block_table, num_tokens):
-            victim = next((r for r in reversed(self.running) if r not in scheduled), None)
-            assert victim is not None, f"{num_tokens=} exceed the cache"
-            if victim is request and scheduled:
+    def _needs_copy(self, request: Request) -> bool:
+        """Whether the block that its next token goes to is also another request's."""
+        index, offset = divmod(request.num_computed_tokens, self.pool.block_size)
+        return bool(
+            offset and request.block_table and self.pool.is_shared(request.block_table[index])
+        )
+
+    def _make_room(self, request: Request, query_len: int, step: _Step) -> bool:
+        """Blocks of its own for the next tokens, preempting others; False if it has to wait."""
+        if not self._until_free(request, step, lambda: self._own_block(request, step)):
+            return False
+        end = request.num_computed_tokens + query_len
+        return self._until_free(request, step, lambda: self.pool.extend(request.block_table, end))
+
+    def _own_block(self, request: Request, step: _Step) -> bool:
+        if not self._needs_copy(request):
+            return True
+        index = request.num_computed_tokens // self.pool.block_size
+        copy = self.pool.replace_shared(request.block_table, index)
+        if copy is None:
+            return False
+        step.copies.append(copy)
+        return True
+
+    def _until_free(self, request: Request, step: _Step, attempt: Callable[[], bool]) -> bool:
+        while not attempt():
+            if self._drop_fork(keep=request):
+                continue
+            victim = max((r for r in self.running if r not in step.requests), key=_turn)
+            if victim is request and step.requests:
                 return False  # what is scheduled will free its blocks; the work done so far is kept
+            assert victim is not request or len(self.running) > 1, "one request exceeds the cache"
             self._preempt(victim)
             if victim is request:
                 return False
         return True
+
+    def _drop_fork(self, *, keep: Request) -> bool:
+        """Takes the blocks of the last fork in turn that waits; False if there is none."""
+        for holder in reversed(self.waiting):
+            if holder is not keep and holder.block_table:
+                self.pool.release(holder.block_table)
+                holder.num_computed_tokens = 0
+                return True
+        return False
 
     def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
@@ -112,7 +249,43 @@ class Scheduler:
         self.pool.release(request.block_table)
         request.num_computed_tokens = 0
         request.state = RequestState.WAITING
-        self.waiting.appendleft(request)
+        self.add(request)
+
+
+class _Step:
+    """What one step computes, while it is put together."""
+
+    def __init__(self, max_tokens: int, max_mixed_tokens: int):
+        self.budget = max_tokens
+        self.max_mixed_tokens = max_mixed_tokens
+        self.requests: list[Request] = []
+        self.query_lens: list[int] = []
+        self.copies: list[tuple[int, int]] = []
+        self._num_decoding = 0
+        self._num_prompt_tokens = 0
+
+    def share(self, missing: int) -> int:
+        """How many of the missing tokens may be computed now. Decoding requests come first."""
+        if missing == 1:
+            return min(1, self.budget)
+        left = self.budget
+        if self._num_decoding:
+            left = min(left, self.max_mixed_tokens - self._num_prompt_tokens)
+        return max(0, min(missing, left))
+
+    def take(self, request: Request, query_len: int) -> None:
+        if _tokens_missing(request) == 1:
+            self._num_decoding += 1
+        else:
+            self._num_prompt_tokens += query_len
+        self.requests.append(request)
+        self.query_lens.append(query_len)
+        self.budget -= query_len
+
+
+def _turn(request: Request) -> tuple[int, int, int]:
+    """Sorts requests: priority (a smaller number goes first), then age."""
+    return request.priority, request.order, request.index
 
 
 def _tokens_missing(request: Request) -> int:
