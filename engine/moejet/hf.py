@@ -109,7 +109,8 @@ def pack(model: nn.Module) -> int:
         packed = _packed(module)
         if packed is None and _is_experts(module):
             settings = _registered.get(module.config._experts_implementation)
-            packed = settings and _pack_layer(module, settings, f"{path} ({_kind(module)})")
+            if settings is not None:
+                packed = _pack_layer(module, settings, f"{path} ({_kind(module)})")
         total += packed.experts.nbytes if packed else 0
     if total == 0:
         raise ValueError(
@@ -133,8 +134,9 @@ def _check_selectable(name: str) -> None:
     """Some versions have the registry, but accept only their own names when a model is loaded."""
     from transformers import PreTrainedModel
 
+    base: Any = PreTrainedModel
     try:
-        PreTrainedModel.get_correct_experts_implementation(None, name)
+        base.get_correct_experts_implementation(None, name)
     except ValueError as error:
         unregister(name)
         raise _too_old() from error
@@ -145,7 +147,9 @@ def _too_old() -> ImportError:
         found = f"transformers {metadata.version('transformers')} is installed"
     except metadata.PackageNotFoundError:
         found = "transformers is not installed"
-    return ImportError(f"moejet.hf needs transformers 5.7 or newer, {found}: pip install 'moejet[hf]'")
+    return ImportError(
+        f"moejet.hf needs transformers 5.7 or newer, {found}: pip install 'moejet[hf]'"
+    )
 
 
 def _pool(num_threads: int | None) -> ThreadPool:
@@ -173,8 +177,8 @@ def _forward_with(settings: _Settings) -> Callable[..., Tensor]:
             is_expert_parallel=getattr(self, "_is_expert_parallel", False),
         )
 
-    forward: Callable[..., Tensor] = torch.compiler.disable(moejet_experts_forward)
-    return forward
+    disable: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = torch.compiler.disable
+    return disable(moejet_experts_forward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +261,7 @@ def _halves(gate_up: Tensor, is_interleaved: bool) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _pack_layer(module: nn.Module, settings: _Settings, label: str) -> _PackedLayer:
+def _pack_layer(module: Any, settings: _Settings, label: str) -> _PackedLayer:
     """Packs the layer's weights and frees its parameters. Until the last of them is packed, nothing changes."""
     with _packing, torch.no_grad():
         if (packed := _packed(module)) is not None:
@@ -265,16 +269,16 @@ def _pack_layer(module: nn.Module, settings: _Settings, label: str) -> _PackedLa
         reason = _why_not(module)
         if reason is not None:
             raise ValueError(
-                f"{label}: moejet cannot compute these experts, {reason}; load the model with another "
-                "experts_implementation"
+                f"{label}: moejet cannot compute these experts: {reason} ({_arithmetic(module)}); "
+                "choose another experts_implementation"
             )
         packed = _PackedLayer(
             _pack_weights(module, settings),
             settings,
-            module.down_proj.dtype,  # type: ignore[arg-type]
+            module.down_proj.dtype,
             _gate_layout(module) == "interleaved",
             getattr(module, "is_transposed", False),
-            module.down_proj.requires_grad,  # type: ignore[arg-type]
+            module.down_proj.requires_grad,
         )
         if _ATTRIBUTE not in module.__dict__:
             module.register_forward_pre_hook(_restore_for_others)
@@ -322,9 +326,8 @@ def _pack_weights(module: Any, settings: _Settings) -> CpuExperts:
 
 def _why_not(module: Any) -> str | None:
     """What keeps moejet from computing these experts, or None."""
-    act = _kind(getattr(module, "act_fn", None) or module)
     for flag, wanted, text in (
-        ("has_gate", True, f"they have no gate (activation {act})"),
+        ("has_gate", True, "they have no gate"),
         ("has_bias", False, "they have biases"),
         ("has_post_expert_norm", False, "a norm follows each expert"),
     ):
@@ -332,10 +335,11 @@ def _why_not(module: Any) -> str | None:
             return text
     if getattr(getattr(module, "_hf_hook", None), "offload", False):
         return "accelerate loads their weights anew at every call (leave device_map out)"
-    gate_up, down = (getattr(module, name, None) for name in _MATRICES)
+    gate_up: Any = getattr(module, _MATRICES[0], None)
+    down: Any = getattr(module, _MATRICES[1], None)
     for name, w in zip(_MATRICES, (gate_up, down), strict=True):
-        if type(w) not in (nn.Parameter, Tensor) or w is None or w.dim() != 3:
-            return f"{name} is {_kind(w)} where a plain tensor [E, rows, cols] is needed"  # type: ignore[arg-type]
+        if type(w) not in (nn.Parameter, Tensor) or w.dim() != 3:
+            return f"{name} is a {type(w).__name__} where a plain tensor [E, rows, cols] is needed"
         if w.dtype not in _LOSSLESS:
             return f"{name} has dtype {w.dtype}, not one of {', '.join(map(str, _LOSSLESS))}"
         if w.is_meta:
@@ -346,7 +350,7 @@ def _why_not(module: Any) -> str | None:
     if stacked != (num, 2 * inner, hidden) or gate_up.dtype != down.dtype:
         return f"gate_up_proj {list(gate_up.shape)} does not fit down_proj {list(down.shape)}"
     if _gate_layout(module) is None:
-        return f"they do not compute silu(gate) * up: activation {act}, gate {_gate_name(module)}"
+        return "they do not compute silu(gate) * up"
     return _why_not_fp8(module) if down.dtype == torch.float8_e4m3fn else None
 
 
@@ -361,8 +365,10 @@ def _why_not_fp8(module: Any) -> str | None:
     return None
 
 
-def _gate_name(module: Any) -> str:
-    return getattr(getattr(module, "_apply_gate", None), "__qualname__", "unknown")
+def _arithmetic(module: Any) -> str:
+    gate = getattr(getattr(module, "_apply_gate", None), "__qualname__", "none")
+    act = getattr(module, "act_fn", None)
+    return f"gate {gate}, activation {'inside' if act is None else _kind(act)}"
 
 
 def _gate_layout(module: Any) -> str | None:
