@@ -4,11 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers", minversion="5.7")
-
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moejet.hf

@@ -307,6 +307,7 @@ def test_a_model_with_fp8_experts_generates(tiny_model: Callable[..., nn.Module]
         quantised,
         modules_to_not_convert=["proj", "lm_head"],
         quantization_config=FineGrainedFP8Config(weight_block_size=(128, 128)),
+        pre_quantized=True,
     )
     for layer, twin in zip(quantised.model.layers, plain.model.layers, strict=True):
         layer.mlp.experts.to_empty(device="cpu")
