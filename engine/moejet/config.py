@@ -546,6 +546,13 @@ def env_num_threads() -> int | None:
     return int(value)
 
 
+def openmp_spins() -> bool:
+    """Whether idle OpenMP threads keep their cores busy for a while: so unless its variables say otherwise."""
+    names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+    return not passive and not any(name in os.environ for name in names)
+
+
 def env_numa_nodes() -> int | None:
     """MOEJET_NUMA_NODES: memory nodes to divide weights among, in place of the machine's.
 

@@ -16,13 +16,18 @@ memory grows by one layer at most. From then on its weights are no parameters an
   for `model.set_experts_implementation(...)`, which turns them into parameters again.
 - `copy.deepcopy` shares the packed weights, which never change. Pickle refuses them.
 There are no gradients: calls where autograd records raise RuntimeError.
+
+Set OMP_WAIT_POLICY=passive before Python starts: torch's threads otherwise spin, for milliseconds after
+each operation, on the cores that the experts' workers need.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakValueDictionary
@@ -31,11 +36,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moejet.config import EXPERT_FORMATS
+from moejet.config import EXPERT_FORMATS, openmp_spins
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 
 if TYPE_CHECKING:
     from moejet._C import ThreadPool
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["pack", "register", "unregister"]
 
@@ -88,6 +95,7 @@ def register(
         interface[name] = forward
     _registered[name] = settings
     _check_selectable(name)
+    _warn_of_spinning()
 
 
 def unregister(name: str = "moejet") -> None:
@@ -150,6 +158,15 @@ def _too_old() -> ImportError:
     return ImportError(
         f"moejet.hf needs transformers 5.7 or newer, {found}: pip install 'moejet[hf]'"
     )
+
+
+@cache
+def _warn_of_spinning() -> None:
+    if torch.get_num_threads() > 1 and openmp_spins():
+        logger.warning(
+            "torch's idle threads spin on the cores that the experts need, which can cost most of the "
+            "speed: set OMP_WAIT_POLICY=passive before Python starts, or torch.set_num_threads(1)"
+        )
 
 
 def _pool(num_threads: int | None) -> ThreadPool:

@@ -233,6 +233,33 @@ def test_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(moejet.hf._registered) == ["moejet"]
 
 
+@pytest.mark.parametrize(
+    ("variable", "threads", "warns"),
+    [
+        (None, 2, True),
+        ("OMP_WAIT_POLICY", 2, False),
+        ("GOMP_SPINCOUNT", 2, False),
+        (None, 1, False),
+    ],
+)
+def test_spinning_openmp_threads_are_reported_once(
+    variable: str | None,
+    threads: int,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "PASSIVE" if variable == "OMP_WAIT_POLICY" else "1000")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    moejet.hf._warn_of_spinning.cache_clear()
+    moejet.hf.register(num_threads=1)
+    moejet.hf.register(num_threads=1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warns
+
+
 def test_without_transformers() -> None:
     code = """
 import sys
