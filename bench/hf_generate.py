@@ -1,6 +1,6 @@
 """transformers' generate with its own experts and with moejet's, on a random Qwen3-MoE of about 1 GB.
 
-    OMP_WAIT_POLICY=passive python bench/hf_generate.py [--layers 5] [--experts 64] [--prompt 256] [--new 32] [--threads N]
+    OMP_WAIT_POLICY=passive python bench/hf_generate.py [--layers 5] [--experts 64] [--prompt 256] [--new 32]
 
 One model in bf16; the implementations take turns on it, moejet's rounding formats come last (they
 cannot be undone). Prompt: one forward pass over --prompt tokens; generation: after 16 tokens, batch 1.
