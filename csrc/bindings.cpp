@@ -13,6 +13,7 @@
 
 #include "attention_bindings.h"
 #include "expert_weights.h"
+#include "gguf_blocks.h"
 #include "isa.h"
 #include "kernels.h"
 #include "linear.h"
@@ -31,14 +32,14 @@ void register_ceilings(py::module_& m);  // bindings_ceilings.cpp
 
 namespace {
 
-constexpr const char* kFormatNames[kNumFormats] = {"int4_g32", "int8", "bf16", "fp8", "fp32"};
-
-Format parse_format(const std::string& name) {
+Format parse_format(const std::string& name, const char* argument = "format") {
+  std::string known;
   for (int i = 0; i < kNumFormats; ++i) {
-    if (name == kFormatNames[i]) return static_cast<Format>(i);
+    const Format format = static_cast<Format>(i);
+    if (name == format_name(format)) return format;
+    known += std::string(i == 0 ? "" : ", ") + format_name(format);
   }
-  throw py::value_error("format='" + name +
-                        "' is unknown: use one of int4_g32, int8, bf16, fp8, fp32");
+  throw py::value_error(std::string(argument) + "='" + name + "' is unknown: use one of " + known);
 }
 
 constexpr const char* kArithmeticNames[] = {"bf16", "int8"};
@@ -76,9 +77,10 @@ py::dict cpu_info_dict() {
 // as this does.
 class WeightSource {
  public:
-  // rows, cols: the wanted shape. w_name: how messages call w.
+  // rows, cols: the wanted shape. w_name: how messages call w. source_format: of GGUF's bytes.
   WeightSource(const py::object& w, const char* w_name, Tensor::Dim rows, Tensor::Dim cols,
-               const py::object& scale_inv, const py::object& group_scales)
+               const py::object& scale_inv, const py::object& group_scales,
+               const std::optional<std::string>& source_format)
       : w_(w, w_name) {
     if (!group_scales.is_none()) {
       if (!scale_inv.is_none()) throw py::value_error("give scale_inv or group_scales, not both");
@@ -86,6 +88,11 @@ class WeightSource {
       return;
     }
     const bool scaled = !scale_inv.is_none();
+    if (source_format) {
+      if (scaled) throw py::value_error("scale_inv does not go with source_format: leave it out");
+      take_gguf(rows, cols, *source_format);
+      return;
+    }
     const std::string scales = "scale_inv, the fp32 scales [ceil(" + std::string(rows.letter) +
                                " / 128), ceil(" + cols.letter + " / 128)] of its blocks";
     if (w_.type() == ElementType::kFp8 && !scaled) {
@@ -130,6 +137,24 @@ class WeightSource {
     source_ = {w_.data(), DType::kInt4, w_.row_stride(), rows.size, cols.size, nullptr, scales};
   }
 
+  void take_gguf(Tensor::Dim rows, Tensor::Dim cols, const std::string& source_format) {
+    const Format format = parse_format(source_format, "source_format");
+    if (!is_gguf(format)) {
+      throw py::value_error("source_format='" + source_format +
+                            "' is no format of GGUF files: leave it out for tensors");
+    }
+    const BlockShape block = gguf_file_block(format);
+    if (cols.size % block.k != 0) {
+      throw py::value_error(std::string(cols.letter) + "=" + std::to_string(cols.size) +
+                            " is no multiple of " + std::to_string(block.k) + ", the block of " +
+                            source_format + ": GGUF files hold such a matrix in another format");
+    }
+    w_.expect_type({ElementType::kU8});
+    w_.expect_shape({rows, {"bytes of a row", cols.size / block.k * block.bytes}});
+    w_.expect_rows();
+    source_ = {w_.data(), DType::kGguf, w_.row_stride(), rows.size, cols.size, nullptr, format};
+  }
+
   void take_scales(const py::object& scale_inv) {
     scales_.emplace(scale_inv, "scale_inv");
     scales_->expect_type({ElementType::kF32});
@@ -162,11 +187,13 @@ void check_expert(const ExpertWeights& weights, int64_t expert) {
 // name: how messages call the argument w.
 void set_projection(ExpertWeights* weights, int64_t expert, Projection projection,
                     const py::object& w, const char* name, const py::object& scale_inv,
-                    const py::object& group_scales, ThreadPool* pool, const KernelTable& table) {
+                    const py::object& group_scales, const std::optional<std::string>& source_format,
+                    ThreadPool* pool, const KernelTable& table) {
   check_expert(*weights, expert);
   const bool down = projection == Projection::kDown;
   const WeightSource source(w, name, {down ? "D" : "I", weights->rows(projection)},
-                            {down ? "I" : "D", weights->cols(projection)}, scale_inv, group_scales);
+                            {down ? "I" : "D", weights->cols(projection)}, scale_inv, group_scales,
+                            source_format);
   const py::gil_scoped_release release;
   weights->set_projection(expert, projection, source.matrix(), table, pool);
 }
@@ -286,15 +313,15 @@ std::string linear_forward_py(const LinearWeights& weights, const py::object& x,
 }
 
 void set_matrix(LinearWeights& weights, int64_t matrix, const py::object& w, ThreadPool* pool,
-                const std::string& isa, const py::object& scale_inv,
-                const py::object& group_scales) {
+                const std::string& isa, const py::object& scale_inv, const py::object& group_scales,
+                const std::optional<std::string>& source_format) {
   const KernelTable& table = table_of(isa);
   if (matrix < 0 || matrix >= weights.num_matrices()) {
     throw py::value_error("matrix=" + std::to_string(matrix) + " must be between 0 and " +
                           std::to_string(weights.num_matrices() - 1));
   }
   const WeightSource source(w, "w", {"rows", weights.rows()}, {"cols", weights.cols()}, scale_inv,
-                            group_scales);
+                            group_scales, source_format);
   const py::gil_scoped_release release;
   weights.set(matrix, source.matrix(), table, pool);
 }
@@ -308,12 +335,11 @@ void register_linear(py::module_& m) {
            }),
            py::arg("num_matrices"), py::arg("rows"), py::arg("cols"), py::arg("format"),
            py::arg("memory_nodes") = std::vector<int>{kAnyNode}, py::arg("arithmetic") = "bf16")
-      .def(
-          "set", &set_matrix, py::arg("matrix"), py::arg("w"), py::arg("pool") = py::none(),
-          py::arg("isa") = "auto", py::arg("scale_inv") = py::none(),
-          py::arg("group_scales") = py::none(),
-          "Quantises and packs one matrix; fp32, bf16, fp16, float8_e4m3fn with scale_inv, or int4 "
-          "codes with group_scales.")
+      .def("set", &set_matrix, py::arg("matrix"), py::arg("w"), py::arg("pool") = py::none(),
+           py::arg("isa") = "auto", py::arg("scale_inv") = py::none(),
+           py::arg("group_scales") = py::none(), py::arg("source_format") = py::none(),
+           "Quantises and packs one matrix; fp32, bf16, fp16, float8_e4m3fn with scale_inv, int4 "
+           "codes with group_scales, or GGUF's bytes with source_format.")
       .def(
           "dequantize",
           [](const LinearWeights& self, int64_t matrix) {
@@ -331,9 +357,8 @@ void register_linear(py::module_& m) {
       .def_property_readonly("num_matrices", &LinearWeights::num_matrices)
       .def_property_readonly("rows", &LinearWeights::rows)
       .def_property_readonly("cols", &LinearWeights::cols)
-      .def_property_readonly(
-          "format",
-          [](const LinearWeights& self) { return kFormatNames[static_cast<int>(self.format())]; })
+      .def_property_readonly("format",
+                             [](const LinearWeights& self) { return format_name(self.format()); })
       .def_property_readonly("arithmetic",
                              [](const LinearWeights& self) {
                                return kArithmeticNames[static_cast<int>(self.arithmetic())];
@@ -373,36 +398,43 @@ void register_weights(py::module_& m) {
   py::class_<ExpertWeights>(m, "ExpertWeights", "Packed routed experts of one MoE layer.")
       .def(py::init([](int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
                        const std::string& format, const std::vector<int>& memory_nodes,
-                       const std::string& arithmetic) {
+                       const std::string& arithmetic,
+                       const std::optional<std::string>& down_format) {
+             ExpertFormats formats(parse_format(format));
+             if (down_format) formats.down = parse_format(*down_format, "down_format");
              return std::make_unique<ExpertWeights>(num_experts, hidden_size, intermediate_size,
-                                                    parse_format(format), memory_nodes,
+                                                    formats, memory_nodes,
                                                     parse_arithmetic(arithmetic));
            }),
            py::arg("num_experts"), py::arg("hidden_size"), py::arg("intermediate_size"),
            py::arg("format"), py::arg("memory_nodes") = std::vector<int>{kAnyNode},
-           py::arg("arithmetic") = "bf16")
+           py::arg("arithmetic") = "bf16", py::arg("down_format") = py::none())
       .def(
           "set_projection",
           [](ExpertWeights& self, int64_t expert, const std::string& projection,
              const py::object& w, ThreadPool* pool, const std::string& isa,
-             const py::object& scale_inv, const py::object& group_scales) {
+             const py::object& scale_inv, const py::object& group_scales,
+             const std::optional<std::string>& source_format) {
             set_projection(&self, expert, parse_projection(projection), w, "w", scale_inv,
-                           group_scales, pool, table_of(isa));
+                           group_scales, source_format, pool, table_of(isa));
           },
           py::arg("expert"), py::arg("projection"), py::arg("w"), py::arg("pool") = py::none(),
           py::arg("isa") = "auto", py::arg("scale_inv") = py::none(),
-          py::arg("group_scales") = py::none(),
+          py::arg("group_scales") = py::none(), py::arg("source_format") = py::none(),
           "Quantises and packs one matrix: gate or up [I, D], down [D, I]; fp32, bf16, fp16, "
-          "float8_e4m3fn with scale_inv, or int4 codes with group_scales.")
+          "float8_e4m3fn with scale_inv, int4 codes with group_scales, or GGUF's bytes with "
+          "source_format.")
       .def(
           "set_expert",
           [](ExpertWeights& self, int64_t expert, const py::object& gate, const py::object& up,
              const py::object& down, ThreadPool* pool, const std::string& isa) {
             const KernelTable& table = table_of(isa);
             const py::object none = py::none();
-            set_projection(&self, expert, Projection::kGate, gate, "gate", none, none, pool, table);
-            set_projection(&self, expert, Projection::kUp, up, "up", none, none, pool, table);
-            set_projection(&self, expert, Projection::kDown, down, "down", none, none, pool, table);
+            set_projection(&self, expert, Projection::kGate, gate, "gate", none, none, {}, pool,
+                           table);
+            set_projection(&self, expert, Projection::kUp, up, "up", none, none, {}, pool, table);
+            set_projection(&self, expert, Projection::kDown, down, "down", none, none, {}, pool,
+                           table);
           },
           py::arg("expert"), py::arg("gate"), py::arg("up"), py::arg("down"),
           py::arg("pool") = py::none(), py::arg("isa") = "auto")
@@ -424,9 +456,10 @@ void register_weights(py::module_& m) {
       .def_property_readonly("num_experts", &ExpertWeights::num_experts)
       .def_property_readonly("hidden_size", &ExpertWeights::hidden_size)
       .def_property_readonly("intermediate_size", &ExpertWeights::intermediate_size)
+      .def_property_readonly("format",
+                             [](const ExpertWeights& self) { return format_name(self.format()); })
       .def_property_readonly(
-          "format",
-          [](const ExpertWeights& self) { return kFormatNames[static_cast<int>(self.format())]; })
+          "down_format", [](const ExpertWeights& self) { return format_name(self.down_format()); })
       .def_property_readonly("arithmetic",
                              [](const ExpertWeights& self) {
                                return kArithmeticNames[static_cast<int>(self.arithmetic())];

@@ -17,8 +17,7 @@ const FormatKernels& kernels_of(const KernelTable& table, Format format, Arithme
   const int f = static_cast<int>(format);
   static_assert(static_cast<int>(Format::kInt4G32) == 0 && static_cast<int>(Format::kInt8) == 1,
                 "the order of int8_tiles");
-  if (arithmetic == Arithmetic::kInt8 && !takes_fp32(format) &&
-      table.int8_tiles[f].min_tile_rows > 0) {
+  if (arithmetic == Arithmetic::kInt8 && f < 2 && table.int8_tiles[f].min_tile_rows > 0) {
     return table.int8_tiles[f];
   }
   return table.formats[f];

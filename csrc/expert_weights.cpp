@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace moejet {
@@ -35,18 +37,27 @@ PairGeometry down_geometry(Format format, int64_t hidden, int64_t intermediate) 
   return pair_geometry(format, intermediate, round_up(hidden, kPairCols) / kPairCols);
 }
 
+ExpertFormats checked(ExpertFormats formats) {
+  if (takes_fp32(formats.gate_up) == takes_fp32(formats.down)) return formats;
+  const std::string gate_up = format_name(formats.gate_up), down = format_name(formats.down);
+  throw std::invalid_argument(
+      "down_format='" + down + "' does not go with format='" + gate_up +
+      "': one takes activations in int8 and the other in floating point; use two formats of bf16, "
+      "fp8, fp32, or two of the others");
+}
+
 }  // namespace
 
 ExpertWeights::ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
-                             Format format, const std::vector<int>& memory_nodes,
+                             ExpertFormats formats, const std::vector<int>& memory_nodes,
                              Arithmetic arithmetic)
     : num_experts_((check_size("num_experts", num_experts, kMaxExperts), num_experts)),
       hidden_(hidden_size),
       intermediate_(intermediate_size),
-      format_(format),
+      formats_(checked(formats)),
       arithmetic_(arithmetic),
-      gate_up_(gate_up_geometry(format, hidden_size, intermediate_size)),
-      down_(down_geometry(format, hidden_size, intermediate_size)),
+      gate_up_(gate_up_geometry(formats.gate_up, hidden_size, intermediate_size)),
+      down_(down_geometry(formats.down, hidden_size, intermediate_size)),
       gate_up_slices_(gate_up_.num_pairs, check_nodes(memory_nodes), 2),
       down_slices_(down_.num_pairs, check_nodes(memory_nodes)),
       memory_(memory_nodes, num_experts, slice_bytes(), "experts") {}
@@ -67,18 +78,20 @@ PanelLayout ExpertWeights::layout(int64_t expert, Projection projection) const {
   for (int node = 0; node < num_nodes(); ++node) {
     origins.push_back(origin(expert, node) + (is_down ? down_offset(node) : 0));
   }
-  if (is_down) return whole_pairs(std::move(origins), format_, down_);
-  return half_pairs(std::move(origins), format_, gate_up_, projection == Projection::kGate ? 0 : 1);
+  if (is_down) return whole_pairs(std::move(origins), formats_.down, down_);
+  return half_pairs(std::move(origins), formats_.gate_up, gate_up_,
+                    projection == Projection::kGate ? 0 : 1);
 }
 
 void ExpertWeights::set_projection(int64_t expert, Projection projection,
                                    const SourceMatrix& source, const KernelTable& table,
                                    ThreadPool* pool) {
-  pack_matrix(format_, source, layout(expert, projection), table, pool);
+  pack_matrix(format(projection), source, layout(expert, projection), table, pool);
 }
 
 void ExpertWeights::dequantize(int64_t expert, Projection projection, float* out) const {
-  unpack_matrix(format_, layout(expert, projection), rows(projection), cols(projection), out);
+  unpack_matrix(format(projection), layout(expert, projection), rows(projection), cols(projection),
+                out);
 }
 
 uint64_t ExpertWeights::checksum(ThreadPool* pool) const {
@@ -121,7 +134,7 @@ void ExpertWeights::fill_random(uint64_t seed, ThreadPool* pool) {
     // The pair's number in its layer, whatever its node.
     const int64_t number =
         expert * (gate_up_.num_pairs + down_.num_pairs) + (is_down ? gate_up_.num_pairs : 0) + pair;
-    fill_pair(format_, is_down ? down_ : gate_up_,
+    fill_pair(is_down ? formats_.down : formats_.gate_up, is_down ? down_ : gate_up_,
               seed * 0x2545f4914f6cdd1dull + static_cast<uint64_t>(number),
               is_down ? down_sigma : gate_up_sigma, base);
   });

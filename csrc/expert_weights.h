@@ -17,15 +17,24 @@ namespace moejet {
 
 enum class Projection { kGate, kUp, kDown };
 
+// Of the projections; both take the same kind of activations (takes_fp32).
+struct ExpertFormats {
+  ExpertFormats(Format all) : gate_up(all), down(all) {}
+  ExpertFormats(Format gate_up_format, Format down_format)
+      : gate_up(gate_up_format), down(down_format) {}
+  Format gate_up, down;
+};
+
 class ExpertWeights {
  public:
   // Memory is reserved now and becomes resident when written. Unwritten weights are zero (bf16) or
   // have zero scales, so unset experts contribute zero. Throws std::invalid_argument for sizes out
-  // of range and OutOfMemory if the address space cannot be had. memory_nodes: the system's numbers
-  // of the nodes to divide every expert among, kAnyNode for memory wherever it comes. arithmetic:
-  // how tile kernels compute with them; the packed bytes are the same.
-  ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size, Format format,
-                const std::vector<int>& memory_nodes = {kAnyNode},
+  // of range or formats that do not go together, and OutOfMemory if the address space cannot be
+  // had. memory_nodes: the system's numbers of the nodes to divide every expert among, kAnyNode for
+  // memory wherever it comes. arithmetic: how tile kernels compute with them, if those of both
+  // formats can; the packed bytes are the same.
+  ExpertWeights(int64_t num_experts, int64_t hidden_size, int64_t intermediate_size,
+                ExpertFormats formats, const std::vector<int>& memory_nodes = {kAnyNode},
                 Arithmetic arithmetic = Arithmetic::kBf16);
 
   // Packs a [rows(projection), cols(projection)] matrix; see pack_matrix.
@@ -45,7 +54,9 @@ class ExpertWeights {
   int64_t num_experts() const { return num_experts_; }
   int64_t hidden_size() const { return hidden_; }
   int64_t intermediate_size() const { return intermediate_; }
-  Format format() const { return format_; }
+  Format format() const { return formats_.gate_up; }
+  Format down_format() const { return formats_.down; }
+  Format format(Projection p) const { return p == Projection::kDown ? down_format() : format(); }
   Arithmetic arithmetic() const { return arithmetic_; }
   const PairGeometry& gate_up() const { return gate_up_; }
   const PairGeometry& down() const { return down_; }
@@ -74,7 +85,7 @@ class ExpertWeights {
   }
 
   const int64_t num_experts_, hidden_, intermediate_;
-  const Format format_;
+  const ExpertFormats formats_;
   const Arithmetic arithmetic_;
   const PairGeometry gate_up_, down_;
   const Slices gate_up_slices_, down_slices_;

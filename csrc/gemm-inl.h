@@ -27,6 +27,7 @@ struct RowRefs {
   const int8_t* q[kMaxMr];
   const float* scale[kMaxMr];
   const int32_t* offset[kMaxMr];
+  const int32_t* half_offset[kMaxMr];
   const float* f32[kMaxMr];
 };
 
@@ -45,9 +46,11 @@ struct RowSet {
       if constexpr (takes_fp32(kFormat)) {
         refs.f32[i] = acts->f32 + row * acts->ld + k;
       } else {
+        const int64_t group = row * acts->ld_groups + k / kActGroup;
         refs.q[i] = acts->q + row * acts->ld + k;
-        refs.scale[i] = acts->scale + row * acts->ld_groups + k / kActGroup;
-        refs.offset[i] = acts->offset + row * acts->ld_groups + k / kActGroup;
+        refs.scale[i] = acts->scale + group;
+        refs.offset[i] = acts->offset + group;
+        refs.half_offset[i] = acts->half_offset + 2 * group;
       }
     }
     return refs;

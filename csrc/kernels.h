@@ -12,11 +12,12 @@
 
 namespace moejet {
 
-// Weights only: kFp8 is e4m3, kInt4 two 4-bit codes in a byte, the first in the low half.
-enum class DType { kF32 = 0, kBf16, kF16, kFp8, kInt4 };
+// Weights only: kFp8 is e4m3, kInt4 two 4-bit codes in a byte, the first in the low half, kGguf the
+// bytes of a GGUF file.
+enum class DType { kF32 = 0, kBf16, kF16, kFp8, kInt4, kGguf };
 // Of one element, or of the two that share a byte.
 static constexpr int dtype_bytes(DType dtype) {
-  return dtype == DType::kF32 ? 4 : dtype == DType::kFp8 || dtype == DType::kInt4 ? 1 : 2;
+  return dtype == DType::kF32 ? 4 : dtype == DType::kBf16 || dtype == DType::kF16 ? 2 : 1;
 }
 
 // What tile kernels multiply the integer formats in; the vector kernels take int8 activations for
@@ -37,13 +38,14 @@ constexpr int kInt8TileK = 64;  // int8 inputs of one tile
 constexpr int kInt8Group = 128;
 
 // Activations as the vector kernels read them, one row per token or per (token, expert) pair.
-// Integer formats: q, scale, offset. The others: f32.
+// Integer formats: q, scale and both offsets. The others: f32.
 struct Activations {
-  int8_t* q;        // [rows, ld], -127..127
-  float* scale;     // [rows, ld_groups], one per 32 inputs
-  int32_t* offset;  // [rows, ld_groups], -8 * sum of the group's q: the int4 zero point
-  float* f32;       // [rows, ld]
-  int64_t ld;       // padded k
+  int8_t* q;             // [rows, ld], -127..127
+  float* scale;          // [rows, ld_groups], one per 32 inputs
+  int32_t* offset;       // [rows, ld_groups], -8 * sum of the group's q: the int4 zero point
+  int32_t* half_offset;  // [rows, 2 ld_groups], -32 * sum of each half's q: the q6_k zero point
+  float* f32;            // [rows, ld]
+  int64_t ld;            // padded k
   int64_t ld_groups;
 };
 
@@ -59,7 +61,7 @@ struct TileActivations {
 // One call on a chunk of tokens. R routed rows = (token, expert) pairs, sorted by expert; a slot is
 // an expert with at least one row. All memory belongs to the caller.
 struct MoeBatch {
-  Format format;
+  Format format, down_format;  // of gate and up, of down
   int64_t num_tokens, hidden_size, intermediate_size;
   PairGeometry gate_up, down;
 
@@ -121,9 +123,9 @@ struct WorkerScratch {
 struct PanelSource {
   const void* data;
   DType dtype;
-  int64_t row_stride;  // elements; bytes of an int4 source
+  int64_t row_stride;  // elements; bytes of int4 and GGUF sources
   int rows;
-  int64_t k;
+  int64_t k;  // weights of a row
   // One per 128 inputs: what the codes of an fp8 source are multiplied by. In the fp8 format they
   // are kept, and for other sources are the scales to use. Else null.
   const float* scales;
@@ -133,9 +135,10 @@ struct PanelSource {
 };
 
 struct FormatKernels {
-  // Quantises and packs one panel of up to 16 rows. Missing rows and padded k become weights that
+  // GGUF formats: repacks a panel of a GGUF source, whose k is whole blocks of the file. Others:
+  // quantises and packs one panel of up to 16 rows. Missing rows and padded k become weights that
   // are finite. Blocks go to dst, block_stride bytes apart. Returns false if a value cannot be
-  // represented: NaN or infinity in the integer formats and fp8.
+  // represented: NaN or infinity in the integer formats and fp8, or in the scales of GGUF formats.
   bool (*pack_panel)(const PanelSource& source, uint8_t* dst, int64_t block_stride);
   // For formats with scales over more than a panel, else null: the scale for each 128 inputs of up
   // to 128 rows. Returns false if a value is NaN or infinite.

@@ -152,10 +152,12 @@ inline F exp_lanes(F x) {
 
 inline F silu_mul(F gate, F up) { return gate / (1.f + exp_lanes(-gate)) * up; }
 
-// 32 values to int8 codes with one scale; offset = -8 * sum of codes (the int4 zero point).
+// 32 values to int8 codes with one scale; offset = -8 * sum of codes (the int4 zero point),
+// half_offset[i] = -32 * sum of one half's codes (the q6_k zero point).
 // A group with NaN or infinity gets a NaN scale: the NaN then reaches this row's results only.
 // Magnitudes below 1e-30 count as zero, because 127 / amax must not overflow.
-inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* offset) {
+inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* offset,
+                           int32_t* half_offset) {
   const F a = load<F>(x), b = load<F>(x + kLanes);
   const I larger = max_lanes(magnitude_bits(a), magnitude_bits(b));
   int32_t max_bits = 0;
@@ -165,26 +167,31 @@ inline void quantize_group(const float* x, int8_t* q, float* scale, int32_t* off
   if (max_bits >= 0x7f800000 || amax < 1e-30f) {
     std::memset(q, 0, 2 * kLanes);
     *scale = max_bits >= 0x7f800000 ? __builtin_nanf("") : 0.f;
-    *offset = 0;
+    *offset = half_offset[0] = half_offset[1] = 0;
     return;
   }
   const float inverse = 127.f / amax;
   const I qa = round_lanes(a * inverse), qb = round_lanes(b * inverse);
-  const I pair_sum = qa + qb;
-  int32_t sum = 0;
+  int32_t first = 0, second = 0;
   for (int i = 0; i < kLanes; ++i) {
     q[i] = static_cast<int8_t>(qa[i]);
     q[kLanes + i] = static_cast<int8_t>(qb[i]);
-    sum += pair_sum[i];
+    first += qa[i];
+    second += qb[i];
   }
   *scale = amax / 127.f;
-  *offset = -8 * sum;
+  *offset = -8 * (first + second);
+  half_offset[0] = -32 * first;
+  half_offset[1] = -32 * second;
 }
 
-inline void quantize_row(const float* x, int64_t n_padded, int8_t* q, float* scale,
-                         int32_t* offset) {
+// One row of activations, n_padded values.
+inline void quantize_row(const float* x, int64_t n_padded, const Activations& acts, int64_t row) {
+  const int64_t groups = row * acts.ld_groups;
   for (int64_t g = 0; g < n_padded / kActGroup; ++g) {
-    quantize_group(x + g * kActGroup, q + g * kActGroup, scale + g, offset + g);
+    quantize_group(x + g * kActGroup, acts.q + row * acts.ld + g * kActGroup,
+                   acts.scale + groups + g, acts.offset + groups + g,
+                   acts.half_offset + 2 * (groups + g));
   }
 }
 

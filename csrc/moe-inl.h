@@ -15,6 +15,7 @@
 #endif
 
 #include "gemm-inl.h"
+#include "gguf-pack-inl.h"
 #include "lanes-inl.h"
 #include "pack-inl.h"
 #include "tiles-inl.h"
@@ -36,8 +37,7 @@ void prepare(const MoeBatch& batch, int64_t t, WorkerScratch* scratch) {
            k_padded, row);
   if constexpr (!takes_fp32(Mk::kFormat)) {
     if (batch.any_vector) {
-      quantize_row(row, k_padded, acts.q + t * acts.ld, acts.scale + t * acts.ld_groups,
-                   acts.offset + t * acts.ld_groups);
+      quantize_row(row, k_padded, acts, t);
     }
   }
   if constexpr (TileMk::kMinRows > 0) {
@@ -119,6 +119,8 @@ inline void clear_padding(const MoeBatch& batch, int64_t r) {
       h.scale[r * h.ld_groups + g] = 0.f;
       h.offset[r * h.ld_groups + g] = 0;
     }
+    std::memset(h.half_offset + 2 * (r * h.ld_groups + written / kActGroup), 0,
+                2 * (h.ld_groups - written / kActGroup) * sizeof(int32_t));
   }
 }
 
@@ -148,8 +150,8 @@ void gate_up(const MoeBatch& batch, int slot, int64_t unit_begin, int64_t unit_e
                 std::memcpy(acts.f32 + r * acts.ld + k, h, sizeof(h));
               } else {
                 const int64_t group = r * acts.ld_groups + unit + u;
-                quantize_group(h, acts.q + r * acts.ld + k, acts.scale + group,
-                               acts.offset + group);
+                quantize_group(h, acts.q + r * acts.ld + k, acts.scale + group, acts.offset + group,
+                               acts.half_offset + 2 * group);
               }
             }
           }
@@ -246,8 +248,7 @@ void linear_prepare(const LinearBatch& batch, int64_t row, WorkerScratch* scratc
     }
   }
   if constexpr (!takes_fp32(Mk::kFormat)) {
-    quantize_row(wide, k_padded, acts.q + row * acts.ld, acts.scale + row * acts.ld_groups,
-                 acts.offset + row * acts.ld_groups);
+    quantize_row(wide, k_padded, acts, row);
   }
 }
 
@@ -317,14 +318,22 @@ constexpr auto quantize_h_or_null() -> void (*)(const MoeBatch&, int64_t) {
   }
 }
 
+template <Format kFormat>
+constexpr auto pack_function() {
+  if constexpr (is_gguf(kFormat)) {
+    return pack_gguf<kFormat>;
+  } else {
+    return kFormat == Format::kInt4G32 ? pack_int4
+           : kFormat == Format::kInt8  ? pack_int8
+           : kFormat == Format::kBf16  ? pack_bf16
+           : kFormat == Format::kFp8   ? pack_fp8
+                                       : pack_fp32;
+  }
+}
+
 template <class Mk, class TileMk>
 constexpr FormatKernels format_kernels() {
-  constexpr auto pack = Mk::kFormat == Format::kInt4G32 ? pack_int4
-                        : Mk::kFormat == Format::kInt8  ? pack_int8
-                        : Mk::kFormat == Format::kBf16  ? pack_bf16
-                        : Mk::kFormat == Format::kFp8   ? pack_fp8
-                                                        : pack_fp32;
-  return {pack,
+  return {pack_function<Mk::kFormat>(),
           Mk::kFormat == Format::kFp8 ? fp8_block_scales : nullptr,
           prepare<Mk, TileMk>,
           gate_up<Mk, TileMk>,

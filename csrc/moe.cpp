@@ -18,14 +18,13 @@ constexpr int64_t kSerialPrepareValues = 32 * 1024;
 constexpr int64_t kGateUpTasksPerThread = 32;
 constexpr int64_t kDownTasksPerThread = 16;
 
-void take_scratch(Layout* layout, const FormatKernels& kernels, const Routing& routing,
+void take_scratch(Layout* layout, Arithmetic arithmetic, const Routing& routing,
                   int64_t pairs_per_task, MoeBatch* batch, std::vector<WorkerScratch>* workers) {
   const int64_t x_padded = batch->gate_up.k_padded, h_padded = batch->down.k_padded;
   if (routing.any_vector) {
     batch->x_acts = take_activations(layout, batch->format, batch->num_tokens, x_padded);
-    batch->h_acts = take_activations(layout, batch->format, routing.num_rows, h_padded);
+    batch->h_acts = take_activations(layout, batch->down_format, routing.num_rows, h_padded);
   }
-  const Arithmetic arithmetic = kernels.tile_arithmetic;
   batch->x_tiles = take_tiles(layout, arithmetic, routing.num_tile_rows, x_padded);
   batch->h_tiles = take_tiles(layout, arithmetic, routing.num_tile_rows, h_padded);
   if (arithmetic == Arithmetic::kInt8) {
@@ -39,17 +38,36 @@ void take_scratch(Layout* layout, const FormatKernels& kernels, const Routing& r
   }
 }
 
+// The arithmetic that the weights ask for, if the tile kernels of both formats have it.
+Arithmetic common_arithmetic(const ExpertWeights& weights, const KernelTable& table) {
+  for (const Format format : {weights.format(), weights.down_format()}) {
+    const FormatKernels& kernels = kernels_of(table, format, weights.arithmetic());
+    if (kernels.tile_arithmetic != weights.arithmetic()) return Arithmetic::kBf16;
+  }
+  return weights.arithmetic();
+}
+
+// Rows from which both kinds of projections use tiles; 0: never. An expert's rows go through both,
+// in one form.
+int common_tile_rows(const FormatKernels& gate_up, const FormatKernels& down) {
+  if (gate_up.min_tile_rows == 0 || down.min_tile_rows == 0) return 0;
+  return std::max(gate_up.min_tile_rows, down.min_tile_rows);
+}
+
 }  // namespace
 
 MoeTask::MoeTask(const ExpertWeights& weights, const KernelTable& table, Workspace* workspace,
                  int num_threads)
     : weights_(weights),
-      kernels_(kernels_of(table, weights.format(), weights.arithmetic())),
+      gate_up_kernels_(kernels_of(table, weights.format(), common_arithmetic(weights, table))),
+      down_kernels_(kernels_of(table, weights.down_format(), common_arithmetic(weights, table))),
+      min_tile_rows_(common_tile_rows(gate_up_kernels_, down_kernels_)),
       workspace_(workspace),
       scratch_(static_cast<size_t>(num_threads)),
       units_(weights.gate_up().num_pairs / 2, weights.num_nodes()),
       items_(weights.num_nodes()) {
   batch_.format = weights.format();
+  batch_.down_format = weights.down_format();
   batch_.hidden_size = weights.hidden_size();
   batch_.intermediate_size = weights.intermediate_size();
   batch_.gate_up = weights.gate_up();
@@ -88,7 +106,8 @@ void MoeTask::begin_chunk() {
   batch_.out_stride = part.out_stride;
   plan();
   reserve_scratch(workspace_, [&](Layout* layout) {
-    take_scratch(layout, kernels_, routing_, pairs_per_task_, &batch_, &scratch_);
+    take_scratch(layout, down_kernels_.tile_arithmetic, routing_, pairs_per_task_, &batch_,
+                 &scratch_);
   });
   divide_among_nodes();
 }
@@ -113,7 +132,7 @@ void MoeTask::route(const MoeCall& call) {
   for (int64_t e = 0; e < num_experts; ++e) {
     const int32_t count = r.count[e];
     if (count == 0) continue;
-    const bool tiles = kernels_.min_tile_rows > 0 && count >= kernels_.min_tile_rows;
+    const bool tiles = min_tile_rows_ > 0 && count >= min_tile_rows_;
     r.next[e] = static_cast<int32_t>(r.num_rows);
     if (tiles) {
       r.next_tile[e] = static_cast<int32_t>(r.num_tile_rows);
@@ -192,11 +211,11 @@ bool MoeTask::begin_gate_up() {
 // False if there is nothing to quantise, or it is done already.
 bool MoeTask::begin_quantize() {
   phase_ = Phase::kQuantize;
-  if (kernels_.quantize_h == nullptr) return false;
+  if (down_kernels_.quantize_h == nullptr) return false;
   const int64_t tiles = routing_.num_tile_rows / kTileRows;
   items_.set_all(tiles);
   if (routing_.num_tile_rows * batch_.intermediate_size > kSerialPrepareValues) return true;
-  for (int64_t tile = 0; tile < tiles; ++tile) kernels_.quantize_h(batch_, tile);
+  for (int64_t tile = 0; tile < tiles; ++tile) down_kernels_.quantize_h(batch_, tile);
   return false;
 }
 
@@ -224,7 +243,8 @@ bool MoeTask::next() {
       phase_ = Phase::kPrepare;
       items_.set_all(batch_.num_tokens);
       if (batch_.num_tokens * batch_.hidden_size > kSerialPrepareValues) return true;
-      for (int64_t t = 0; t < batch_.num_tokens; ++t) kernels_.prepare(batch_, t, &scratch_[0]);
+      for (int64_t t = 0; t < batch_.num_tokens; ++t)
+        gate_up_kernels_.prepare(batch_, t, &scratch_[0]);
       return begin_gate_up();
   }
   return false;
@@ -234,23 +254,23 @@ void MoeTask::work(int worker) {
   WorkerScratch* scratch = &scratch_[static_cast<size_t>(worker)];
   const int own_node = ThreadPool::current_node();
   if (phase_ == Phase::kPrepare) {
-    items_.drain(own_node, [&](int, int64_t t) { kernels_.prepare(batch_, t, scratch); });
+    items_.drain(own_node, [&](int, int64_t t) { gate_up_kernels_.prepare(batch_, t, scratch); });
   } else if (phase_ == Phase::kGateUp) {
     items_.drain(own_node, [&](int node, int64_t task) {
       const int64_t tasks_per_slot = gate_up_tasks_per_slot(node);
       const int64_t unit = units_.begin(node) + task % tasks_per_slot * units_per_task_;
-      kernels_.gate_up(node_batches_[static_cast<size_t>(node)],
-                       static_cast<int>(task / tasks_per_slot), unit,
-                       std::min(unit + units_per_task_, units_.end(node)), scratch);
+      gate_up_kernels_.gate_up(node_batches_[static_cast<size_t>(node)],
+                               static_cast<int>(task / tasks_per_slot), unit,
+                               std::min(unit + units_per_task_, units_.end(node)), scratch);
     });
   } else if (phase_ == Phase::kQuantize) {
-    items_.drain(own_node, [&](int, int64_t tile) { kernels_.quantize_h(batch_, tile); });
+    items_.drain(own_node, [&](int, int64_t tile) { down_kernels_.quantize_h(batch_, tile); });
   } else {
     items_.drain(own_node, [&](int node, int64_t task) {
       const Slices& pairs = weights_.down_slices();
       const int64_t pair = pairs.begin(node) + task * pairs_per_task_;
-      kernels_.down(node_batches_[static_cast<size_t>(node)], pair,
-                    std::min(pair + pairs_per_task_, pairs.end(node)), scratch);
+      down_kernels_.down(node_batches_[static_cast<size_t>(node)], pair,
+                         std::min(pair + pairs_per_task_, pairs.end(node)), scratch);
     });
   }
 }

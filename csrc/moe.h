@@ -62,7 +62,9 @@ class MoeTask final : public Task {
   int64_t gate_up_tasks_per_slot(int node) const;
 
   const ExpertWeights& weights_;
-  const FormatKernels& kernels_;
+  const FormatKernels& gate_up_kernels_;
+  const FormatKernels& down_kernels_;
+  const int min_tile_rows_;
   Workspace* workspace_;
   std::vector<WorkerScratch> scratch_;  // of each worker
   MoeCall call_{};

@@ -9,6 +9,14 @@
 //   bf16       32 k  1024: 16 vectors of 64 B
 //   fp8       128 k  2080: 32 vectors of 64 B, and 32 B of block data (Fp8BlockData)
 //   fp32       32 k  2048: 32 vectors of 64 B
+//   q4_0       64 k   576: 8 vectors of 64 B, then fp16 scales as int4_g32's, but 16 of k 0..31 and
+//                          after them 16 of k 32..63
+//   q8_0       64 k  1088: 16 vectors of 64 B, then scales as q4_0's
+//   q4_k      256 k  2304: scales (256 B), then 32 vectors of 64 B
+//   q5_k      256 k  2816: scales (256 B), then 40 vectors of 64 B
+//   q6_k      256 k  3392: scales (320 B), then 48 vectors of 64 B
+//
+// The last five are GGUF's formats, whose bits are kept; gguf_blocks.h explains them.
 //
 //   int8, vector v, byte 4 r + j:       row r, input 4 v + j, two's complement, -127..127
 //   int4_g32, vector v, byte 4 r + j:   low nibble: row r, input 4 v + j;
@@ -51,13 +59,27 @@ namespace moejet {
 // Counts up with every change of what packed bytes mean: cached ones of another version are stale.
 constexpr int kPackLayoutVersion = 1;
 
-enum class Format { kInt4G32 = 0, kInt8, kBf16, kFp8, kFp32 };
-constexpr int kNumFormats = 5;
+enum class Format {
+  kInt4G32 = 0,
+  kInt8,
+  kBf16,
+  kFp8,
+  kFp32,
+  kQ4_0,
+  kQ8_0,
+  kQ4K,
+  kQ5K,
+  kQ6K,
+};
+constexpr int kNumFormats = 10;
 
 // Weights that multiply fp32 activations on vectors; the others take activations in int8.
 static constexpr bool takes_fp32(Format format) {
-  return format != Format::kInt4G32 && format != Format::kInt8;
+  return format == Format::kBf16 || format == Format::kFp8 || format == Format::kFp32;
 }
+
+// Weights that come from GGUF files and are never quantised here.
+static constexpr bool is_gguf(Format format) { return format >= Format::kQ4_0; }
 
 constexpr int kPanelRows = 16;
 constexpr int kPairCols = 2 * kPanelRows;  // outputs of one pair
@@ -74,7 +96,12 @@ static constexpr BlockShape block_shape(Format format) {
          : format == Format::kInt8  ? BlockShape{128, 2112}
          : format == Format::kBf16  ? BlockShape{32, 1024}
          : format == Format::kFp8   ? BlockShape{128, 2080}
-                                    : BlockShape{32, 2048};
+         : format == Format::kFp32  ? BlockShape{32, 2048}
+         : format == Format::kQ4_0  ? BlockShape{64, 576}
+         : format == Format::kQ8_0  ? BlockShape{64, 1088}
+         : format == Format::kQ4K   ? BlockShape{256, 2304}
+         : format == Format::kQ5K   ? BlockShape{256, 2816}
+                                    : BlockShape{256, 3392};
 }
 
 constexpr int kFp8ScaleBlock = 128;  // rows and inputs that share a scale

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "gguf_blocks.h"
+
 namespace moejet {
 namespace {
 
@@ -98,6 +100,51 @@ void fill_fp32(Random* random, float sigma, uint8_t* block) {
   for (int i = 0; i < 512; ++i) values[i] = (values[i] & 0x807fffffu) | (exponent & 0x7f800000u);
 }
 
+// A positive number as fp16, rounded to nearest, but neither to zero nor to infinity.
+uint16_t float_to_half(float value) {
+  if (value < 0x1p-14f) {
+    return static_cast<uint16_t>(std::max(value * 0x1p24f + 0.5f, 1.f));
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint16_t>(std::min((bits + 0x1000 - (112u << 23)) >> 13, 0x7bffu));
+}
+
+// The 12 bytes of sc and m of each row: m is about sc, so that with dmin about d times the mean
+// code a group's mean is near zero, as in weights of a model.
+void fill_scale_mins(Random* random, uint8_t* block) {
+  for (int at = kGgufScalesAt; at < kGgufScalesAt + 64; ++at) {
+    const uint64_t bits = random->next();
+    const uint8_t scale = static_cast<uint8_t>(bits), upper = static_cast<uint8_t>(bits >> 8 & 15);
+    block[at] = scale;
+    block[at + 64] = static_cast<uint8_t>(scale ^ (bits >> 16 & 3));
+    block[at + 128] = static_cast<uint8_t>(upper | (upper ^ (bits >> 18 & 3)) << 4);
+  }
+}
+
+// Random bits, with d and dmin that give the values their size and a mean of zero.
+void fill_gguf(Format format, Random* random, float sigma, uint8_t* block) {
+  fill_words(random, block, block_shape(format).bytes);
+  // What divides sigma to give d: the standard deviation of the values for d = 1.
+  const float deviation = format == Format::kQ4_0   ? 4.6f
+                          : format == Format::kQ8_0 ? 74.f
+                          : format == Format::kQ4K  ? 169.f
+                          : format == Format::kQ5K  ? 338.f
+                                                    : 1366.f;
+  if (gguf_has_mins(format)) fill_scale_mins(random, block);
+  uint16_t halves[2][kPanelRows] = {};
+  for (int r = 0; r < kPanelRows; ++r) {
+    const float d = sigma / deviation * random_spread(random);
+    halves[0][r] = float_to_half(d);
+    if (gguf_has_mins(format)) {
+      halves[1][r] = float_to_half(d * (format == Format::kQ4K ? 7.5f : 15.5f));
+    } else if (format != Format::kQ6K) {
+      halves[1][r] = float_to_half(sigma / deviation * random_spread(random));
+    }
+  }
+  std::memcpy(block + gguf_halves_at(format), halves, sizeof(halves));
+}
+
 void fill_block(Format format, Random* random, float sigma, uint8_t* block) {
   switch (format) {
     case Format::kInt4G32:
@@ -110,6 +157,8 @@ void fill_block(Format format, Random* random, float sigma, uint8_t* block) {
       return fill_fp8(random, sigma, block);
     case Format::kFp32:
       return fill_fp32(random, sigma, block);
+    default:
+      return fill_gguf(format, random, sigma, block);
   }
 }
 
@@ -119,9 +168,32 @@ void fill_block(Format format, Random* random, float sigma, uint8_t* block) {
         "w contains the codes 0x7f or 0xff, which are NaN in float8_e4m3fn: check that the file "
         "holds e4m3fn values (not e4m3fnuz or e5m2), or download it again");
   }
+  if (source == DType::kGguf) {
+    throw std::invalid_argument(std::string("w contains a ") + format_name(format) +
+                                " scale that is NaN or infinity: the GGUF file is damaged, "
+                                "download it again");
+  }
   throw std::invalid_argument(std::string("w contains NaN or infinity, which ") +
                               (format == Format::kFp8 ? "fp8 weights" : "integer formats") +
                               " cannot hold: check the checkpoint, or use format='bf16'");
+}
+
+// GGUF formats and sources go together only.
+void check_kind(Format format, const SourceMatrix& source) {
+  const bool from_gguf = source.dtype == DType::kGguf;
+  const std::string name = format_name(format);
+  if (!from_gguf && is_gguf(format)) {
+    throw std::invalid_argument("format='" + name +
+                                "' keeps the bits of a GGUF file and quantises nothing: pass their "
+                                "bytes and source_format='" +
+                                name + "', or use another format");
+  }
+  if (from_gguf && format != source.gguf_format) {
+    const std::string source_name = format_name(source.gguf_format);
+    throw std::invalid_argument("source_format='" + source_name + "' does not fit format='" + name +
+                                "': use format='" + source_name +
+                                "', or dequantise the weights first");
+  }
 }
 
 // Up to `count` rows from `first` on, without scales.
@@ -173,7 +245,61 @@ std::vector<float> block_scales(const SourceMatrix& source, const FormatKernels&
   return scales;
 }
 
+float int4_value(const uint8_t* block, int k, int r) {
+  const int group = k / 32;
+  const uint8_t byte = block[(k % 32) / 4 * 64 + 4 * r + k % 4];
+  const int code = group == 0 ? byte & 15 : byte >> 4;
+  uint16_t scale;
+  std::memcpy(&scale, block + 512 + 4 * r + 2 * group, sizeof(scale));
+  return static_cast<float>(code - 8) * bf16_to_float(scale);
+}
+
+float fp8_block_value(const uint8_t* block, int k, int r) {
+  const Fp8Block<const uint8_t> parts = fp8_block(block);
+  Fp8BlockData data;
+  std::memcpy(&data, parts.data, sizeof(data));
+  return fp8_value(parts.codes[k / 4 * 64 + 4 * r + fp8_byte(k)]) * data.scale;
+}
+
+// Input k of row r of a panel block.
+float block_value(Format format, const uint8_t* block, int k, int r) {
+  float value = 0.f;
+  uint16_t bits;
+  switch (format) {
+    case Format::kInt4G32:
+      return int4_value(block, k, r);
+    case Format::kInt8:
+      std::memcpy(&value, block + 2048 + 4 * r, sizeof(value));
+      return static_cast<float>(static_cast<int8_t>(block[k / 4 * 64 + 4 * r + k % 4])) * value;
+    case Format::kBf16:
+      std::memcpy(&bits, block + k / 2 * 64 + 4 * r + 2 * (k % 2), sizeof(bits));
+      return bf16_to_float(bits);
+    case Format::kFp8:
+      return fp8_block_value(block, k, r);
+    case Format::kFp32:
+      std::memcpy(&value, block + k * 64 + 4 * r, sizeof(value));
+      return value;
+    case Format::kQ4_0:
+      return gguf_value<Format::kQ4_0>(block, k, r);
+    case Format::kQ8_0:
+      return gguf_value<Format::kQ8_0>(block, k, r);
+    case Format::kQ4K:
+      return gguf_value<Format::kQ4K>(block, k, r);
+    case Format::kQ5K:
+      return gguf_value<Format::kQ5K>(block, k, r);
+    case Format::kQ6K:
+      return gguf_value<Format::kQ6K>(block, k, r);
+  }
+  return value;
+}
+
 }  // namespace
+
+const char* format_name(Format format) {
+  constexpr const char* kNames[kNumFormats] = {"int4_g32", "int8", "bf16", "fp8",  "fp32",
+                                               "q4_0",     "q8_0", "q4_k", "q5_k", "q6_k"};
+  return kNames[static_cast<int>(format)];
+}
 
 void check_size(const char* name, int64_t value, int64_t limit) {
   if (value <= 0 || value > limit) {
@@ -198,6 +324,7 @@ PanelLayout half_pairs(std::vector<uint8_t*> origins, Format format, const PairG
 
 void pack_matrix(Format format, const SourceMatrix& source, const PanelLayout& layout,
                  const KernelTable& table, ThreadPool* pool) {
+  check_kind(format, source);
   const FormatKernels& kernels = table.formats[static_cast<int>(format)];
   const int64_t block_stride = 2 * block_shape(format).bytes;
   std::vector<float> own_scales;
@@ -235,32 +362,7 @@ void unpack_matrix(Format format, const PanelLayout& layout, int64_t rows, int64
     const int r = static_cast<int>(row % kPanelRows);
     for (int64_t col = 0; col < cols; ++col) {
       const uint8_t* block = base + col / shape.k * 2 * shape.bytes;
-      const int k = static_cast<int>(col % shape.k);
-      float value;
-      if (format == Format::kInt4G32) {
-        const int group = k / 32;
-        const uint8_t byte = block[(k % 32) / 4 * 64 + 4 * r + k % 4];
-        const int code = group == 0 ? byte & 15 : byte >> 4;
-        uint16_t scale;
-        std::memcpy(&scale, block + 512 + 4 * r + 2 * group, sizeof(scale));
-        value = static_cast<float>(code - 8) * bf16_to_float(scale);
-      } else if (format == Format::kInt8) {
-        float scale;
-        std::memcpy(&scale, block + 2048 + 4 * r, sizeof(scale));
-        value = static_cast<float>(static_cast<int8_t>(block[k / 4 * 64 + 4 * r + k % 4])) * scale;
-      } else if (format == Format::kBf16) {
-        uint16_t bits;
-        std::memcpy(&bits, block + k / 2 * 64 + 4 * r + 2 * (k % 2), sizeof(bits));
-        value = bf16_to_float(bits);
-      } else if (format == Format::kFp8) {
-        const Fp8Block<const uint8_t> parts = fp8_block(block);
-        Fp8BlockData data;
-        std::memcpy(&data, parts.data, sizeof(data));
-        value = fp8_value(parts.codes[k / 4 * 64 + 4 * r + fp8_byte(k)]) * data.scale;
-      } else {
-        std::memcpy(&value, block + k * 64 + 4 * r, sizeof(value));
-      }
-      out[row * cols + col] = value;
+      out[row * cols + col] = block_value(format, block, static_cast<int>(col % shape.k), r);
     }
   }
 }

@@ -12,7 +12,10 @@
 
 namespace moejet {
 
-// A source matrix [rows, cols], rows row_stride elements (int4: bytes) apart.
+// As users write it.
+const char* format_name(Format format);
+
+// A source matrix [rows, cols], rows row_stride elements (int4, GGUF: bytes) apart.
 struct SourceMatrix {
   const void* data;
   DType dtype;
@@ -22,6 +25,7 @@ struct SourceMatrix {
   const float* scale_inv = nullptr;
   // int4 only: bf16 [rows, cols / 32], cols being a multiple of 32; finite.
   const uint16_t* group_scales = nullptr;
+  Format gguf_format = Format::kQ4_0;  // of kGguf; cols is whole blocks of it
 };
 
 // Throws std::invalid_argument, naming the value, unless 1 <= value <= 2^20 (or limit).
@@ -71,8 +75,9 @@ PanelLayout whole_pairs(std::vector<uint8_t*> origins, Format format, const Pair
 PanelLayout half_pairs(std::vector<uint8_t*> origins, Format format, const PairGeometry& geometry,
                        int which);
 
-// Quantises and packs; fp8 into fp8 and int4 into int4_g32 keep every code and scale. Throws
-// std::invalid_argument if a value cannot be represented; the packed matrix is then undefined.
+// Quantises and packs; fp8 into fp8 and int4 into int4_g32 keep every code and scale, GGUF sources
+// fit into their own format only and keep every bit. Throws std::invalid_argument if a value cannot
+// be represented; the packed matrix is then undefined.
 void pack_matrix(Format format, const SourceMatrix& source, const PanelLayout& layout,
                  const KernelTable& table, ThreadPool* pool);
 // The values that the kernels compute with, fp32 [rows, cols].

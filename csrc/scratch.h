@@ -51,6 +51,7 @@ inline Activations take_activations(Layout* layout, Format format, int64_t rows,
     acts.q = layout->take<int8_t>(rows * acts.ld);
     acts.scale = layout->take<float>(rows * acts.ld_groups);
     acts.offset = layout->take<int32_t>(rows * acts.ld_groups);
+    acts.half_offset = layout->take<int32_t>(2 * rows * acts.ld_groups);
   }
   return acts;
 }

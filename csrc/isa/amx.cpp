@@ -4,6 +4,7 @@
 #include "attention-tiles-inl.h"
 #include "attention-vectors-inl.h"
 #include "fp8-tiles512-inl.h"
+#include "gguf-tiles512-inl.h"
 #include "int8-tiles512-inl.h"
 #include "ops-inl.h"
 
@@ -57,7 +58,12 @@ extern const KernelTable table = {
     {format_kernels<Int4, Int4Tiles<TileBlocks<AmxTiles>>>(),
      format_kernels<Int8, Int8Tiles<TileBlocks<AmxTiles>>>(),
      format_kernels<Bf16, Bf16Tiles<TileBlocks<AmxTiles>>>(),
-     format_kernels<Fp8, Fp8Tiles<TileBlocks<AmxTiles>>>(), format_kernels<Fp32, NoTiles>()},
+     format_kernels<Fp8, Fp8Tiles<TileBlocks<AmxTiles>>>(), format_kernels<Fp32, NoTiles>(),
+     format_kernels<GgufPlain<Format::kQ4_0>, GgufTiles<Format::kQ4_0, TileBlocks<AmxTiles>>>(),
+     format_kernels<GgufPlain<Format::kQ8_0>, GgufTiles<Format::kQ8_0, TileBlocks<AmxTiles>>>(),
+     format_kernels<GgufMins<Format::kQ4K>, GgufTiles<Format::kQ4K, TileBlocks<AmxTiles>>>(),
+     format_kernels<GgufMins<Format::kQ5K>, GgufTiles<Format::kQ5K, TileBlocks<AmxTiles>>>(),
+     format_kernels<GgufQ6, GgufTiles<Format::kQ6K, TileBlocks<AmxTiles>>>()},
     op_kernels(),
     {attention_kernels<Fp32Dot>(), attention_kernels<TileDot<AmxTiles>>()},
     {format_kernels<Int4, Int4AsInt8<Int8TileBlocks<AmxTiles>>>(),

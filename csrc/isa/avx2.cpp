@@ -7,6 +7,7 @@
 #define MOEJET_VEC_BITS 256
 #include <immintrin.h>
 
+#include "../gguf_blocks.h"
 #include "../moe-inl.h"
 #include "attention-vectors-inl.h"
 #include "ops-inl.h"
@@ -190,15 +191,20 @@ struct Bf16 {
 };
 
 #include "fp-avx2-inl.h"
+#include "gguf-avx2-inl.h"
 
 }  // namespace
 
-extern const KernelTable table = {Isa::kAvx2,
-                                  {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-                                   format_kernels<Bf16, NoTiles>(), format_kernels<Fp8, NoTiles>(),
-                                   format_kernels<Fp32, NoTiles>()},
-                                  op_kernels(),
-                                  {attention_kernels<Fp32Dot>(), attention_kernels<Fp32Dot>()}};
+extern const KernelTable table = {
+    Isa::kAvx2,
+    {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
+     format_kernels<Bf16, NoTiles>(), format_kernels<Fp8, NoTiles>(),
+     format_kernels<Fp32, NoTiles>(), format_kernels<GgufPlain<Format::kQ4_0>, NoTiles>(),
+     format_kernels<GgufPlain<Format::kQ8_0>, NoTiles>(),
+     format_kernels<GgufMins<Format::kQ4K>, NoTiles>(),
+     format_kernels<GgufMins<Format::kQ5K>, NoTiles>(), format_kernels<GgufQ6, NoTiles>()},
+    op_kernels(),
+    {attention_kernels<Fp32Dot>(), attention_kernels<Fp32Dot>()}};
 
 }  // namespace avx2
 }  // namespace moejet

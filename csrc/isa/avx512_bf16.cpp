@@ -6,6 +6,7 @@
 #define MOEJET_VEC_BITS 512
 #include "attention-vdpbf16-inl.h"
 #include "fp8-tiles512-inl.h"
+#include "gguf-avx512-inl.h"
 #include "ops-inl.h"
 #include "tiles512-inl.h"
 
@@ -104,7 +105,10 @@ extern const KernelTable table = {
     Isa::kAvx512Bf16,
     {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
      format_kernels<Bf16, Bf16Tiles<Dots>>(), format_kernels<Fp8, Fp8Tiles<Dots>>(),
-     format_kernels<Fp32, NoTiles>()},
+     format_kernels<Fp32, NoTiles>(), format_kernels<GgufPlain<Format::kQ4_0>, NoTiles>(),
+     format_kernels<GgufPlain<Format::kQ8_0>, NoTiles>(),
+     format_kernels<GgufMins<Format::kQ4K>, NoTiles>(),
+     format_kernels<GgufMins<Format::kQ5K>, NoTiles>(), format_kernels<GgufQ6, NoTiles>()},
     op_kernels(),
     {attention_kernels<Fp32Dot>(), attention_kernels<Bf16Dot>()}};
 

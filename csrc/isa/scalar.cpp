@@ -5,6 +5,7 @@
 
 #include "../moe-inl.h"
 #include "attention-vectors-inl.h"
+#include "gguf-scalar-inl.h"
 #include "ops-inl.h"
 
 namespace moejet {
@@ -160,12 +161,15 @@ struct Fp32 {
 
 }  // namespace
 
-extern const KernelTable table = {Isa::kScalar,
-                                  {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
-                                   format_kernels<Bf16, NoTiles>(), format_kernels<Fp8, NoTiles>(),
-                                   format_kernels<Fp32, NoTiles>()},
-                                  op_kernels(),
-                                  {attention_kernels<Fp32Dot>(), attention_kernels<Fp32Dot>()}};
+extern const KernelTable table = {
+    Isa::kScalar,
+    {format_kernels<Int4, NoTiles>(), format_kernels<Int8, NoTiles>(),
+     format_kernels<Bf16, NoTiles>(), format_kernels<Fp8, NoTiles>(),
+     format_kernels<Fp32, NoTiles>(), format_kernels<Gguf<Format::kQ4_0>, NoTiles>(),
+     format_kernels<Gguf<Format::kQ8_0>, NoTiles>(), format_kernels<Gguf<Format::kQ4K>, NoTiles>(),
+     format_kernels<Gguf<Format::kQ5K>, NoTiles>(), format_kernels<Gguf<Format::kQ6K>, NoTiles>()},
+    op_kernels(),
+    {attention_kernels<Fp32Dot>(), attention_kernels<Fp32Dot>()}};
 
 }  // namespace scalar
 }  // namespace moejet

@@ -19,7 +19,7 @@ const std::vector<int64_t> kTokens = {1, 2, 7, 17, 66, 131};
 
 // A layer of random experts and the values that its kernels compute with.
 struct Experts {
-  Experts(Format format, int64_t num, int64_t hidden, int64_t inter,
+  Experts(ExpertFormats format, int64_t num, int64_t hidden, int64_t inter,
           Arithmetic arithmetic = Arithmetic::kBf16)
       : weights(num, hidden, inter, format, {kAnyNode}, arithmetic) {
     weights.fill_random(3, nullptr);
@@ -207,6 +207,28 @@ TEST(bf16_activations_in_place) {
       CHECK_OP(testing::relative_error(got, expected), <, 2e-2);
     }
   }
+}
+
+TEST(projections_of_two_formats) {
+  ThreadPool pool({0, 1, 2}, false);
+  const std::vector<ExpertFormats> mixes = {{Format::kQ4K, Format::kQ6K},
+                                            {Format::kInt4G32, Format::kQ8_0},
+                                            {Format::kQ5K, Format::kInt8},
+                                            {Format::kFp8, Format::kBf16},
+                                            {Format::kBf16, Format::kFp32}};
+  for (const ExpertFormats formats : mixes) {
+    const Experts experts(formats, 2, 300, 45);
+    for (const int64_t tokens : {1, 5, 40}) {
+      const Inputs inputs(experts, tokens, 2, 300);
+      const std::vector<double> expected = inputs.answer(experts);
+      for (const KernelTable* table : usable_tables()) {
+        CHECK_OP(testing::relative_error(run(experts, inputs, &pool, *table), expected), <,
+                 testing::tolerance(formats.gate_up, uses_tiles(*table, formats.gate_up)));
+      }
+    }
+  }
+  CHECK_THROWS(std::invalid_argument, "down_format='bf16' does not go with format='q4_k'",
+               ExpertWeights(1, 8, 8, {Format::kQ4K, Format::kBf16}));
 }
 
 TEST(no_tokens_and_no_experts) {

@@ -23,15 +23,16 @@ struct Layer {
   Layer(Format format, const std::vector<int>& nodes, ThreadPool* pool)
       : experts(3, 200, 45, format, nodes), dense(2, 150, 70, format, nodes) {
     const KernelTable& table = *usable_tables().back();
+    experts.fill_random(9, pool);
+    dense.fill_random(4, pool);
+    if (is_gguf(format)) return;
     for (int64_t e = 0; e < 2; ++e) {  // the third one stays random
       for (const Projection p : {Projection::kGate, Projection::kUp, Projection::kDown}) {
         const int64_t rows = experts.rows(p), cols = experts.cols(p);
         const std::vector<float> w = gaussian(rows * cols, 0.1f, static_cast<uint64_t>(e));
-        if (e == 0 && p == Projection::kGate) experts.fill_random(9, pool);
         experts.set_projection(e, p, {w.data(), DType::kF32, cols, rows, cols}, table, pool);
       }
     }
-    dense.fill_random(4, pool);
     const std::vector<float> w = gaussian(150 * 70, 0.1f, 8);
     dense.set(1, {w.data(), DType::kF32, 70, 150, 70}, table, pool);
   }

@@ -13,6 +13,7 @@ namespace {
 
 using testing::formats;
 using testing::gaussian;
+using testing::quantising_formats;
 using testing::usable_tables;
 
 // Panels of 16 rows and blocks of up to 128 inputs, none of them full, and lonely values.
@@ -39,7 +40,7 @@ double distance(const std::vector<float>& a, const std::vector<float>& b) {
 
 TEST(packed_weights_come_back_and_are_the_same_on_every_set) {
   ThreadPool pool({0, 1, 2}, false);
-  for (const Format format : formats()) {
+  for (const Format format : quantising_formats()) {
     for (const auto& [rows, cols] : kShapes) {
       const std::vector<float> source = gaussian(rows * cols, 1.f, 1);
       const SourceMatrix matrix{source.data(), DType::kF32, cols, rows, cols};
@@ -58,7 +59,7 @@ TEST(packed_weights_come_back_and_are_the_same_on_every_set) {
 
 TEST(sixteen_bit_sources_and_rows_apart) {
   const int64_t rows = 45, cols = 70, stride = 77;
-  for (const Format format : formats()) {
+  for (const Format format : quantising_formats()) {
     for (const KernelTable* table : usable_tables()) {
       std::vector<float> wide = gaussian(rows * cols, 1.f, 2);
       // The last row ends where the memory ends: a kernel that reads on is caught.

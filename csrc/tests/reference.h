@@ -26,6 +26,15 @@ inline std::vector<Format> formats() {
   return all;
 }
 
+// Those that weights are quantised to.
+inline std::vector<Format> quantising_formats() {
+  std::vector<Format> some;
+  for (const Format format : formats()) {
+    if (!is_gguf(format)) some.push_back(format);
+  }
+  return some;
+}
+
 // Every instruction set that this machine can run, amx_emulated included.
 inline std::vector<const KernelTable*> usable_tables() {
   std::vector<const KernelTable*> tables;

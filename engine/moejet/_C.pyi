@@ -77,7 +77,10 @@ class ExpertWeights:
         format: str,
         memory_nodes: list[int] = ...,
         arithmetic: str = "bf16",
-    ) -> None: ...
+        down_format: str | None = None,
+    ) -> None:
+        """down_format: that of the down projections, if it is another one."""
+
     @property
     def is_placed(self) -> bool:
         """Whether memory was asked to lie on certain nodes of the system."""
@@ -104,6 +107,7 @@ class ExpertWeights:
         isa: str = "auto",
         scale_inv: _Tensor | None = None,
         group_scales: _Tensor | None = None,
+        source_format: str | None = None,
     ) -> None:
         """Quantises and packs one matrix (fp32, bf16 or fp16). The result does not depend on isa.
 
@@ -112,8 +116,9 @@ class ExpertWeights:
         int4_g32 keeps both.
         With scale_inv [ceil(rows / 128), ceil(cols / 128)] fp32, w is float8_e4m3fn (or its bytes as
         uint8) and each 128 x 128 block is multiplied by its factor; the format fp8 keeps codes and
-        factors. NaN or infinity in fp8 or an integer format raises ValueError; the projection is
-        then undefined.
+        factors. With source_format, w is uint8 [rows, bytes of a row], blocks of a GGUF file in that
+        format, which must be the projection's; every bit is kept. NaN or infinity in fp8, an integer
+        format or GGUF's scales raises ValueError; the projection is then undefined.
         """
 
     def set_expert(
@@ -144,6 +149,7 @@ class ExpertWeights:
     def format(self) -> str: ...
     @property
     def arithmetic(self) -> str: ...
+    def down_format(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
     @property
@@ -184,6 +190,7 @@ class LinearWeights:
         isa: str = "auto",
         scale_inv: _Tensor | None = None,
         group_scales: _Tensor | None = None,
+        source_format: str | None = None,
     ) -> None:
         """Quantises and packs one matrix, as ExpertWeights does."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moejet import topology
+from moejet.config import GGUF_FORMATS
 from moejet.experts.cpu_experts import create_pool
 from moejet.extension import load_extension
 
@@ -46,7 +47,7 @@ _BOUNDS: dict[str, dict[str, str]] = {
     },
     "amx": {"int8": "amx_int8", "bf16": "amx_bf16", "fp32": "avx512_fma_f32"},
 }
-_INTEGER_FORMATS = ("int4_g32", "int8")
+_INTEGER_FORMATS = ("int4_g32", "int8", *GGUF_FORMATS)
 
 
 @dataclass(frozen=True, slots=True)

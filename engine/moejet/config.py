@@ -29,11 +29,24 @@ _NATIVE_FORMATS: dict[Quantization | None, ExpertFormat] = {
     "int4": "int4_g32",
 }
 DENSE_FORMATS: tuple[str, ...] = get_args(DenseFormat)
+# Blocks of GGUF files, packed without another quantisation; no engine option.
+GGUF_FORMATS = ("q4_0", "q8_0", "q4_k", "q5_k", "q6_k")
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
 PackedCache = Literal["auto", "on", "off", "verify"]
 ARITHMETICS: tuple[str, ...] = get_args(Arithmetic)
 # Bits per weight, scales included.
-FORMAT_BITS = {"int4_g32": 4.5, "int8": 8.25, "fp8": 8.125, "bf16": 16.0, "fp32": 32.0}
+FORMAT_BITS = {
+    "int4_g32": 4.5,
+    "int8": 8.25,
+    "fp8": 8.125,
+    "bf16": 16.0,
+    "fp32": 32.0,
+    "q4_0": 4.5,
+    "q8_0": 8.5,
+    "q4_k": 4.5,
+    "q5_k": 5.5,
+    "q6_k": 6.625,
+}
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 # Their kernels compute a row the same way whatever the number of rows.
 INVARIANT_ISAS = ISAS[:3]

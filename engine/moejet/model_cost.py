@@ -24,6 +24,7 @@ class ModelCost:
     expert_format: str
     dense_format: str
     cache_dtype: str
+    expert_down_format: str | None = None  # None: expert_format
 
     @classmethod
     def of(cls, config: ModelConfig, engine: EngineConfig) -> ModelCost:
@@ -33,9 +34,9 @@ class ModelCost:
     @property
     def expert_bytes(self) -> float:
         """One routed expert."""
-        c = self.config
-        weights = 3 * c.hidden_size * c.moe_intermediate_size
-        return weights * FORMAT_BITS[self.expert_format] / 8
+        matrix = self.config.hidden_size * self.config.moe_intermediate_size
+        down = FORMAT_BITS[self.expert_down_format or self.expert_format]
+        return matrix * (2 * FORMAT_BITS[self.expert_format] + down) / 8
 
     @property
     def routed_bytes(self) -> float:

@@ -19,7 +19,7 @@ from moejet.cli import options
 from moejet.cli.environment import describe_environment, summary
 from moejet.cli.table import Column, Row, percent, write_table
 from moejet.cli.terminal import note
-from moejet.config import EXPERT_FORMATS
+from moejet.config import EXPERT_FORMATS, GGUF_FORMATS
 from moejet.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        type=options.names_of(EXPERT_FORMATS),
+        type=options.names_of((*EXPERT_FORMATS, *GGUF_FORMATS)),
         default=list(EXPERT_FORMATS),
         metavar="F,..",
-        help=f"of {', '.join(EXPERT_FORMATS)} (default: all)",
+        help=f"of {', '.join(EXPERT_FORMATS)} (default: these), {', '.join(GGUF_FORMATS)}",
     )
     parser.add_argument(
         "--tokens", type=options.counts, default=_TOKENS, metavar="N,..", help="in one call"

@@ -107,21 +107,31 @@ class CpuExperts:
         pool: ThreadPool,
         isa: str = "auto",
         arithmetic: str = "bf16",
+        down_format: str | None = None,
     ) -> None:
         """Reserves memory for all experts; it becomes resident when weights are set.
 
-        format: one of `config.EXPERT_FORMATS`. isa: "auto" (the widest usable one, at most
-        MOEJET_MAX_ISA) or a name; a name that cannot run here raises ValueError. Too little
-        address space raises MemoryError. arithmetic: what AMX tiles multiply integer formats in,
+        format: one of `config.EXPERT_FORMATS` or `config.GGUF_FORMATS`. isa: "auto" (the widest
+        usable one, at most MOEJET_MAX_ISA) or a name; a name that cannot run here raises
+        ValueError. Too little address space raises MemoryError. arithmetic: what AMX tiles multiply
+        int4_g32 and int8 in,
         "bf16" or "int8", where activations share a scale per 128 inputs and int4 weights are
         requantised to int8: faster, at an error of 1.6 % (int8) to 2 % (int4_g32) of a layer
         instead of 0.4 %. Elsewhere integer formats take int8 activations whatever it says.
+        down_format: that of the down projections (default: the same); both must be of bf16, fp8,
+        fp32, or both of the others.
         """
         self._C = load_extension()
         self.isa = resolve_isa(isa)
         self.pool = pool
         self.weights = self._C.ExpertWeights(
-            num_experts, hidden_size, intermediate_size, format, pool.memory_nodes, arithmetic
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            format,
+            pool.memory_nodes,
+            arithmetic,
+            down_format,
         )
         report_placement(self.weights)
 
@@ -132,22 +142,43 @@ class CpuExperts:
 
     @property
     def format(self) -> str:
+        """Of the gate and up projections."""
         return str(self.weights.format)
 
     @property
     def arithmetic(self) -> str:
         return str(self.weights.arithmetic)
 
+    @property
+    def down_format(self) -> str:
+        return str(self.weights.down_format)
+
     def set_projection(
-        self, expert: int, projection: str, w: Tensor, scale_inv: Tensor | None = None
+        self,
+        expert: int,
+        projection: str,
+        w: Tensor,
+        scale_inv: Tensor | None = None,
+        *,
+        source_format: str | None = None,
     ) -> None:
         """Quantises and packs one matrix: gate or up [I, D], down [D, I]; fp32, bf16, fp16, or float8_e4m3fn.
 
         scale_inv: for float8_e4m3fn, the fp32 factor of each 128 x 128 block, [ceil(rows / 128), ceil(cols / 128)];
         the format fp8 then keeps every code and scale, the others quantise the products.
+        source_format: one of `config.GGUF_FORMATS`, for w uint8 with the bytes of each row as they are in a GGUF
+        file; the projection's format must be the same one. It keeps every bit.
         """
         w = fp8_bytes(w, scale_inv)
-        self.weights.set_projection(expert, projection, w, self.pool, self.isa, scale_inv=scale_inv)
+        self.weights.set_projection(
+            expert,
+            projection,
+            w,
+            self.pool,
+            self.isa,
+            scale_inv=scale_inv,
+            source_format=source_format,
+        )
 
     def set_stored(self, expert: int, projection: str, weight: StoredWeight) -> None:
         """Packs a quantised weight of a checkpoint, losslessly where `format` allows; see `packing_arguments`."""

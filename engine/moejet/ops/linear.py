@@ -66,13 +66,22 @@ class PackedMatrices:
         """Size of the packed weights, padding included."""
         return int(self.weights.nbytes)
 
-    def set(self, matrix: int, w: Tensor, scale_inv: Tensor | None = None) -> None:
+    def set(
+        self,
+        matrix: int,
+        w: Tensor,
+        scale_inv: Tensor | None = None,
+        *,
+        source_format: str | None = None,
+    ) -> None:
         """Quantises and packs w [rows, cols], fp32, bf16, fp16, or float8_e4m3fn with its block scales.
 
-        scale_inv: as for `CpuExperts.set_projection`.
+        scale_inv, source_format: as for `CpuExperts.set_projection`.
         """
         w = fp8_bytes(w, scale_inv)
-        self.weights.set(matrix, w, self.pool, self.isa, scale_inv=scale_inv)
+        self.weights.set(
+            matrix, w, self.pool, self.isa, scale_inv=scale_inv, source_format=source_format
+        )
 
     def set_stored(self, matrix: int, weight: StoredWeight) -> None:
         """Packs a quantised weight of a checkpoint, losslessly where `format` allows; see `packing_arguments`."""
