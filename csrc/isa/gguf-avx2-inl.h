@@ -15,57 +15,58 @@ static constexpr int gguf_narrow_vectors(Format format) {
   return format == Format::kQ8_0 ? 1 : format == Format::kQ6K ? 2 : format == Format::kQ5K ? 4 : 8;
 }
 
-// Codes of eight rows of a chunk: half 0 or 1 of its panel.
-template <Format kFormat>
-struct GgufCodes {
-  const uint8_t* block;
-  int chunk, half;
+// Eight rows of a line: half 0 or 1 of the panel. The first half prefetches.
+template <int kHalf>
+[[gnu::always_inline]] inline __m256i gguf_line(const uint8_t* line, bool prefetching = true) {
+  if (kHalf == 0 && prefetching) prefetch(line);
+  return load256(line + 32 * kHalf);
+}
 
-  // Prefetches a line that the first half of the panel reads.
-  [[gnu::always_inline]] __m256i line(int at, bool prefetching) const {
-    if (half == 0 && prefetching) prefetch(block + at);
-    return load256(block + at + 32 * half);
+// Inputs 4 v .. 4 v + 3 of both groups of a chunk, of eight rows; of q8_0 signed.
+template <Format kFormat, int kChunk, int kHalf>
+[[gnu::always_inline]] inline void gguf_codes(const uint8_t* block, int v, __m256i* low,
+                                              __m256i* high) {
+  const uint8_t* codes = block + gguf_codes_at(kFormat, kChunk, v);
+  const __m256i w = gguf_line<kHalf>(codes);
+  if constexpr (kFormat == Format::kQ8_0) {
+    *low = w;
+    *high = gguf_line<kHalf>(codes + 64);
+    return;
   }
-
-  // Inputs 4 v .. 4 v + 3 of both groups; of q8_0 signed.
-  [[gnu::always_inline]] void get(int v, __m256i* low, __m256i* high) const {
-    const int at = gguf_codes_at(kFormat, chunk, v);
-    const __m256i w = line(at, true);
-    if constexpr (kFormat == Format::kQ8_0) {
-      *low = w;
-      *high = line(at + 64, true);
-      return;
-    }
-    const __m256i nibble = _mm256_set1_epi8(15);
-    *low = _mm256_and_si256(w, nibble);
-    *high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
-    if constexpr (kFormat == Format::kQ5K || kFormat == Format::kQ6K) {
-      constexpr bool kQ6 = kFormat == Format::kQ6K;
-      const bool first = kQ6 ? chunk % 2 == 0 : chunk == 0;
-      // The bits of the first group lie lowest then, those of the second next or two fields higher.
-      const __m256i plane = _mm256_srl_epi16(line(gguf_plane_at(kFormat, chunk, v), first),
-                                             _mm_cvtsi32_si128(kQ6 ? chunk % 2 * 2 : 2 * chunk));
-      const __m256i bits = _mm256_set1_epi8(kQ6 ? 0x30 : 0x10);
-      const __m256i second = kQ6 ? plane : _mm256_slli_epi16(plane, 3);
-      *low = _mm256_or_si256(*low, _mm256_and_si256(_mm256_slli_epi16(plane, 4), bits));
-      *high = _mm256_or_si256(*high, _mm256_and_si256(second, bits));
-    }
+  const __m256i nibble = _mm256_set1_epi8(15);
+  *low = _mm256_and_si256(w, nibble);
+  *high = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+  if constexpr (kFormat == Format::kQ5K || kFormat == Format::kQ6K) {
+    constexpr bool kQ6 = kFormat == Format::kQ6K;
+    constexpr int kPart = kQ6 ? kChunk % 2 : kChunk;  // that the plane's bits are for
+    const __m256i plane = gguf_line<kHalf>(block + gguf_plane_at(kFormat, kChunk, v), kPart == 0);
+    const __m256i bits = _mm256_set1_epi8(kQ6 ? 0x30 : 0x10);
+    // How far to the left the bits of both groups go; what moves across bytes is masked.
+    constexpr int kLeft = 4 - 2 * kPart, kSecondLeft = kLeft - (kQ6 ? 4 : 1);
+    const auto moved = [&](int left) {
+      const __m256i words =
+          left >= 0 ? _mm256_slli_epi16(plane, left) : _mm256_srli_epi16(plane, -left);
+      return _mm256_and_si256(words, bits);
+    };
+    *low = _mm256_or_si256(*low, moved(kLeft));
+    *high = _mm256_or_si256(*high, moved(kSecondLeft));
   }
-};
+}
 
 // Adds the products of vectors [begin, end) of a chunk whose groups begin at inputs k and k +
 // 32 gguf_group_step.
-template <Format kFormat, int MR>
-[[gnu::always_inline]] inline void gguf_products(const GgufCodes<kFormat>& codes, int begin,
-                                                 int end, const RowRefs& rows, int64_t k,
+template <Format kFormat, int kChunk, int kHalf, int MR>
+[[gnu::always_inline]] inline void gguf_products(const uint8_t* block, int begin, int end,
+                                                 const RowRefs& rows, int64_t k,
                                                  __m256i (*dot)[2]) {
   constexpr int kNarrow = gguf_narrow_vectors(kFormat);
   for (int v0 = begin; v0 < end; v0 += kNarrow) {
     __m256i narrow[MR][2];
     for (int m = 0; m < MR; ++m) narrow[m][0] = narrow[m][1] = _mm256_setzero_si256();
+#pragma GCC unroll 8
     for (int v = v0; v < v0 + kNarrow; ++v) {
       __m256i w[2];
-      codes.get(v, &w[0], &w[1]);
+      gguf_codes<kFormat, kChunk, kHalf>(block, v, &w[0], &w[1]);
       for (int m = 0; m < MR; ++m) {
         for (int side = 0; side < 2; ++side) {
           __m256i x = broadcast_quad(rows.q[m] + k + 32 * side * gguf_group_step(kFormat) + 4 * v);
@@ -88,22 +89,22 @@ template <Format kFormat, int MR>
 }
 
 // Eight fp16 values; i = 0, 1: the block's first or second.
-template <Format kFormat>
-inline __m256 gguf_halves(const uint8_t* block, int i, int half) {
+template <Format kFormat, int kHalf>
+inline __m256 gguf_halves(const uint8_t* block, int i) {
   return _mm256_cvtph_ps(_mm_load_si128(
-      reinterpret_cast<const __m128i*>(block + gguf_halves_at(kFormat) + 32 * i + 16 * half)));
+      reinterpret_cast<const __m128i*>(block + gguf_halves_at(kFormat) + 32 * i + 16 * kHalf)));
 }
 
-// body(panel block, its number of inputs before, where its results go, half) for all blocks of a
-// pair.
-template <Format kFormat, class Body>
-inline void for_half_blocks(const uint8_t* pair, int64_t num_blocks, float* out, const Body& body) {
-  constexpr BlockShape kBlock = block_shape(kFormat);
+// Mk::add_block<MR, kHalf>(panel block, rows, its first input, where its results go) for both
+// halves of all blocks of a pair.
+template <class Mk, int MR>
+inline void gguf_tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
+  constexpr BlockShape kBlock = block_shape(Mk::kFormat);
+  for (int m = 0; m < MR; ++m) std::memset(out + m * kPairCols, 0, kPairCols * sizeof(float));
   for (int64_t b = 0; b < 2 * num_blocks; ++b, pair += kBlock.bytes) {
-    for (int half = 0; half < 2; ++half) {
-      reload_activations();
-      body(pair, b / 2 * kBlock.k, out + b % 2 * kPanelRows + 8 * half, half);
-    }
+    float* to = out + b % 2 * kPanelRows;
+    Mk::template add_block<MR, 0>(pair, rows, b / 2 * kBlock.k, to);
+    Mk::template add_block<MR, 1>(pair, rows, b / 2 * kBlock.k, to + 8);
   }
 }
 
@@ -118,29 +119,32 @@ struct GgufPlain {
   static constexpr int kMr = kF == Format::kQ4_0 ? 4 : 3;
   static constexpr int kManyRows = 0;
 
+  template <int MR, int kHalf>
+  static void add_block(const uint8_t* block, const RowRefs& rows, int64_t k, float* out) {
+    reload_activations();
+    __m256i dot[MR][2];
+    for (int m = 0; m < MR; ++m) {
+      for (int side = 0; side < 2; ++side) {
+        dot[m][side] = _mm256_set1_epi32(kF == Format::kQ4_0 ? rows.offset[m][k / 32 + side] : 0);
+      }
+    }
+    gguf_products<kF, 0, kHalf, MR>(block, 0, 8, rows, k, dot);
+    if (kHalf == 0) prefetch(block + gguf_halves_at(kF));
+    const __m256 scales[2] = {gguf_halves<kF, kHalf>(block, 0), gguf_halves<kF, kHalf>(block, 1)};
+    for (int m = 0; m < MR; ++m) {
+      __m256 sum = _mm256_loadu_ps(out + m * kPairCols);
+      for (int side = 0; side < 2; ++side) {
+        const __m256 x_scale = _mm256_set1_ps(rows.scale[m][k / 32 + side]);
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][side]),
+                              _mm256_mul_ps(scales[side], x_scale), sum);
+      }
+      _mm256_storeu_ps(out + m * kPairCols, sum);
+    }
+  }
+
   template <int MR>
   static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
-    for (int m = 0; m < MR; ++m) std::memset(out + m * kPairCols, 0, kPairCols * sizeof(float));
-    for_half_blocks<kF>(
-        pair, num_blocks, out, [&](const uint8_t* block, int64_t k, float* to, int half) {
-          __m256i dot[MR][2];
-          for (int m = 0; m < MR; ++m) {
-            for (int side = 0; side < 2; ++side) {
-              dot[m][side] =
-                  _mm256_set1_epi32(kF == Format::kQ4_0 ? rows.offset[m][k / 32 + side] : 0);
-            }
-          }
-          gguf_products<kF, MR>({block, 0, half}, 0, 8, rows, k, dot);
-          if (half == 0) prefetch(block + gguf_halves_at(kF));
-          for (int side = 0; side < 2; ++side) {
-            const __m256 scale = gguf_halves<kF>(block, side, half);
-            for (int m = 0; m < MR; ++m) {
-              const __m256 x_scale = _mm256_set1_ps(rows.scale[m][k / 32 + side]);
-              gguf_add(to + m * kPairCols, _mm256_cvtepi32_ps(dot[m][side]),
-                       _mm256_mul_ps(scale, x_scale));
-            }
-          }
-        });
+    gguf_tile<GgufPlain, MR>(pair, num_blocks, rows, out);
   }
 };
 
@@ -153,24 +157,31 @@ inline __m256 gguf_signed_byte(__m256i quads, int i) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 24 - 8 * i), 24));
 }
 
-// sc and m of q4_k and q5_k, four groups in a lane: of groups 0..3 and 4..7.
-template <Format kF>
-struct GgufScaleMins {
-  explicit GgufScaleMins(const GgufCodes<kF>& codes) {
+// sc and m of eight rows of q4_k and q5_k.
+template <int kHalf>
+class GgufScaleMins {
+ public:
+  explicit GgufScaleMins(const uint8_t* block) {
     const __m256i six = _mm256_set1_epi8(0x3f), four = _mm256_set1_epi8(0x0f);
     const __m256i top = _mm256_set1_epi8(0x30);
-    const __m256i s = codes.line(kGgufScalesAt, true), m = codes.line(kGgufScalesAt + 64, true);
-    const __m256i both = codes.line(kGgufScalesAt + 128, true);
+    const __m256i s = gguf_line<kHalf>(block + kGgufScalesAt);
+    const __m256i m = gguf_line<kHalf>(block + kGgufScalesAt + 64);
+    const __m256i both = gguf_line<kHalf>(block + kGgufScalesAt + 128);
     const auto upper = [&](__m256i low_bits, __m256i high_bits) {
       return _mm256_or_si256(_mm256_and_si256(low_bits, four),
                              _mm256_and_si256(_mm256_srli_epi16(high_bits, 2), top));
     };
-    scale[0] = _mm256_and_si256(s, six);
-    min[0] = _mm256_and_si256(m, six);
-    scale[1] = upper(both, s);
-    min[1] = upper(_mm256_srli_epi16(both, 4), m);
+    scales_[0] = _mm256_and_si256(s, six);
+    mins_[0] = _mm256_and_si256(m, six);
+    scales_[1] = upper(both, s);
+    mins_[1] = upper(_mm256_srli_epi16(both, 4), m);
   }
-  __m256i scale[2], min[2];
+  // Of group g of each row.
+  __m256 scale(int g) const { return gguf_byte(scales_[g / 4], g % 4); }
+  __m256 min(int g) const { return gguf_byte(mins_[g / 4], g % 4); }
+
+ private:
+  __m256i scales_[2], mins_[2];
 };
 
 // q4_k and q5_k.
@@ -180,49 +191,48 @@ struct GgufMins {
   static constexpr int kMr = kF == Format::kQ4K ? 4 : 3;
   static constexpr int kManyRows = 0;
 
-  // scales, mins: bytes 0 and 1 belong to the chunk's groups.
-  template <int MR>
-  static void add_chunk(const GgufCodes<kF>& codes, __m256i scales, __m256i mins,
-                        const RowRefs& rows, int64_t k, __m256 (*sum)[2]) {
+  // Adds chunks kChunk to 3 of a block that begins at input k.
+  template <int MR, int kHalf, int kChunk>
+  [[gnu::always_inline]] static void add_chunks(const uint8_t* block,
+                                                const GgufScaleMins<kHalf>& packed,
+                                                const RowRefs& rows, int64_t k, __m256 (*sum)[2]) {
+    reload_activations();
     __m256i dot[MR][2];
     for (int m = 0; m < MR; ++m) dot[m][0] = dot[m][1] = _mm256_setzero_si256();
-    gguf_products<kF, MR>(codes, 0, 8, rows, k, dot);
+    gguf_products<kF, kChunk, kHalf, MR>(block, 0, 8, rows, k + 64 * kChunk, dot);
     for (int side = 0; side < 2; ++side) {
-      const __m256 scale = gguf_byte(scales, side), min = gguf_byte(mins, side);
+      const __m256 scale = packed.scale(2 * kChunk + side), min = packed.min(2 * kChunk + side);
+      const int64_t group = k / 32 + 2 * kChunk + side;
       for (int m = 0; m < MR; ++m) {
         const __m256 products = _mm256_cvtepi32_ps(dot[m][side]);
-        const __m256 offset = _mm256_cvtepi32_ps(_mm256_set1_epi32(rows.offset[m][k / 32 + side]));
-        const __m256 x_scale = _mm256_set1_ps(rows.scale[m][k / 32 + side]);
+        const __m256 offset = _mm256_cvtepi32_ps(_mm256_set1_epi32(rows.offset[m][group]));
+        const __m256 x_scale = _mm256_set1_ps(rows.scale[m][group]);
         sum[m][0] = _mm256_fmadd_ps(_mm256_mul_ps(products, scale), x_scale, sum[m][0]);
         sum[m][1] = _mm256_fmadd_ps(_mm256_mul_ps(offset, min), x_scale, sum[m][1]);
       }
+    }
+    if constexpr (kChunk < 3) add_chunks<MR, kHalf, kChunk + 1>(block, packed, rows, k, sum);
+  }
+
+  template <int MR, int kHalf>
+  static void add_block(const uint8_t* block, const RowRefs& rows, int64_t k, float* out) {
+    if (kHalf == 0) prefetch(block);
+    const GgufScaleMins<kHalf> packed(block);
+    __m256 sum[MR][2];
+    for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_ps();
+    add_chunks<MR, kHalf, 0>(block, packed, rows, k, sum);
+    // offset is -8 times the sum of activations.
+    const __m256 d = gguf_halves<kF, kHalf>(block, 0);
+    const __m256 dmin = _mm256_mul_ps(gguf_halves<kF, kHalf>(block, 1), _mm256_set1_ps(0.125f));
+    for (int m = 0; m < MR; ++m) {
+      gguf_add(out + m * kPairCols, sum[m][0], d);
+      gguf_add(out + m * kPairCols, sum[m][1], dmin);
     }
   }
 
   template <int MR>
   static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
-    for (int m = 0; m < MR; ++m) std::memset(out + m * kPairCols, 0, kPairCols * sizeof(float));
-    for_half_blocks<kF>(
-        pair, num_blocks, out, [&](const uint8_t* block, int64_t k, float* to, int half) {
-          if (half == 0) prefetch(block);
-          const GgufScaleMins<kF> packed({block, 0, half});
-          __m256 sum[MR][2];
-          for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = _mm256_setzero_ps();
-          __m256i scales = packed.scale[0], mins = packed.min[0];
-          for (int c = 0; c < 4; ++c) {
-            add_chunk<MR>({block, c, half}, scales, mins, rows, k + 64 * c, sum);
-            scales = c == 1 ? packed.scale[1] : _mm256_srli_epi32(scales, 16);
-            mins = c == 1 ? packed.min[1] : _mm256_srli_epi32(mins, 16);
-          }
-          // offset is -8 times the sum of activations.
-          const __m256 d = gguf_halves<kF>(block, 0, half);
-          const __m256 dmin =
-              _mm256_mul_ps(gguf_halves<kF>(block, 1, half), _mm256_set1_ps(0.125f));
-          for (int m = 0; m < MR; ++m) {
-            gguf_add(to + m * kPairCols, sum[m][0], d);
-            gguf_add(to + m * kPairCols, sum[m][1], dmin);
-          }
-        });
+    gguf_tile<GgufMins, MR>(pair, num_blocks, rows, out);
   }
 };
 
@@ -232,27 +242,27 @@ struct GgufQ6 {
   static constexpr int kMr = 3;
   static constexpr int kManyRows = 0;
 
-  template <int MR>
-  static void add_chunk(const GgufCodes<kFormat>& codes, const RowRefs& rows, int64_t k,
-                        __m256* sum) {
+  // Adds chunks kChunk to 3 of a block that begins at input k0.
+  template <int MR, int kHalf, int kChunk>
+  [[gnu::always_inline]] static void add_chunks(const uint8_t* block, const RowRefs& rows,
+                                                int64_t k0, __m256* sum) {
+    const uint8_t* scales = block + kGgufScalesAt + 128 * (kChunk / 2);
+    const __m256i quads[2] = {gguf_line<kHalf>(scales, kChunk % 2 == 0),
+                              gguf_line<kHalf>(scales + 64, kChunk % 2 == 0)};
+    const int64_t k = k0 + 32 * gguf_first_group(kFormat, kChunk);
     __m256 both[MR][2];
     for (int m = 0; m < MR; ++m) both[m][0] = both[m][1] = _mm256_setzero_ps();
-    __m256i scales[2];
-    for (int side = 0; side < 2; ++side) {
-      const int at = kGgufScalesAt + 128 * (codes.chunk / 2) + 64 * side;
-      scales[side] = _mm256_srl_epi32(codes.line(at, codes.chunk % 2 == 0),
-                                      _mm_cvtsi32_si128(16 * (codes.chunk % 2)));
-    }
-    for (int part = 0; part < 2; ++part) {
+    for (int part = 0; part < 2; ++part) {  // 16 inputs of each group
+      reload_activations();
       __m256i dot[MR][2];
       for (int m = 0; m < MR; ++m) {
         const int32_t* start = rows.half_offset[m] + k / 16 + part;
         dot[m][0] = _mm256_set1_epi32(start[0]);
         dot[m][1] = _mm256_set1_epi32(start[2 * gguf_group_step(kFormat)]);
       }
-      gguf_products<kFormat, MR>(codes, 4 * part, 4 * part + 4, rows, k, dot);
+      gguf_products<kFormat, kChunk, kHalf, MR>(block, 4 * part, 4 * part + 4, rows, k, dot);
       for (int side = 0; side < 2; ++side) {
-        const __m256 scale = gguf_signed_byte(scales[side], part);
+        const __m256 scale = gguf_signed_byte(quads[side], 2 * (kChunk % 2) + part);
         for (int m = 0; m < MR; ++m) {
           both[m][side] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m][side]), scale, both[m][side]);
         }
@@ -264,21 +274,21 @@ struct GgufQ6 {
       sum[m] =
           _mm256_fmadd_ps(both[m][1], _mm256_set1_ps(x_scale[gguf_group_step(kFormat)]), sum[m]);
     }
+    if constexpr (kChunk < 3) add_chunks<MR, kHalf, kChunk + 1>(block, rows, k0, sum);
+  }
+
+  template <int MR, int kHalf>
+  static void add_block(const uint8_t* block, const RowRefs& rows, int64_t k, float* out) {
+    if (kHalf == 0) prefetch(block);
+    __m256 sum[MR];
+    for (int m = 0; m < MR; ++m) sum[m] = _mm256_setzero_ps();
+    add_chunks<MR, kHalf, 0>(block, rows, k, sum);
+    const __m256 d = gguf_halves<kFormat, kHalf>(block, 0);
+    for (int m = 0; m < MR; ++m) gguf_add(out + m * kPairCols, sum[m], d);
   }
 
   template <int MR>
   static void tile(const uint8_t* pair, int64_t num_blocks, const RowRefs& rows, float* out) {
-    for (int m = 0; m < MR; ++m) std::memset(out + m * kPairCols, 0, kPairCols * sizeof(float));
-    for_half_blocks<kFormat>(
-        pair, num_blocks, out, [&](const uint8_t* block, int64_t k, float* to, int half) {
-          if (half == 0) prefetch(block);
-          __m256 sum[MR];
-          for (int m = 0; m < MR; ++m) sum[m] = _mm256_setzero_ps();
-          for (int c = 0; c < 4; ++c) {
-            add_chunk<MR>({block, c, half}, rows, k + 32 * gguf_first_group(kFormat, c), sum);
-          }
-          const __m256 d = gguf_halves<kFormat>(block, 0, half);
-          for (int m = 0; m < MR; ++m) gguf_add(to + m * kPairCols, sum[m], d);
-        });
+    gguf_tile<GgufQ6, MR>(pair, num_blocks, rows, out);
   }
 };

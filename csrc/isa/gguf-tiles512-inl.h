@@ -31,40 +31,41 @@ struct GgufTiles {
     _mm512_store_si512(out + 32, bf16_pairs(value(codes, 2), value(codes, 3)));
   }
 
-  // Of half `half` of group g of a block. Codes that come multiplied have a smaller scale.
+  // Of half `half` of group g of a block. packed: of q4_k and q5_k.
   static Affine affine(const uint8_t* block, const GgufScaleMins* packed, int g, int half) {
     if constexpr (kF == Format::kQ4_0 || kF == Format::kQ8_0) {
       const __m512 d = gguf_halves<kF>(block, g);
       return {d, _mm512_mul_ps(d, _mm512_set1_ps(kF == Format::kQ4_0 ? 8.f : 128.f))};
     } else if constexpr (kF == Format::kQ6K) {
       const __m512i quads = load512(block + kGgufScalesAt + 64 * (g / 2));
-      const __m512 sc = _mm512_cvtepi32_ps(
-          _mm512_srai_epi32(_mm512_slli_epi32(quads, 24 - 16 * (g % 2) - 8 * half), 24));
-      const __m512 scale = _mm512_mul_ps(gguf_halves<kF>(block, 0), sc);
+      const __m512 scale =
+          _mm512_mul_ps(gguf_halves<kF>(block, 0), gguf_signed_byte(quads, 2 * (g % 2) + half));
       return {scale, _mm512_mul_ps(scale, _mm512_set1_ps(32.f))};
     } else {
-      return {_mm512_mul_ps(gguf_halves<kF>(block, 0), gguf_byte(packed->scale[g / 4], g % 4)),
-              _mm512_mul_ps(gguf_halves<kF>(block, 1), gguf_byte(packed->min[g / 4], g % 4))};
+      return {_mm512_mul_ps(gguf_halves<kF>(block, 0), packed->scale(g)),
+              _mm512_mul_ps(gguf_halves<kF>(block, 1), packed->min(g))};
     }
   }
 
-  // The tile of group g of a panel block begins 2 g tiles after `out`.
-  static void unpack_chunk(const uint8_t* block, const GgufScaleMins* packed, int c,
-                           uint16_t* out) {
-    constexpr float kHighFactor = 1.f / (1 << GgufCodes<kF>::kHighShift);
-    const GgufCodes<kF> codes(block, c);
-    const int g0 = gguf_first_group(kF, c), g1 = g0 + gguf_group_step(kF);
+  // Chunks from kChunk on; the tile of group g of a panel block begins 2 g tiles after `out`.
+  template <int kChunk>
+  static void unpack_chunks(const uint8_t* block, const GgufScaleMins* packed, uint16_t* out) {
+    // Codes that come multiplied have a smaller scale.
+    constexpr float kHighFactor = 1.f / (1 << gguf_high_shift(kF));
+    constexpr int kFirst = gguf_first_group(kF, kChunk);
+    constexpr int kSecond = kFirst + gguf_group_step(kF);
     for (int half = 0; half < 2; ++half) {
-      const Affine first = affine(block, packed, g0, half);
-      Affine second = affine(block, packed, g1, half);
+      const Affine first = affine(block, packed, kFirst, half);
+      Affine second = affine(block, packed, kSecond, half);
       second.scale = _mm512_mul_ps(second.scale, _mm512_set1_ps(kHighFactor));
       for (int v = 4 * half; v < 4 * half + 4; ++v) {
         __m512i low, high;
-        codes.get(v, &low, &high);
-        unpack(low, first, out + 2 * g0 * kTileWords + 64 * v);
-        unpack(high, second, out + 2 * g1 * kTileWords + 64 * v);
+        gguf_codes<kF, kChunk>(block, v, &low, &high);
+        unpack(low, first, out + 2 * kFirst * kTileWords + 64 * v);
+        unpack(high, second, out + 2 * kSecond * kTileWords + 64 * v);
       }
     }
+    if constexpr (kChunk + 1 < gguf_chunks(kF)) unpack_chunks<kChunk + 1>(block, packed, out);
   }
 
   // B tiles of num_blocks blocks of both panels: [k tile][panel][16][32].
@@ -74,12 +75,11 @@ struct GgufTiles {
     for (int64_t b = 0; b < num_blocks; ++b, out += 2 * (kBlock.k / kTileK) * kTileWords) {
       for (int panel = 0; panel < 2; ++panel, pair += kBlock.bytes) {
         prefetch(pair + gguf_halves_at(kF));
-        uint16_t* tiles = out + panel * kTileWords;
         if constexpr (gguf_has_mins(kF)) {
           const GgufScaleMins packed(pair);
-          for (int c = 0; c < gguf_chunks(kF); ++c) unpack_chunk(pair, &packed, c, tiles);
+          unpack_chunks<0>(pair, &packed, out + panel * kTileWords);
         } else {
-          for (int c = 0; c < gguf_chunks(kF); ++c) unpack_chunk(pair, nullptr, c, tiles);
+          unpack_chunks<0>(pair, nullptr, out + panel * kTileWords);
         }
       }
     }
