@@ -152,7 +152,8 @@ class WeightSource {
     w_.expect_type({ElementType::kU8});
     w_.expect_shape({rows, {"bytes of a row", cols.size / block.k * block.bytes}});
     w_.expect_rows();
-    source_ = {w_.data(), DType::kGguf, w_.row_stride(), rows.size, cols.size, nullptr, format};
+    source_ = {w_.data(), DType::kGguf, w_.row_stride(), rows.size,
+               cols.size, nullptr,      nullptr,         format};
   }
 
   void take_scales(const py::object& scale_inv) {

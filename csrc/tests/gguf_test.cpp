@@ -68,7 +68,7 @@ struct File {
     return gguf_has_mins(format) ? std::vector<int>{0, 2} : std::vector<int>{0};
   }
   SourceMatrix matrix() const {
-    return {bytes.data(), DType::kGguf, stride, rows, cols, nullptr, format};
+    return {bytes.data(), DType::kGguf, stride, rows, cols, nullptr, nullptr, format};
   }
 
   Format format;

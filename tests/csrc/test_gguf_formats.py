@@ -229,6 +229,23 @@ def test_layers_of_two_float_formats(isa: str, format: str, down: str, pool: _C.
         assert error < (5e-3 if min(rows) > 0 else 3e-6), f"{tokens=} {error=}"
 
 
+@pytest.mark.parametrize("down", ["q6_k", "int8"])
+def test_int8_arithmetic_needs_both_formats(isa: str, down: str, pool: _C.ThreadPool) -> None:
+    layers = []
+    for arithmetic in ("bf16", "int8"):
+        weights = _C.ExpertWeights(3, 200, 257, "int4_g32", arithmetic=arithmetic, down_format=down)
+        weights.fill_random(1, pool)
+        layers.append(Layer(weights, [], []))
+    for e in range(3):
+        gate, up, down_w = (torch.from_numpy(w).double() for w in layers[0].weights.dequantize(e))
+        layers[0].dequantized.append((gate, up, down_w))
+    x, (ids, mix) = activations(70, 200), routing(70, 3, 2)
+    in_bf16, in_int8 = (run(layer, x, ids, mix, pool, isa) for layer in layers)
+    has_tiles = _C.min_tile_rows("int8", isa) > 0
+    assert torch.equal(in_bf16, in_int8) == (down == "q6_k" or not has_tiles)
+    assert relative_error(in_int8, layers[0].truth(x, ids, mix)) < 3e-2
+
+
 def test_layer_of_a_file(isa: str, pool: _C.ThreadPool) -> None:
     experts = CpuExperts(3, 512, 256, format="q4_k", down_format="q6_k", pool=pool, isa=isa)
     assert (experts.format, experts.down_format) == ("q4_k", "q6_k")
