@@ -130,3 +130,9 @@ def test_formats_scale_the_bytes(weight_format):
     some = cost(expert_format=weight_format)
     assert some.expert_bytes == EXPERT * FORMAT_BITS[weight_format] / 8
     assert cost(cache_dtype="fp32").latent_bytes == 2 * some.latent_bytes == 3 * 160 * 4
+
+
+def test_down_projections_may_have_a_format_of_their_own():
+    mixed = ModelCost(TINY, "q4_k", "bf16", "bf16", expert_down_format="q6_k")
+    assert mixed.expert_bytes == EXPERT / 3 * (2 * 4.5 + 6.625) / 8
+    assert cost(expert_format="q4_k").expert_bytes == EXPERT * 4.5 / 8

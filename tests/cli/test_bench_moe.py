@@ -8,7 +8,7 @@ import torch
 
 from moejet import ceilings
 from moejet.ceilings import Ceiling, Meter
-from moejet.config import EXPERT_FORMATS
+from moejet.config import EXPERT_FORMATS, GGUF_FORMATS
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.presets import PRESETS
 from moejet.testing import moe_bench
@@ -55,7 +55,7 @@ def test_single_tokens_walk_through_all_experts():
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 70])
-@pytest.mark.parametrize("weight_format", EXPERT_FORMATS)
+@pytest.mark.parametrize("weight_format", [*EXPERT_FORMATS, *GGUF_FORMATS])
 def test_right_answers_pass(pool, weight_format, num_tokens):
     error = moe_bench.check(make_layer(pool, weight_format), SHAPE, num_tokens)
     assert 0 <= error < 0.02
