@@ -57,7 +57,7 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     pool = create_pool(1)
     model = DeepseekForCausalLM(
         config,
-        make_experts=lambda: CpuExperts(
+        make_experts=lambda layer: CpuExperts(
             config.num_experts,
             config.hidden_size,
             config.moe_intermediate_size,

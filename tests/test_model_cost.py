@@ -43,7 +43,8 @@ LINEAR = 3 * (Q + KV_A + OUT) + DENSE_MLP + 2 * (EXPERT + ROUTER + 2 * EXPERT)
 
 
 def cost(config=TINY, expert_format="bf16", dense_format="bf16", cache_dtype="bf16"):
-    return ModelCost(config, expert_format, dense_format, cache_dtype)
+    formats = ((expert_format, expert_format),) * config.num_moe_layers
+    return ModelCost(config, formats, dense_format, cache_dtype)
 
 
 def test_decode_by_hand():
@@ -133,6 +134,7 @@ def test_formats_scale_the_bytes(weight_format):
 
 
 def test_down_projections_may_have_a_format_of_their_own():
-    mixed = ModelCost(TINY, "q4_k", "bf16", "bf16", expert_down_format="q6_k")
-    assert mixed.expert_bytes == EXPERT / 3 * (2 * 4.5 + 6.625) / 8
+    mixed = ModelCost(TINY, (("q4_k", "q6_k"), ("q4_k", "q4_k")), "bf16", "bf16")
+    assert mixed.expert_bytes == EXPERT / 3 * (2 * 4.5 + (6.625 + 4.5) / 2) / 8
+    assert mixed.routed_bytes == 2 * TINY.num_experts * mixed.expert_bytes
     assert cost(expert_format="q4_k").expert_bytes == EXPERT * 4.5 / 8

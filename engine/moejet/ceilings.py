@@ -47,7 +47,7 @@ _BOUNDS: dict[str, dict[str, str]] = {
     },
     "amx": {"int8": "amx_int8", "bf16": "amx_bf16", "fp32": "avx512_fma_f32"},
 }
-_INTEGER_FORMATS = ("int4_g32", "int8", *GGUF_FORMATS)
+_INTEGER_FORMATS = ("int4_g32", "int8", "native", *GGUF_FORMATS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ ExpertFormat = Literal["auto", "native", "int4_g32", "int8", "fp8", "bf16", "fp3
 DenseFormat = Literal["int8", "int4_g32", "fp8", "bf16", "fp32"]
 CacheDtype = Literal["bf16", "fp32"]
 Arithmetic = Literal["bf16", "int8"]
-Quantization = Literal["fp8", "int4"]
+Quantization = Literal["fp8", "int4", "gguf"]
 # Packed formats; "auto" and "native" stand for one of them, by the checkpoint.
 EXPERT_FORMATS: tuple[str, ...] = get_args(ExpertFormat)[2:]
 _NATIVE_FORMATS: dict[Quantization | None, ExpertFormat] = {
@@ -137,6 +137,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     num_nextn_predict_layers: int = 0
     quantization: Quantization | None = None
+    # GGUF files mix formats: (gate and up, down) of every MoE layer.
+    expert_formats: tuple[tuple[str, str], ...] = ()
 
     @property
     def qk_head_dim(self) -> int:
@@ -491,11 +493,25 @@ class EngineConfig:
     show_progress: bool | None = None
 
     def for_model(self, model: ModelConfig) -> EngineConfig:
-        """This configuration with the packed format that "auto" or "native" means for a checkpoint."""
-        native = _NATIVE_FORMATS[model.quantization]
-        if self.expert_format == "auto":
-            return replace(self, expert_format="int4_g32")
-        return replace(self, expert_format=native) if self.expert_format == "native" else self
+        """This configuration with the packed format that "auto" or "native" means for a checkpoint.
+
+        "native" stays for GGUF files: their layers have formats of their own (`expert_formats_of`).
+        """
+        if self.expert_format not in ("auto", "native"):
+            return self
+        if model.quantization == "gguf":
+            is_quantised = any("bf16" not in formats for formats in model.expert_formats)
+            native: ExpertFormat = "native" if is_quantised else "bf16"
+            keeps = is_quantised or self.expert_format == "native"
+        else:
+            native, keeps = _NATIVE_FORMATS[model.quantization], self.expert_format == "native"
+        return replace(self, expert_format=native if keeps else "int4_g32")
+
+    def expert_formats_of(self, model: ModelConfig) -> tuple[tuple[str, str], ...]:
+        """(gate and up, down) of every MoE layer, once `for_model` has decided."""
+        if self.expert_format == "native":
+            return model.expert_formats
+        return ((self.expert_format, self.expert_format),) * model.num_moe_layers
 
     @classmethod
     def create(cls, **options: Any) -> EngineConfig:

@@ -140,13 +140,15 @@ def _create_engine(
     if config.deterministic and isa not in INVARIANT_ISAS:
         isa = resolve_isa(INVARIANT_ISAS[-1])
     dense = DenseWeights(config.dense_format, pool, isa, config.arithmetic)
+    formats = config.expert_formats_of(model_config)
     model = DeepseekForCausalLM(
         model_config,
-        make_experts=lambda: CpuExperts(
+        make_experts=lambda layer: CpuExperts(
             model_config.num_experts,
             model_config.hidden_size,
             model_config.moe_intermediate_size,
-            format=config.expert_format,
+            format=formats[layer][0],
+            down_format=formats[layer][1],
             pool=pool,
             isa=dense.isa,
             arithmetic=dense.arithmetic,

@@ -21,22 +21,25 @@ class ModelCost:
     """Bytes and operations of `config` with weights and cache in the given formats."""
 
     config: ModelConfig
-    expert_format: str
+    expert_formats: tuple[tuple[str, str], ...]  # of every MoE layer: gate and up, down
     dense_format: str
     cache_dtype: str
-    expert_down_format: str | None = None  # None: expert_format
 
     @classmethod
     def of(cls, config: ModelConfig, engine: EngineConfig) -> ModelCost:
         """In the formats of an engine."""
-        return cls(config, engine.expert_format, engine.dense_format, engine.cache_dtype)
+        engine = engine.for_model(config)
+        formats = engine.expert_formats_of(config)
+        return cls(config, formats, engine.dense_format, engine.cache_dtype)
 
     @property
     def expert_bytes(self) -> float:
-        """One routed expert."""
+        """One routed expert, the mean over all layers."""
         matrix = self.config.hidden_size * self.config.moe_intermediate_size
-        down = FORMAT_BITS[self.expert_down_format or self.expert_format]
-        return matrix * (2 * FORMAT_BITS[self.expert_format] + down) / 8
+        bits = [
+            2 * FORMAT_BITS[gate_up] + FORMAT_BITS[down] for gate_up, down in self.expert_formats
+        ]
+        return matrix * sum(bits) / max(len(bits), 1) / 8
 
     @property
     def routed_bytes(self) -> float:

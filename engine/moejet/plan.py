@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from moejet.config import FORMAT_BITS, EngineConfig, ModelConfig
+from moejet.config import EngineConfig, ExpertFormat, ModelConfig
 from moejet.model_cost import ModelCost
 
 GIB = 2**30
@@ -171,7 +171,8 @@ def step_bytes(model_config: ModelConfig, config: EngineConfig) -> int:
     chunk = min(tokens, _CHUNK_TOKENS, max(1, _CHUNK_ROWS // max(c.num_experts_per_tok, 1)))
     rows = chunk * max(c.num_experts_per_tok, 1)
     # int8 with a scale and an offset for 32, or fp32.
-    value = 1.25 if FORMAT_BITS[config.expert_format] < 9 else 4.0
+    formats = {name for pair in config.for_model(c).expert_formats_of(c) for name in pair}
+    value = 4.0 if formats & {"fp8", "bf16", "fp32"} else 1.25
     scratch = value * (chunk * c.hidden_size + rows * c.moe_intermediate_size)
     return round(4 * tokens * columns + scratch)
 
@@ -201,17 +202,18 @@ def _speed(model_config: ModelConfig, config: EngineConfig, machine: Machine, de
 def _advice(plan: Plan, model_config: ModelConfig, config: EngineConfig) -> tuple[str, ...]:
     """Changes that would make it fit, each on its own; if none does, how much memory is missing."""
     found = []
-    formats = ("int8", "int4_g32")
-    now = FORMAT_BITS[config.expert_format]
+    formats: tuple[ExpertFormat, ...] = ("int8", "int4_g32")
+    cost = ModelCost.of(model_config, config)
     for name in formats:
-        if FORMAT_BITS[name] < now and _would_fit(plan, model_config, config, expert_format=name):
+        smaller = ModelCost.of(model_config, replace(config, expert_format=name))
+        saves = smaller.expert_bytes < cost.expert_bytes
+        if saves and _would_fit(plan, model_config, config, expert_format=name):
             found.append(f"expert_format={name!r}")
             break
     if config.dense_format != "int4_g32" and _would_fit(
         plan, model_config, config, dense_format="int4_g32"
     ):
         found.append("dense_format='int4_g32'")
-    cost = ModelCost.of(model_config, config)
     place = "RAM" if plan.machine.vram_bytes is None else "VRAM"
     limit = plan.machine.ram_bytes if place == "RAM" else plan.machine.vram_bytes
     if limit is not None:

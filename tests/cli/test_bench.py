@@ -10,6 +10,7 @@ import pytest
 
 from moejet import ceilings
 from moejet.cli import bench, environment, options
+from moejet.config import EngineConfig
 from moejet.model_cost import ModelCost
 from moejet.presets import PRESETS
 
@@ -28,7 +29,8 @@ class FakeLLM:
             arithmetic=engine_options.get("arithmetic", "bf16"),
         )
         self.model_config = SHAPE
-        self.cost = ModelCost(SHAPE, self.config.expert_format, "bf16", "bf16")
+        formats = {"expert_format": self.config.expert_format, "dense_format": "bf16"}
+        self.cost = ModelCost.of(SHAPE, EngineConfig(model="x", **formats))
         pool = SimpleNamespace(num_threads=engine_options.get("num_threads", 2))
         layer = SimpleNamespace(experts=SimpleNamespace(isa="avx2", pool=pool))
         model = SimpleNamespace(moe_layers=[layer])

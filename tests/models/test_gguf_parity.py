@@ -1,6 +1,7 @@
 """GGUF files through the whole engine: greedy tokens equal transformers' on the dequantised weights.
 
-Weights are dequantised on loading; experts and dense matrices are kept in fp32 here, so nothing is lost.
+Where tokens are compared, experts and dense matrices are kept in fp32, so nothing is lost. Experts in their own format
+multiply activations in int8.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from moejet.testing.checkpoints import (
 )
 from moejet.testing.gguf_files import dequantized_checkpoint, write_gguf
 from moejet.testing.tolerances import LOGPROB_LIMITS
+from moejet.weights import Checkpoint
 
 NUM_GREEDY = 24
 EXACT = {"expert_format": "fp32", "dense_format": "fp32", "cache_dtype": "fp32", "max_context": 256}
@@ -118,9 +120,100 @@ def test_a_wrong_tokenizer_is_named(tmp_path: Path) -> None:
         LLM(file, **EXACT)
 
 
-@pytest.mark.parametrize("options", [{}, {"expert_format": "bf16", "dense_format": "bf16"}])
+def scores_and_truth(llm: LLM, truth: Path, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.tensor(llm.score(ids), dtype=torch.float64)
+    logprobs = torch.log_softmax(reference_logits(truth, ids, torch.float64)[:-1], -1)
+    return scores, logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+
+
+def check_experts(llm: LLM, truth: Path, exact: bool) -> None:
+    """What the kernels compute with against the values of the file."""
+    values = Checkpoint.open(truth)
+    first = llm.model_config.first_k_dense_replace
+    for layer, moe in enumerate(llm.engine.runner.model.moe_layers, start=first):
+        for expert in (0, moe.experts.weights.num_experts - 1):
+            for name, got in zip(
+                ("gate", "up", "down"), moe.experts.dequantize(expert), strict=True
+            ):
+                expected = values.read(
+                    f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"
+                )
+                if exact:
+                    assert torch.equal(got, expected)
+                else:
+                    assert float((got - expected).norm() / expected.norm()) < 0.01
+
+
+NATIVE = {"dense_format": "fp32", "cache_dtype": "fp32", "max_context": 256}
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "amx_emulated"])
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def test_experts_computed_from_their_own_bits(
+    quantization: str, isa: str, tmp_path: Path, usable_isa
+) -> None:
+    root = tiny_checkpoint(tmp_path / "hf", "moonlight", num_hidden_layers=2, **SIZES_256)
+    file = write_gguf(root, tmp_path / "model.gguf", quantization)
+    truth = dequantized_checkpoint(file, root, tmp_path / "truth")
+    with LLM(file, isa=usable_isa(isa), **NATIVE) as llm:
+        assert llm.config.expert_format == "native"
+        assert llm.model_config.expert_formats == ((quantization.lower(),) * 2,)
+        check_experts(llm, truth, exact=True)
+        scores, expected = scores_and_truth(llm, truth, prompt(7))
+    assert float((scores - expected).abs().mean()) < 0.05
+
+
+@pytest.mark.parametrize(
+    "quantization", ["Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "IQ4_XS", "Q2_K", "Q3_K"]
+)
+def test_types_without_kernels_become_int8(
+    quantization: str, tmp_path: Path, usable_isa, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "moejet")
+    root = tiny_checkpoint(tmp_path / "hf", "moonlight", num_hidden_layers=2, **SIZES_256)
+    file = write_gguf(root, tmp_path / "model.gguf", quantization)
+    truth = dequantized_checkpoint(file, root, tmp_path / "truth")
+    with LLM(file, isa=usable_isa("avx2"), **NATIVE) as llm:
+        assert llm.model_config.expert_formats == (("int8", "int8"),)
+        check_experts(llm, truth, exact=False)
+        scores, expected = scores_and_truth(llm, truth, prompt(7))
+    assert f"experts of type {quantization} are packed as int8" in caplog.text
+    assert float((scores - expected).abs().mean()) < 0.1
+
+
+def test_layers_with_formats_of_their_own(tmp_path: Path, usable_isa) -> None:
+    """As Q4_K_M files are: some down projections have more bits; here one layer has none quantised as well."""
+    root = tiny_checkpoint(tmp_path / "hf", "moonlight", num_hidden_layers=4, **SIZES_256)
+
+    def kind(name: str) -> str:
+        if "blk.3." in name:
+            return "BF16" if "down" in name else "Q8_0"
+        return "Q6_K" if "blk.1.ffn_down" in name else "Q4_K"
+
+    file = write_gguf(root, tmp_path / "model.gguf", kind)
+    truth = dequantized_checkpoint(file, root, tmp_path / "truth")
+    with LLM(file, isa=usable_isa("avx2"), **NATIVE) as llm:
+        formats = llm.model_config.expert_formats
+        assert formats == (("q4_k", "q6_k"), ("q4_k", "q4_k"), ("q8_0", "int8"))
+        scores, expected = scores_and_truth(llm, truth, prompt(8))
+        held = sum(moe.experts.nbytes for moe in llm.engine.runner.model.moe_layers)
+        assert llm.cost.routed_bytes == pytest.approx(held, rel=0.03)
+    assert float((scores - expected).abs().mean()) < 0.05
+
+
+def test_unquantised_files_are_quantised_like_others(tmp_path: Path, usable_isa) -> None:
+    root = tiny_checkpoint(tmp_path / "hf", "moonlight", num_hidden_layers=2)
+    file = write_gguf(root, tmp_path / "model.gguf", "F16")
+    for asked, used in (("auto", "int4_g32"), ("native", "bf16")):
+        with LLM(file, isa=usable_isa("avx2"), expert_format=asked, max_context=64) as llm:
+            assert llm.config.expert_format == used
+
+
+@pytest.mark.parametrize(
+    "options", [{"expert_format": "int4_g32"}, {"expert_format": "bf16", "dense_format": "bf16"}]
+)
 def test_other_formats_load(options: dict[str, str], tmp_path: Path) -> None:
-    """Dequantised weights go through every packing; the defaults among them."""
+    """Dequantised weights go through every packing."""
     root = tiny_checkpoint(tmp_path / "hf", "deepseek_v3", **SIZES_32)
     file = write_gguf(root, tmp_path / "m.gguf", "Q8_0")
     truth = dequantized_checkpoint(file, root, tmp_path / "truth")

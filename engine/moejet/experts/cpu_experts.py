@@ -182,8 +182,9 @@ class CpuExperts:
 
     def set_stored(self, expert: int, projection: str, weight: StoredWeight) -> None:
         """Packs a quantised weight of a checkpoint, losslessly where `format` allows; see `packing_arguments`."""
-        w, scales = packing_arguments(weight)
-        self.weights.set_projection(expert, projection, w, self.pool, self.isa, **scales)
+        target = self.down_format if projection == "down" else self.format
+        w, arguments = packing_arguments(weight, target)
+        self.weights.set_projection(expert, projection, w, self.pool, self.isa, **arguments)
 
     def fill_random(self, seed: int) -> None:
         """Random weights of plausible size, the same for the same seed."""

@@ -32,7 +32,7 @@ class DecoderLayer:
         config: ModelConfig,
         layer: int,
         *,
-        make_experts: Callable[[], CpuExperts],
+        make_experts: Callable[[int], CpuExperts],
         dense: DenseWeights,
     ):
         hidden, eps = config.hidden_size, config.rms_norm_eps
@@ -41,7 +41,7 @@ class DecoderLayer:
         self.post_attention_norm = RMSNorm(hidden, eps)
         self.mlp: MoE | GatedMLP
         if config.is_moe_layer(layer):
-            self.mlp = MoE(config, make_experts(), dense=dense)
+            self.mlp = MoE(config, make_experts(layer - config.first_k_dense_replace), dense=dense)
         else:
             self.mlp = GatedMLP(hidden, config.intermediate_size, dense=dense)
 
@@ -69,13 +69,16 @@ class DecoderLayer:
 
 
 class DeepseekForCausalLM:
-    """The whole model. Weights are uninitialised until `tensor_specs` have been loaded."""
+    """The whole model. Weights are uninitialised until `tensor_specs` have been loaded.
+
+    make_experts(i): the routed experts of the i-th MoE layer.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        make_experts: Callable[[], CpuExperts],
+        make_experts: Callable[[int], CpuExperts],
         dense: DenseWeights,
         max_context: int,
     ):

@@ -9,7 +9,7 @@ arithmetic="int8"), the others multiply fp32 activations (fp8 and bf16: bf16 til
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, from_numpy
@@ -27,13 +27,17 @@ def fp8_bytes(w: Tensor, scale_inv: Tensor | None) -> Tensor:
     return w.view(torch.uint8) if scale_inv is not None and w.dtype == torch.float8_e4m3fn else w
 
 
-def packing_arguments(weight: StoredWeight) -> tuple[Tensor, dict[str, Tensor]]:
-    """(w, scale arguments) with which the extension packs a stored weight.
+def packing_arguments(weight: StoredWeight, target: str) -> tuple[Tensor, dict[str, Any]]:
+    """(w, further arguments) with which the extension packs a stored weight in the format `target`.
 
-    fp8 stays as it is in the format fp8, int4 with bf16 scales in the format int4_g32; other formats quantise the
-    products. int4 with wider scales is dequantised here.
+    fp8 stays as it is in the format fp8, int4 with bf16 scales in the format int4_g32, GGUF's blocks in their own;
+    other formats quantise the values. int4 with wider scales and GGUF's blocks are dequantised here for that.
     """
     scale = weight.scale
+    if weight.encoding == "gguf" and weight.ggml_type is not None:
+        own = weight.ggml_type.lower()
+        if own == target:
+            return weight.data.view(weight.shape[0], -1), {"source_format": own}
     if weight.encoding == "fp8" and scale is not None:
         return weight.data, {"scale_inv": scale.contiguous()}
     if weight.encoding == "int4" and scale is not None and scale.dtype == torch.bfloat16:
@@ -85,8 +89,8 @@ class PackedMatrices:
 
     def set_stored(self, matrix: int, weight: StoredWeight) -> None:
         """Packs a quantised weight of a checkpoint, losslessly where `format` allows; see `packing_arguments`."""
-        w, scales = packing_arguments(weight)
-        self.weights.set(matrix, w, self.pool, self.isa, **scales)
+        w, arguments = packing_arguments(weight, str(self.weights.format))
+        self.weights.set(matrix, w, self.pool, self.isa, **arguments)
 
     def dequantize(self, matrix: int) -> Tensor:
         """The values that the kernels compute with, fp32 [rows, cols]."""

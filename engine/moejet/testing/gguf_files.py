@@ -28,7 +28,7 @@ _KV_B = "self_attn.kv_b_proj.weight"
 def write_gguf(
     root: Path,
     file: Path,
-    quantization: str = "F16",
+    quantization: str | Callable[[str], str] = "F16",
     *,
     split_kv_b: bool = True,
     shard_tensors: int = 0,
@@ -37,7 +37,8 @@ def write_gguf(
 ) -> Path:
     """Converts the checkpoint directory `root` and returns the file, or the first shard.
 
-    quantization: ggml type of matrices whose rows are whole blocks (others are F16; norms, router and biases F32).
+    quantization: ggml type of matrices whose rows are whole blocks (others are F16; norms, router and biases F32), or a
+    function that gives it for the name of a tensor in the file.
     Types that the gguf package cannot make (Q4_K, ...) get random blocks of the same spread, so the model is another ·
     split_kv_b: as attn_k_b and attn_v_b, the newer form · shard_tensors: per file, 0 for one file ·
     edit: changes the metadata {key: (value, GGUFValueType)} before it is written.
@@ -63,7 +64,8 @@ def write_gguf(
         )
         assert new_name is not None, name
         keep = value.ndim == 1 or name.endswith("mlp.gate.weight")
-        kind = _stored_type("F32" if keep else quantization, value.shape[-1])
+        wanted = quantization if isinstance(quantization, str) else quantization(new_name)
+        kind = _stored_type("F32" if keep else wanted, value.shape[-1])
         data = _encode(value, kind)
         writer.add_tensor(new_name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()

@@ -13,6 +13,7 @@ https://github.com/ggml-org/llama.cpp
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moejet.config import ModelConfig
+from moejet.config import GGUF_FORMATS, ModelConfig
 from moejet.presets import PRESETS
 from moejet.weights.checkpoint import Checkpoint, TensorInfo
 from moejet.weights.gguf import GgufFiles
 from moejet.weights.gguf_types import SUPPORTED_TYPES, is_supported
 from moejet.weights.spec import TensorSpec
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "deepseek2"
 _SOFTMAX, _SIGMOID = 1, 2
@@ -112,6 +115,9 @@ class GgufCheckpoint(Checkpoint):
         files = GgufFiles.open(root)
         try:
             config = ModelConfig.from_hf(hf_config(files.metadata, files.tensors))
+            config = dataclasses.replace(
+                config, quantization="gguf", expert_formats=_expert_formats(files, config)
+            )
             tensors = dict(_hf_tensors(files, config))
         except ValueError as error:
             raise ValueError(f"{root.name} cannot be loaded: {error}") from error
@@ -165,6 +171,39 @@ class _KeyValueUp:
                 self.spec.load(torch.cat((k_b, v_b), 1).reshape(-1, self.rank))
 
         return load
+
+
+def _expert_formats(files: GgufFiles, config: ModelConfig) -> tuple[tuple[str, str], ...]:
+    """The packed formats (gate and up, down) of every MoE layer that are the file's own or nearest to it.
+
+    Types without kernels of their own become int8, unquantised ones bf16. A layer's formats must take the same
+    activations, so int8 stands in for bf16 beside a quantised one.
+    """
+    converted: set[str] = set()
+
+    def format_of(layer: int, names: tuple[str, ...]) -> str:
+        formats = set()
+        for name in names:
+            info = files.tensors.get(f"blk.{layer}.{name}.weight")
+            if info is None:
+                continue
+            kind = info.dtype.removeprefix("GGUF:")
+            own = kind.lower() if kind.lower() in GGUF_FORMATS else "int8"
+            formats.add("bf16" if kind in ("F32", "F16", "BF16") else own)
+            if own == "int8" and "bf16" not in formats:
+                converted.add(kind)
+        return formats.pop() if len(formats) == 1 else "int8"
+
+    result = []
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        gate_up = format_of(layer, ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"))
+        down = format_of(layer, ("ffn_down_exps",))
+        if (gate_up == "bf16") != (down == "bf16"):
+            gate_up, down = (f if f != "bf16" else "int8" for f in (gate_up, down))
+        result.append((gate_up, down))
+    if converted:
+        logger.info("experts of type %s are packed as int8", ", ".join(sorted(converted)))
+    return tuple(result)
 
 
 def _hf_tensors(files: GgufFiles, config: ModelConfig) -> Iterator[tuple[str, TensorInfo]]:
