@@ -127,19 +127,21 @@ def drop_from_page_cache(files: list[Path]) -> None:
         os.close(fd)
 
 
-def read_rate(file: Path, num_bytes: int = 1 << 30) -> float:
-    """GB/s of reading a file from its disk into one buffer."""
-    drop_from_page_cache([file])
+def read_rate(files: list[Path]) -> float:
+    """GB/s of reading all files from their disk into one buffer: shared disks are fast for the first seconds only."""
+    drop_from_page_cache(files)
     buffer = memoryview(bytearray(16 << 20))
     buffer[::4096] = b"x" * len(buffer[::4096])
-    fd = os.open(file, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    start, done = time.perf_counter(), 0
-    while done < num_bytes and (count := os.preadv(fd, [buffer], done)):
-        done += count
-    elapsed = time.perf_counter() - start
-    os.close(fd)
-    return done / elapsed / 1e9
+    start, total = time.perf_counter(), 0
+    for file in files:
+        fd = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        done = 0
+        while count := os.preadv(fd, [buffer], done):
+            done += count
+        os.close(fd)
+        total += done
+    return total / (time.perf_counter() - start) / 1e9
 
 
 def pack_rate(config: ModelConfig, stored: str, expert_format: str) -> float:
@@ -210,7 +212,7 @@ def main() -> None:
     packed = {"native": args.stored, "auto": "int4_g32"}.get(args.format, args.format)
     result: dict[str, Any] = {"bench": "load", **describe_environment()}
     result |= {"shape": args.shape, "stored": args.stored, "format": args.format}
-    result |= {"source_bytes": source_bytes, "read_gbps": read_rate(shards[0])}
+    result |= {"source_bytes": source_bytes, "read_gbps": read_rate(shards)}
     result["pack_gbps"] = pack_rate(config, args.stored, packed)
     drop_from_page_cache(shards)
     result["first"] = start_model(root, args.format)
