@@ -12,15 +12,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moejet.batch import Batch
 from moejet.block_pool import BlockPool
+from moejet.commit import Gained, commit_token
 from moejet.config import EngineConfig, ModelConfig
 from moejet.output import OutputAssembler
+from moejet.policy import ThinkingBudget, TokenPolicy
 from moejet.reasoning.parser import prompt_opens_thinking
 from moejet.request import (
     CompletionOutput,
+    EngineCounters,
     Request,
     RequestOutput,
     RequestState,
@@ -29,6 +32,7 @@ from moejet.request import (
     Timings,
 )
 from moejet.runner import ModelRunner
+from moejet.sample_state import PolicyFailure, SampleState
 from moejet.sampler import BadLogitsError, SampledToken, derive_seed, sample
 from moejet.scheduler import Scheduler
 from moejet.tokenizer import Tokenizer
@@ -77,11 +81,22 @@ class Engine:
         self.eos_token_ids = frozenset(eos or model_config.eos_token_ids)
         self._groups: OrderedDict[str, _Group] = OrderedDict()
         self._ids = itertools.count()
+        self._num_steps = self._num_prefill_tokens = self._num_decode_tokens = 0
         self._base_seed = secrets.randbits(63) if config.seed is None else config.seed
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    @property
+    def counters(self) -> EngineCounters:
+        return EngineCounters(
+            steps=self._num_steps,
+            prefill_tokens=self._num_prefill_tokens,
+            decode_tokens=self._num_decode_tokens,
+            cached_tokens=self.scheduler.num_found_tokens,
+            preemptions=self.scheduler.num_preemptions,
+        )
 
     def add_request(
         self,
@@ -123,6 +138,17 @@ class Engine:
             OutputAssembler(self.tokenizer, params, think_tags=tags, thinking=thinking)
             for _ in samples
         ]
+        for request, assembler in zip(samples, assemblers, strict=True):
+            policies = self.policies_of(params)
+            if policies or params.statistics:
+                request.sample_state = SampleState(
+                    request,
+                    assembler,
+                    tokenizer=self.tokenizer,
+                    vocab_size=self.model_config.vocab_size,
+                    policies=policies,
+                    has_statistics=params.statistics,
+                )
         self._groups[request_id] = _Group(prompt, samples, assemblers)
         self.scheduler.add(samples[0])
         return request_id
@@ -142,6 +168,7 @@ class Engine:
             for request_id in error.request_ids:
                 self.abort(request_id)
             raise
+        self._count(batch)
         self.scheduler.advance(batch)
         return self._commit(requests, tokens)
 
@@ -186,6 +213,13 @@ class Engine:
         finally:
             self.block_pool.release(request.block_table)
 
+    def _count(self, batch: Batch) -> None:
+        self._num_steps += 1
+        for request, query_len in zip(batch.requests, batch.query_lens, strict=True):
+            of_prompt = max(0, request.num_prompt_tokens - request.num_computed_tokens)
+            self._num_prefill_tokens += min(query_len, of_prompt)
+            self._num_decode_tokens += max(0, query_len - of_prompt)
+
     def _sampled_rows(self, batch: Batch) -> tuple[list[int], list[Request]]:
         """Rows of the logits and whose they are: at the end of a prompt, all samples draw from the same row."""
         rows: list[int] = []
@@ -208,43 +242,34 @@ class Engine:
                 request.first_scheduled_s = group.samples[0].first_scheduled_s
                 self.scheduler.fork(group.samples[0], request)
         for request, token in zip(requests, tokens, strict=True):
+            if (
+                request.state is RequestState.FINISHED
+            ):  # another sample's policy failed in this step
+                continue
             group = self._groups[request.request_id]
             group.has_forked = True
-            assembler = group.assemblers[request.index]
-            request.token_ids.append(token.token_id)
             request.first_token_s = request.first_token_s or now
-            if token.logprobs is not None:
-                request.logprobs.append(token.logprobs)
-                request.cumulative_logprob += token.logprobs.logprob
-            deltas.append(self._apply_stop_rules(group, request, assembler, token.token_id))
+            try:
+                gained = commit_token(request, group.assemblers[request.index], token)
+            except PolicyFailure as failure:
+                failed = self.abort(request.request_id)
+                deltas += [replace(delta, error=failure.error) for delta in failed]
+                continue
+            deltas.append(self._delta(group, request, gained))
         return deltas
 
-    def _apply_stop_rules(
-        self, group: _Group, request: Request, assembler: OutputAssembler, token_id: int
-    ) -> StreamDelta:
-        is_eos = token_id in request.eos_token_ids
-        if is_eos or token_id in request.params.stop_token_ids:
-            self.scheduler.finish(request, "stop", None if is_eos else token_id)
-            return self._close(group, request, assembler.flush(), (token_id,))
-        reasoning, content = assembler.push(token_id)
-        if assembler.stopped_by is not None:
-            self.scheduler.finish(request, "stop", assembler.stopped_by)
-            return self._close(group, request, (reasoning, content), (token_id,))
-        if len(request.token_ids) >= request.max_total_tokens:
-            self.scheduler.finish(request, "length")
-            tail = assembler.flush()
-            if assembler.stopped_by is not None:
-                request.finish_reason, request.stop_reason = "stop", assembler.stopped_by
-            return self._close(
-                group, request, (reasoning + tail[0], content + tail[1]), (token_id,)
-            )
+    def _delta(self, group: _Group, request: Request, gained: Gained) -> StreamDelta:
+        pieces, token_ids = (gained.reasoning, gained.content), tuple(gained.token_ids)
+        if gained.finish_reason is not None:
+            self.scheduler.finish(request, gained.finish_reason, gained.stop_reason)
+            return self._close(group, request, pieces, token_ids)
         return StreamDelta(
             request.request_id,
             request.index,
-            text=assembler.take_text(),
-            reasoning=reasoning,
-            content=content,
-            token_ids=(token_id,),
+            text=group.assemblers[request.index].take_text(),
+            reasoning=gained.reasoning,
+            content=gained.content,
+            token_ids=token_ids,
         )
 
     def _close(
@@ -258,6 +283,8 @@ class Engine:
         assembler = group.assemblers[request.index]
         assert request.finish_reason is not None, f"{request.request_id=}"
         wants = request.params.logprobs is not None
+        state = request.sample_state
+        statistics = state.statistics if state is not None else None
         group.outputs[request.index] = CompletionOutput(
             index=request.index,
             text=assembler.text,
@@ -268,6 +295,7 @@ class Engine:
             stop_reason=request.stop_reason,
             logprobs=tuple(request.logprobs) if wants else None,
             cumulative_logprob=request.cumulative_logprob if wants else None,
+            statistics=statistics.copy() if statistics and request.params.statistics else None,
         )
         output = None
         if len(group.outputs) == len(group.samples):
@@ -329,6 +357,26 @@ class Engine:
                 )
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
+        tags = self.tokenizer.think_tags if self.tokenizer is not None else None
+        if params.max_thinking_tokens is not None and tags is None:
+            raise ValueError(
+                f"max_thinking_tokens={params.max_thinking_tokens} needs a model that marks its "
+                "thinking with tags, and this one does not"
+            )
+
+    def policies_of(self, params: SamplingParams) -> list[TokenPolicy]:
+        """One sample's policies, in the order in which they are asked."""
+        policies: list[TokenPolicy] = []
+        if params.max_thinking_tokens is not None:
+            policies.append(ThinkingBudget(params.max_thinking_tokens))
+        if params.policy is not None:
+            policy = params.policy()
+            if not isinstance(policy, TokenPolicy):
+                raise ValueError(
+                    f"policy made {policy!r}, which is not a moejet.policy.TokenPolicy"
+                )
+            policies.append(policy)
+        return policies
 
     def _thinking_of(
         self, prompt: str | None, token_ids: list[int]

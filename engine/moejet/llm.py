@@ -275,6 +275,8 @@ class LLM:
         while True:
             while self._mail[request_id]:
                 delta = self._mail[request_id].popleft()
+                if delta.error is not None:
+                    raise delta.error
                 if delta.output is not None:
                     return delta.output
             self._step()
@@ -321,6 +323,8 @@ class LLM:
                         self._step()
                         self._raise_error_of(request_id)
                     delta = mail.popleft()
+                if delta.error is not None:
+                    raise delta.error
                 finished = delta.output is not None
                 yield delta
         finally:

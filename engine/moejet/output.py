@@ -83,6 +83,15 @@ class OutputAssembler:
         return self._reasoning if thought else None
 
     @property
+    def is_thinking(self) -> bool:
+        """Whether text that comes now belongs to the thinking."""
+        return self._parser is not None and self._parser.in_reasoning
+
+    @property
+    def may_open_thinking(self) -> bool:
+        return self._parser is not None and not self.is_thinking and self._parser.may_open
+
+    @property
     def text(self) -> str:
         """Everything generated so far, tags included, up to a stop string."""
         return self._raw

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from moejet.policy import TokenPolicy
+    from moejet.sample_state import SampleState
+    from moejet.statistics import TokenStatistics
 
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
@@ -23,6 +28,8 @@ class SamplingParams:
     applied to are the same up to rounding: kernels choose their arithmetic by the number of rows, on AMX between int8
     and bf16 activations, so an unlikely tie may fall differently in another batch.
     Stop strings end the answer; inside the thinking they count only with stop_in_reasoning=True.
+    max_thinking_tokens ends the thinking, and the model answers (see `moejet.policy.ThinkingBudget`).
+    policy makes a `moejet.policy.TokenPolicy` for each sample. statistics=True: see `moejet.statistics`.
     """
 
     temperature: float = 1.0
@@ -41,6 +48,9 @@ class SamplingParams:
     logprobs: int | None = None
     ignore_eos: bool = False
     n: int = 1
+    max_thinking_tokens: int | None = None
+    policy: Callable[[], TokenPolicy] | None = None
+    statistics: bool = False
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, 100.0)
@@ -65,7 +75,14 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to biases")
-        for name in ("ignore_eos", "stop_in_reasoning"):
+        if self.max_thinking_tokens is not None:
+            _check_int("max_thinking_tokens", self.max_thinking_tokens, 0, None)
+        if self.policy is not None and not callable(self.policy):
+            raise ValueError(
+                f"policy={self.policy!r} must be a function that makes a policy, called for every "
+                "sample: pass its class, or lambda: YourPolicy(...)"
+            )
+        for name in ("ignore_eos", "stop_in_reasoning", "statistics"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         for token_id in self.stop_token_ids:
@@ -108,11 +125,15 @@ def _as_strings(stop: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probability of one chosen token and of the `top` alternatives [(token_id, logprob), ...]."""
+    """Log-probability of one chosen token and of the `top` alternatives [(token_id, logprob), ...].
+
+    is_injected: a policy put it there; nothing was sampled, and its log-probability is given as 0.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    is_injected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +152,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     cumulative_logprob: float | None = None
+    statistics: TokenStatistics | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +203,10 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class StreamDelta:
-    """What one step added to one sample; `finish_reason` on its last, `output` on the very last of the request."""
+    """What one step added to one sample; `finish_reason` on its last, `output` on the very last of the request.
+
+    error: what a policy of this request raised, which ended it with finish_reason "abort".
+    """
 
     request_id: str
     index: int
@@ -191,6 +216,22 @@ class StreamDelta:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     output: RequestOutput | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounters:
+    """What an engine has done since it was made.
+
+    prefill_tokens, decode_tokens: computed at positions of prompts and of outputs, both again after a preemption ·
+    cached_tokens: found in the cache instead of being computed
+    """
+
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    cached_tokens: int
+    preemptions: int
 
 
 class RequestState(Enum):
@@ -220,6 +261,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    sample_state: SampleState | None = None  # only where a policy or statistics need it
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)

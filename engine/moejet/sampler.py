@@ -7,7 +7,7 @@ raw logits, before penalties, bias, temperature and cut-offs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from moejet.ops.sample import BAD_LOGITS, sample_tokens
 from moejet.ops.top_logits import top_logits
 from moejet.request import Request, SamplingParams, TokenLogprobs
+from moejet.sample_state import PolicyFailure
+from moejet.statistics import TokenScores, token_scores
 
 _MASK64 = (1 << 64) - 1
 
@@ -32,8 +34,12 @@ class BadLogitsError(FloatingPointError):
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
+    """error: what the request's policy raised in place of a choice."""
+
     token_id: int
     logprobs: TokenLogprobs | None
+    scores: TokenScores | None = None
+    error: Exception | None = None
 
 
 # For rows that are sampled after their logits were adjusted: the raw row is checked all the same.
@@ -48,7 +54,8 @@ def sample(logits: Tensor, requests: list[Request]) -> list[SampledToken]:
     """
     logits = logits.float()
     uniforms = [uniform(r.seed, len(r.token_ids)) for r in requests]
-    adjusted = [i for i, r in enumerate(requests) if _adjusts(r.params)]
+    adjusted = [i for i, r in enumerate(requests) if _adjusts(r)]
+    errors: dict[int, Exception] = {}
     rules = [r.params for r in requests]
     for i in adjusted:
         rules[i] = _GREEDY
@@ -59,7 +66,14 @@ def sample(logits: Tensor, requests: list[Request]) -> list[SampledToken]:
     if broken:
         raise BadLogitsError(broken)
     for i in adjusted:
-        row = adjust_logits(logits[i], requests[i]).unsqueeze(0)
+        row = adjust_logits(logits[i], requests[i])
+        if (state := requests[i].sample_state) is not None:
+            try:
+                row = state.edit_logits(row)
+            except PolicyFailure as failure:
+                errors[i] = failure.error
+                continue
+        row = row.unsqueeze(0)
         tokens[i] = sample_tokens(row, [requests[i].params], [uniforms[i]])[0]
         if tokens[i] == BAD_LOGITS:  # logits near the limits of fp32, made infinite by a penalty
             raise BadLogitsError([requests[i].request_id])
@@ -67,12 +81,34 @@ def sample(logits: Tensor, requests: list[Request]) -> list[SampledToken]:
     for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
         wanted = request.params.logprobs
         entry = None if wanted is None else _describe(logits[i], token, wanted)
-        result.append(SampledToken(token, entry))
-    return result
+        result.append(SampledToken(token, entry, error=errors.get(i)))
+    return _with_scores(logits, requests, result)
 
 
-def _adjusts(params: SamplingParams) -> bool:
-    return params.has_penalties or bool(params.logit_bias)
+def _with_scores(
+    logits: Tensor, requests: list[Request], tokens: list[SampledToken]
+) -> list[SampledToken]:
+    wanted = [
+        i
+        for i, r in enumerate(requests)
+        if r.sample_state is not None and r.sample_state.statistics is not None
+    ]
+    if not wanted:
+        return tokens
+    rows = logits if len(wanted) == len(requests) else logits[wanted]
+    scores = token_scores(rows, [tokens[i].token_id for i in wanted])
+    for i, entry in zip(wanted, scores, strict=True):
+        tokens[i] = replace(tokens[i], scores=entry)
+    return tokens
+
+
+def _adjusts(request: Request) -> bool:
+    params, state = request.params, request.sample_state
+    return (
+        params.has_penalties
+        or bool(params.logit_bias)
+        or (state is not None and state.needs_logits)
+    )
 
 
 def adjust_logits(row: Tensor, request: Request) -> Tensor:

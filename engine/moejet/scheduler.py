@@ -48,6 +48,7 @@ class Scheduler:
         self.waiting: list[Request] = []  # by priority and age
         self.running: list[Request] = []  # by admission
         self.num_preemptions = 0
+        self.num_found_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -138,6 +139,7 @@ class Scheduler:
             if found:
                 request.block_table = found
                 request.num_computed_tokens = len(found) * self.pool.block_size
+                self.num_found_tokens += request.num_computed_tokens
                 if not request.first_scheduled_s:
                     request.num_cached_tokens = request.num_computed_tokens
             self.waiting.remove(request)

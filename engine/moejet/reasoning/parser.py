@@ -62,6 +62,11 @@ class ThinkingParser:
             return self.thinking
         return self._state in (_State.REASONING_START, _State.REASONING)
 
+    @property
+    def may_open(self) -> bool:
+        """Whether an opening tag, if it came now, would be understood."""
+        return self._state is _State.START and not self.held.strip()
+
     def push(self, text: str) -> tuple[str, str]:
         """Adds generated text; returns the new (reasoning, content), either of which may be empty.
 

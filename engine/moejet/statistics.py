@@ -1,0 +1,110 @@
+"""How sure the model was, token by token, as running sums: a row of logits is read once and never kept.
+
+All values come from the raw logits, before penalties, masks and temperature, with p the softmax of the row:
+
+  logprob         log p of the chosen token
+  entropy         -sum(p log p) over the whole vocabulary, in nats
+  gap             log p of the most likely token minus that of the second
+  confidence      -mean(log p) of the 20 most likely tokens (arXiv 2508.15260); high where the distribution is peaked
+  self_certainty  -mean(log(V p)) over the vocabulary of V: KL divergence of uniform from p (arXiv 2502.18581)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moejet.ops.top_logits import top_logits
+
+_NUM_TOP = 20
+_CHUNK_ELEMENTS = 1 << 20  # of logits at a time: temporaries stay within a core's cache
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """The values above, of one token, or their sums or means over several."""
+
+    logprob: float = 0.0
+    entropy: float = 0.0
+    gap: float = 0.0
+    confidence: float = 0.0
+    self_certainty: float = 0.0
+
+    def __add__(self, other: TokenScores) -> TokenScores:
+        return TokenScores(
+            self.logprob + other.logprob,
+            self.entropy + other.entropy,
+            self.gap + other.gap,
+            self.confidence + other.confidence,
+            self.self_certainty + other.self_certainty,
+        )
+
+    def __truediv__(self, count: float) -> TokenScores:
+        return TokenScores(
+            self.logprob / count,
+            self.entropy / count,
+            self.gap / count,
+            self.confidence / count,
+            self.self_certainty / count,
+        )
+
+
+@dataclass(slots=True)
+class TokenStatistics:
+    """Over the tokens of a sample that the model chose itself; injected ones do not count."""
+
+    num_tokens: int = 0
+    sum: TokenScores = field(default_factory=TokenScores)
+    last: TokenScores = field(default_factory=TokenScores)
+
+    @property
+    def mean(self) -> TokenScores:
+        return self.sum / max(1, self.num_tokens)
+
+    def add(self, scores: TokenScores) -> None:
+        self.num_tokens += 1
+        self.sum += scores
+        self.last = scores
+
+    def copy(self) -> TokenStatistics:
+        return TokenStatistics(self.num_tokens, self.sum, self.last)
+
+
+def token_scores(logits: Tensor, token_ids: list[int]) -> list[TokenScores]:
+    """The scores of the token chosen from each row. logits [B, V] fp32, finite or -inf."""
+    size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    result: list[TokenScores] = []
+    for begin in range(0, len(token_ids), size):
+        result += _scores_of(logits[begin : begin + size], token_ids[begin : begin + size])
+    return result
+
+
+def _scores_of(logits: Tensor, token_ids: list[int]) -> list[TokenScores]:
+    vocab_size = logits.shape[1]
+    top, _, log_sums = top_logits(logits, min(_NUM_TOP, vocab_size))
+    logprobs = logits - torch.tensor(log_sums, dtype=torch.float32).unsqueeze(1)
+    # A token that cannot come (-inf) has no share in any mean.
+    is_possible = torch.isfinite(logprobs)
+    if not bool(is_possible.all()):
+        logprobs = logprobs.masked_fill(~is_possible, 0.0)
+        probs = torch.exp(logprobs).masked_fill(~is_possible, 0.0)
+    else:
+        probs = torch.exp(logprobs)
+    entropies = -torch.linalg.vecdot(probs, logprobs)
+    means = logprobs.sum(dim=1) / is_possible.sum(dim=1)
+    result = []
+    for row, token_id in enumerate(token_ids):
+        best = [value - log_sums[row] for value in top[row].tolist() if math.isfinite(value)]
+        result.append(
+            TokenScores(
+                logprob=float(logits[row, token_id]) - log_sums[row],
+                entropy=max(0.0, float(entropies[row])),
+                gap=best[0] - best[1] if len(best) > 1 else 0.0,
+                confidence=-sum(best) / len(best),
+                self_certainty=-float(means[row]) - math.log(int(is_possible[row].sum())),
+            )
+        )
+    return result
