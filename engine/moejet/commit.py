@@ -61,9 +61,9 @@ def commit_token(request: Request, assembler: OutputAssembler, token: SampledTok
             )
             pending += more
             if ending is not None:
-                _stop(assembler, gained, ending.reason)
+                _stop(request, assembler, gained, ending.reason)
     if stop is not None and gained.finish_reason is None:
-        _stop(assembler, gained, stop.reason)
+        _stop(request, assembler, gained, stop.reason)
     return gained
 
 
@@ -84,20 +84,27 @@ def _append(
         request.cumulative_logprob += entry.logprob
     is_eos = token_id in request.eos_token_ids
     if is_eos or token_id in request.params.stop_token_ids:
-        gained.add(assembler.flush())
+        gained.add(_flush(request, assembler))
         gained.finish("stop", None if is_eos else token_id)
         return
     gained.add(assembler.push(token_id))
     if assembler.stopped_by is not None:
         gained.finish("stop", assembler.stopped_by)
     elif len(request.token_ids) >= request.max_total_tokens:
-        gained.add(assembler.flush())
+        gained.add(_flush(request, assembler))
         if assembler.stopped_by is not None:
             gained.finish("stop", assembler.stopped_by)
         else:
             gained.finish("length")
 
 
-def _stop(assembler: OutputAssembler, gained: Gained, reason: str | int | None) -> None:
-    gained.add(assembler.flush())
+def _stop(
+    request: Request, assembler: OutputAssembler, gained: Gained, reason: str | int | None
+) -> None:
+    gained.add(_flush(request, assembler))
     gained.finish("stop", assembler.stopped_by or reason)
+
+
+def _flush(request: Request, assembler: OutputAssembler) -> tuple[str, str]:
+    """The end of the text; a branch's goes on."""
+    return ("", "") if request.is_branch else assembler.flush()

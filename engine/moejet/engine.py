@@ -116,10 +116,10 @@ class Engine:
         request_id = request_id or f"request-{number}"
         if request_id in self._groups:
             raise ValueError(f"request_id={request_id!r} is already running; choose another")
-        seed = derive_seed(self._base_seed, number + 1) if params.seed is None else params.seed
+        seed = self.seed_of(params, number)
         room = self.max_context - len(prompt_token_ids)
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
-        thinking, tags = self._thinking_of(prompt, prompt_token_ids)
+        thinking, tags = self.thinking_of(prompt, prompt_token_ids)
         samples = [
             Request(
                 request_id=request_id,
@@ -153,6 +153,29 @@ class Engine:
         self.scheduler.add(samples[0])
         return request_id
 
+    def resume(self, branch: Request, assembler: OutputAssembler) -> None:
+        """Lets a held branch run until it ends or has `max_total_tokens`; with those it has, it is only computed."""
+        self._groups[branch.request_id] = _Group(None, [branch], [assembler], has_forked=True)
+        self.scheduler.rewind(branch)
+        self.scheduler.resume(branch)
+
+    def thinking_of(
+        self, prompt: str | None, token_ids: list[int]
+    ) -> tuple[bool, tuple[str, str] | None]:
+        """Whether a prompt leaves the model inside its thinking, and the tags around that."""
+        if self.tokenizer is None or self.tokenizer.think_tags is None:
+            return False, None
+        text = prompt if prompt is not None else self.tokenizer.decode(token_ids, False)
+        return prompt_opens_thinking(text, *self.tokenizer.think_tags), self.tokenizer.think_tags
+
+    def next_number(self) -> int:
+        """Of requests, in the order in which they arrive."""
+        return next(self._ids)
+
+    def seed_of(self, params: SamplingParams, number: int) -> int:
+        """The seed that was asked for, or one that follows from the engine's and the request's number."""
+        return derive_seed(self._base_seed, number + 1) if params.seed is None else params.seed
+
     def step(self) -> list[StreamDelta]:
         """Runs one batch and returns what every touched sample gained. [] if there is nothing to do."""
         batch = self.scheduler.schedule()
@@ -170,7 +193,15 @@ class Engine:
             raise
         self._count(batch)
         self.scheduler.advance(batch)
-        return self._commit(requests, tokens)
+        return self._commit(requests, tokens) + self._end_computed(batch)
+
+    def _end_computed(self, batch: Batch) -> list[StreamDelta]:
+        """Branches that were to be computed and no more."""
+        ended = [r for r in batch.sampled if r.state is RequestState.RUNNING and not _samples(r)]
+        return [
+            self._delta(self._groups[r.request_id], r, Gained(finish_reason="length"))
+            for r in ended
+        ]
 
     def abort(self, request_id: str) -> list[StreamDelta]:
         """Ends a request now; its samples finish with reason "abort" and the text they have. Unknown ids do nothing."""
@@ -181,13 +212,16 @@ class Engine:
         for request, assembler in zip(group.samples, group.assemblers, strict=True):
             if request.state is not RequestState.FINISHED:
                 self.scheduler.finish(request, "abort")
-                deltas.append(self._close(group, request, assembler.flush(), ()))
+                tail = ("", "") if request.is_branch else assembler.flush()
+                deltas.append(self._close(group, request, tail, ()))
         return deltas
 
     def close(self) -> None:
         """Aborts every request and releases the threads."""
         for request_id in list(self._groups):
             self.abort(request_id)
+        for request in list(self.scheduler.held):
+            self.scheduler.drop(request)
         self.on_close()
 
     @contextmanager
@@ -225,8 +259,8 @@ class Engine:
         rows: list[int] = []
         requests: list[Request] = []
         for row, request in enumerate(batch.sampled):
-            if request.state is RequestState.FINISHED:  # aborted while the step ran
-                continue
+            if request.state is RequestState.FINISHED or not _samples(request):
+                continue  # aborted while the step ran, or not to go on
             group = self._groups[request.request_id]
             begins = [request] if group.has_forked else group.samples
             rows += [row] * len(begins)
@@ -349,6 +383,11 @@ class Engine:
                 f"{self.max_context} leaves no room for an answer; shorten the prompt or raise "
                 f"max_context (the model allows {self.model_config.max_position_embeddings})"
             )
+        self.check_params(params)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises ValueError if this model cannot do what is asked."""
+        vocab = self.model_config.vocab_size
         for token_id in (*(params.logit_bias or {}), *params.stop_token_ids):
             if token_id >= vocab:
                 raise ValueError(
@@ -378,10 +417,7 @@ class Engine:
             policies.append(policy)
         return policies
 
-    def _thinking_of(
-        self, prompt: str | None, token_ids: list[int]
-    ) -> tuple[bool, tuple[str, str] | None]:
-        if self.tokenizer is None or self.tokenizer.think_tags is None:
-            return False, None
-        text = prompt if prompt is not None else self.tokenizer.decode(token_ids, False)
-        return prompt_opens_thinking(text, *self.tokenizer.think_tags), self.tokenizer.think_tags
+
+def _samples(request: Request) -> bool:
+    """Whether more tokens are wanted; of a branch, perhaps only the latents of those it has."""
+    return len(request.token_ids) < request.max_total_tokens

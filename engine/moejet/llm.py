@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from moejet.batch import Batch
+from moejet.branch import Branch, Segment, Until, advance
 from moejet.config import EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.loading import build_engine, load_engine
@@ -139,11 +141,43 @@ class LLM:
         """Like `stream`, for one conversation."""
         return self._stream(self._render(messages, template_kwargs), sampling_params)
 
+    def branch(
+        self, prompt: str | Sequence[int] | Sequence[Message], **template_kwargs: Any
+    ) -> Branch:
+        """A context that can be forked, appended to and advanced step by step; see `moejet.branch`.
+
+        prompt: a text, token ids, or a conversation, which goes through the chat template.
+        """
+        is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+        if is_chat:
+            text, tokens = self._render(cast(Sequence[Message], prompt), template_kwargs)
+        elif template_kwargs:
+            raise ValueError(f"{', '.join(template_kwargs)}: a text has no chat template")
+        else:
+            text, tokens = self._tokenise(prompt)
+        return Branch(self, tokens, text)
+
+    def advance(
+        self,
+        branches: Sequence[Branch],
+        *,
+        until: Until = None,
+        max_tokens: int | None = None,
+        params: SamplingParams | None = None,
+    ) -> list[Segment]:
+        """Lets branches go on together, each until its own condition; what each gained comes back in their order.
+
+        until: a string or a token id that the new part shall contain, several of them, or a function of the new text
+        and tokens · max_tokens: of each branch, 0 computes what was appended and samples nothing
+        """
+        params = self.default_sampling() if params is None else params
+        return advance(self, branches, until=until, max_tokens=max_tokens, params=params)
+
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of each token given those before it: len(token_ids) - 1 values, the first token has none."""
         ids = [int(t) for t in token_ids]
         self._check_score_input(ids)
-        with self._exclusive():
+        with self.exclusive():
             return self._score(ids)
 
     @property
@@ -162,17 +196,17 @@ class LLM:
 
     def bench_prefill(self, num_tokens: int, depth: int = 0) -> float:
         """Seconds to compute num_tokens of prompt behind `depth` tokens, which are random latents, not computed."""
-        with self._exclusive() as engine:
+        with self.exclusive() as engine:
             return time_prefill(engine, num_tokens, depth)
 
     def bench_decode(self, num_tokens: int, depth: int = 0, batch: int = 1) -> float:
         """Seconds to decode num_tokens in each of `batch` sequences at once, behind `depth` tokens as above."""
-        with self._exclusive() as engine:
+        with self.exclusive() as engine:
             return time_decode(engine, num_tokens, depth, batch)
 
     def bench_overhead(self, batch: int = 1) -> float:
         """Seconds per generated token that an engine step spends outside the native forward pass."""
-        with self._exclusive() as engine:
+        with self.exclusive() as engine:
             return step_overhead(engine, batch)
 
     def close(self) -> None:
@@ -190,9 +224,10 @@ class LLM:
         self.close()
 
     @contextmanager
-    def _exclusive(self) -> Iterator[Engine]:
+    def exclusive(self, *, even_closed: bool = False) -> Iterator[Engine]:
+        """The engine, for one thread at a time."""
         with self._lock:
-            if self._closed:
+            if self._closed and not even_closed:
                 raise ValueError("this LLM is closed: create a new one")
             yield self.engine
 
@@ -255,11 +290,20 @@ class LLM:
                 f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts: "
                 "give one for all or one for each"
             )
-        with self._exclusive() as engine:
+        return self.run(
+            [
+                partial(self.engine.add_request, tokens, params, prompt=text)
+                for (text, tokens), params in zip(prompts, sampling_params, strict=True)
+            ]
+        )
+
+    def run(self, starts: Sequence[Callable[[], str]]) -> list[RequestOutput]:
+        """Calls functions that start requests and steps until all have ended; if one fails, all are aborted."""
+        with self.exclusive() as engine:
             ids: list[str] = []
             try:
-                for (text, tokens), params in zip(prompts, sampling_params, strict=True):
-                    ids.append(engine.add_request(tokens, params, prompt=text))
+                for start in starts:
+                    ids.append(start())
                     self._mail[ids[-1]] = deque()
                 return [self._wait(request_id) for request_id in ids]
             except BaseException:
@@ -305,20 +349,20 @@ class LLM:
     ) -> Generator[StreamDelta, None, None]:
         text, tokens = prompt
         params = self.default_sampling() if params is None else params
-        with self._exclusive() as engine:
+        with self.exclusive() as engine:
             engine.check_prompt(tokens, params)
         return self._deltas(text, tokens, params)
 
     def _deltas(
         self, prompt: str | None, tokens: list[int], params: SamplingParams
     ) -> Generator[StreamDelta, None, None]:
-        with self._exclusive() as engine:
+        with self.exclusive() as engine:
             request_id = engine.add_request(tokens, params, prompt=prompt)
             mail = self._mail[request_id] = deque()
         finished = False
         try:
             while not finished:
-                with self._exclusive():
+                with self.exclusive():
                     while not mail:
                         self._step()
                         self._raise_error_of(request_id)

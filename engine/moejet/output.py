@@ -6,6 +6,8 @@ turn into a tag or a stop string is handed out, so a stream never shows half of 
 
 from __future__ import annotations
 
+import copy
+
 from moejet.reasoning.parser import ThinkingParser
 from moejet.request import SamplingParams
 from moejet.tokenizer import IncrementalDecoder, Tokenizer
@@ -71,6 +73,15 @@ class OutputAssembler:
         self._num_taken = 0
         self._reasoning = ""
         self.content = ""
+
+    def copy(self) -> OutputAssembler:
+        """The same state, for a fork of the sample."""
+        other = copy.copy(self)
+        other._decoder = self._decoder.copy() if self._decoder is not None else None
+        other._parser = copy.copy(self._parser)
+        other._content_stop = copy.copy(self._content_stop)
+        other._reasoning_stop = copy.copy(self._reasoning_stop)
+        return other
 
     @property
     def stopped_by(self) -> str | None:

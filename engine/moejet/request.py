@@ -257,6 +257,7 @@ class Request:
     eos_token_ids: frozenset[int]
     order: int = 0  # of arrival
     priority: int = 0
+    is_branch: bool = False  # keeps its blocks when it ends, and may go on later
     arrival_s: float = field(default_factory=time.perf_counter)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -135,13 +135,9 @@ class SampleState:
         begin = max(self.num_prompt_tokens, len(self.token_ids) - len(tag.encode()))
         return tag in self._tokenizer.decode([*self.token_ids[begin:], token_id], False)
 
-    def set_policies(self, policies: Sequence[TokenPolicy], *, has_statistics: bool) -> None:
+    def set_policies(self, policies: Sequence[TokenPolicy]) -> None:
         """For a branch that goes on: its state stays, its policies are new."""
         self._policies = list(policies)
-        if self.statistics is None and (
-            has_statistics or any(p.needs_statistics for p in policies)
-        ):
-            self.statistics = TokenStatistics()
 
     def fork(self, request: Request, assembler: OutputAssembler) -> SampleState:
         """The same state for a copy of the request, without policies."""
@@ -212,12 +208,7 @@ class SampleState:
         self, token_id: int, *, was_thinking: bool, num_pending: int
     ) -> tuple[tuple[int, ...], Stop | None]:
         """Tells the policies of a token; returns what they inject, and a stop. Raises `PolicyFailure`."""
-        if was_thinking and self.is_thinking:
-            self.num_thinking_tokens += 1
-        elif was_thinking:
-            self.content_start = self.num_output_tokens
-        elif self.is_thinking:
-            self.content_start = None
+        self.track(was_thinking)
         self.num_pending = num_pending
         injected: list[int] = []
         stop: Stop | None = None
@@ -242,6 +233,15 @@ class SampleState:
                         )
                     )
         return tuple(injected), stop
+
+    def track(self, was_thinking: bool) -> None:
+        """Counts a token that has been appended, given whether the model was thinking before it."""
+        if was_thinking and self.is_thinking:
+            self.num_thinking_tokens += 1
+        elif was_thinking:
+            self.content_start = self.num_output_tokens
+        elif self.is_thinking:
+            self.content_start = None
 
     def _checked(self, policy: TokenPolicy, ids: Sequence[int]) -> tuple[int, ...]:
         if len(ids) == 0:

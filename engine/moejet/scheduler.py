@@ -47,6 +47,7 @@ class Scheduler:
         self.root = root
         self.waiting: list[Request] = []  # by priority and age
         self.running: list[Request] = []  # by admission
+        self.held: list[Request] = []  # branches that do not run, those longest idle first
         self.num_preemptions = 0
         self.num_found_tokens = 0
 
@@ -59,12 +60,40 @@ class Scheduler:
 
     def fork(self, parent: Request, child: Request) -> None:
         """Gives a new request what the parent has computed, and queues it; its tokens begin with the parent's."""
+        self._share(parent, child)
+        self.add(child)
+
+    def hold(self, request: Request, parent: Request | None = None) -> None:
+        """Keeps a new branch that does not run yet, with what its parent has computed."""
+        if parent is not None:
+            self._share(parent, request)
+        self.held.append(request)
+
+    def resume(self, request: Request) -> None:
+        """Queues a held branch."""
+        self.held.remove(request)
+        request.state = RequestState.WAITING
+        request.finish_reason = request.stop_reason = None
+        self.add(request)
+
+    def drop(self, request: Request) -> None:
+        """Forgets a held branch and frees its blocks."""
+        self.held.remove(request)
+        self.pool.release(request.block_table)
+
+    def rewind(self, request: Request) -> None:
+        """Lets the last token count as not computed: its logits are wanted once more."""
+        request.num_computed_tokens = min(request.num_computed_tokens, len(request.token_ids) - 1)
+        unused = request.block_table[self.pool.num_blocks_for(request.num_computed_tokens) :]
+        del request.block_table[len(request.block_table) - len(unused) :]
+        self.pool.release(unused)
+
+    def _share(self, parent: Request, child: Request) -> None:
         assert not child.block_table, f"{child.request_id=} has blocks"
         count = self.pool.num_blocks_for(parent.num_computed_tokens)
         child.block_table = parent.block_table[:count]
         self.pool.share(child.block_table)
         child.num_computed_tokens = child.num_cached_tokens = parent.num_computed_tokens
-        self.add(child)
 
     def schedule(self) -> Batch | None:
         """Chooses this step's tokens; None if there is nothing to do."""
@@ -97,18 +126,22 @@ class Scheduler:
     def finish(
         self, request: Request, reason: FinishReason, stop_reason: str | int | None = None
     ) -> None:
-        """Ends a request in whatever state it is and frees its blocks."""
+        """Ends a request in whatever state it is and frees its blocks; a branch is held with them."""
         if request.state is RequestState.FINISHED:
             return
         if request.state is RequestState.RUNNING:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self.pool.release(request.block_table)
+        if request.is_branch:
+            self.held.append(request)
+        else:
+            self.pool.release(request.block_table)
         request.finish(reason, stop_reason)
 
     def check_integrity(self) -> None:
-        self.pool.check_integrity([r.block_table for r in (*self.running, *self.waiting)])
+        requests = (*self.running, *self.waiting, *self.held)
+        self.pool.check_integrity([r.block_table for r in requests])
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens of a request without blocks that it would find in the cache."""
@@ -133,7 +166,10 @@ class Scheduler:
             while not self.running and needed > self.pool.num_free:
                 if not self._drop_fork(keep=request):
                     break
-            if needed > self.pool.num_free - self._blocks_promised():
+            promised = self._blocks_promised()
+            while needed > self.pool.num_free - promised and self._drop_held():
+                pass
+            if needed > self.pool.num_free - promised:
                 self.pool.release(found)
                 return
             if found:
@@ -237,9 +273,20 @@ class Scheduler:
         return True
 
     def _drop_fork(self, *, keep: Request) -> bool:
-        """Takes the blocks of the last fork in turn that waits; False if there is none."""
+        """Takes the blocks of a held branch, or of the last fork in turn that waits; False if there is none."""
+        if self._drop_held():
+            return True
         for holder in reversed(self.waiting):
             if holder is not keep and holder.block_table:
+                self.pool.release(holder.block_table)
+                holder.num_computed_tokens = 0
+                return True
+        return False
+
+    def _drop_held(self) -> bool:
+        """Takes the blocks of the branch that has been idle longest; its tokens are kept."""
+        for holder in self.held:
+            if holder.block_table:
                 self.pool.release(holder.block_table)
                 holder.num_computed_tokens = 0
                 return True

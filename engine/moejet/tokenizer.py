@@ -11,6 +11,7 @@ trained with it; transformers 5 ignores it).
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -206,6 +207,14 @@ class IncrementalDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._context: list[int] = []
         self._pending: list[int] = []
+
+    def copy(self) -> IncrementalDecoder:
+        """The same state, to go on with other ids."""
+        other = copy.copy(self)
+        other._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        other._utf8.setstate(self._utf8.getstate())
+        other._context, other._pending = list(self._context), list(self._pending)
+        return other
 
     def push(self, token_id: int) -> str:
         """Adds one id; returns text that is complete now (often empty or more than one token's)."""

@@ -1,0 +1,341 @@
+"""Branches: contexts that strategies fork, append to and advance, as in beam search, voting or step-wise checking.
+
+>>> with llm.branch("Start with 17, add 25.") as root:
+...     branches = root.fork(8)
+...     llm.advance(branches, until="\\n", max_tokens=50, params=SamplingParams(seed=1))
+...     best = max(branches, key=lambda branch: branch.statistics.mean.logprob)
+...     best.advance(max_tokens=200)
+
+Forks share the blocks of the cache that hold their common tokens; who writes into a shared block first gets a copy of
+it. A branch that does not advance keeps its blocks as long as nothing else needs them. Then it loses them, the one
+that has been idle longest first, and what cannot be found again by its tokens is computed again when it goes on: this
+costs time and changes no result beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from moejet.output import OutputAssembler
+from moejet.policy import Stop, TokenPolicy
+from moejet.reasoning.parser import split_reasoning
+from moejet.request import FinishReason, Request, SamplingParams
+from moejet.sample_state import SampleState
+from moejet.sampler import derive_seed
+from moejet.statistics import TokenStatistics
+
+if TYPE_CHECKING:
+    from moejet.llm import LLM
+
+Until = str | int | Collection[str | int] | Callable[[str, Sequence[int]], bool] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What one call of `advance` added to a branch.
+
+    finish_reason: "stop" at an eos (stop_reason None), at the condition named by stop_reason, by a policy; or "length"
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+class Branch:
+    """One context. Make it with `LLM.branch` or `fork`; release it, or leave its `with` block, which ends forks too."""
+
+    def __init__(self, llm: LLM, prompt_token_ids: Sequence[int], prompt: str | None):
+        with llm.exclusive() as engine:
+            ids = list(prompt_token_ids)
+            engine.check_prompt(ids, SamplingParams())
+            number = engine.next_number()
+            request = Request(
+                request_id=f"branch-{number}",
+                index=0,
+                prompt_token_ids=tuple(ids),
+                params=SamplingParams(),
+                seed=0,
+                max_total_tokens=engine.max_context,
+                eos_token_ids=engine.eos_token_ids,
+                order=number,
+                is_branch=True,
+            )
+            thinking, tags = engine.thinking_of(prompt, ids)
+            self._assembler = OutputAssembler(
+                engine.tokenizer, request.params, think_tags=tags, thinking=thinking
+            )
+            request.sample_state = SampleState(
+                request,
+                self._assembler,
+                tokenizer=engine.tokenizer,
+                vocab_size=engine.model_config.vocab_size,
+                has_statistics=True,
+            )
+            engine.scheduler.hold(request)
+        self._opens_thinking = thinking
+        self._setup(llm, request)
+
+    def _setup(self, llm: LLM, request: Request) -> None:
+        self._llm = llm
+        self._request = request
+        self._forks: list[Branch] = []
+        self._is_released = False
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Everything after the prompt, appended tokens included."""
+        return tuple(self._request.output_token_ids)
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return self._request.prompt_token_ids
+
+    @property
+    def text(self) -> str:
+        """Text of `token_ids`, thinking and tags included; a character that is incomplete is left out."""
+        return self._assembler.text
+
+    @property
+    def reasoning(self) -> str | None:
+        return self._split()[0]
+
+    @property
+    def content(self) -> str:
+        return self._split()[1]
+
+    @property
+    def is_thinking(self) -> bool:
+        return self._assembler.is_thinking
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it ended with an eos; `append` opens it again."""
+        ids = self._request.token_ids
+        return len(ids) > self._request.num_prompt_tokens and ids[-1] in self._request.eos_token_ids
+
+    @property
+    def statistics(self) -> TokenStatistics:
+        """Over the tokens that the model chose, since the root's prompt."""
+        return self._state.statistics or TokenStatistics()
+
+    @property
+    def score(self) -> float:
+        """Sum of the log-probabilities of those tokens."""
+        return self.statistics.sum.logprob
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache that it holds, shared ones included."""
+        return len(self._request.block_table)
+
+    def fork(self, n: int = 1) -> list[Branch]:
+        """n copies that share what is computed; what is not computed yet is computed first."""
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"n={n!r} must be an integer of at least 1")
+        self._check_usable()
+        if len(self._request.token_ids) - self._request.num_computed_tokens > 1:
+            self.advance(max_tokens=0)
+        with self._llm.exclusive():
+            forks = [self._fork() for _ in range(n)]
+        self._forks += forks
+        return forks
+
+    def append(self, more: str | Sequence[int]) -> None:
+        """Adds a text or token ids, which are computed when the branch goes on.
+
+        Raises ValueError for ids outside the vocabulary and for more than the context holds.
+        """
+        with self._llm.exclusive() as engine:
+            self._check_usable()
+            ids = self._state.encode(more) if isinstance(more, str) else list(more)
+            if not ids:
+                raise ValueError("nothing to append: give a text or token ids")
+            engine.check_prompt([*self._request.token_ids, *ids], SamplingParams())
+            for token_id in ids:
+                was_thinking = self._assembler.is_thinking
+                self._request.token_ids.append(token_id)
+                self._assembler.push(token_id)
+                self._state.track(was_thinking)
+
+    def advance(
+        self,
+        *,
+        until: Until = None,
+        max_tokens: int | None = None,
+        params: SamplingParams | None = None,
+    ) -> Segment:
+        """`LLM.advance` of this branch alone."""
+        return self._llm.advance([self], until=until, max_tokens=max_tokens, params=params)[0]
+
+    def release(self) -> None:
+        """Frees its blocks, as far as no other branch shares them. Forks stay. Calling it twice is harmless."""
+        if self._is_released:
+            return
+        self._is_released = True
+        scheduler = self._llm.engine.scheduler
+        with self._llm.exclusive(even_closed=True):
+            if self._request in scheduler.held:
+                scheduler.drop(self._request)
+
+    def __enter__(self) -> Branch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        waiting = [self]
+        while waiting:
+            branch = waiting.pop()
+            waiting += branch._forks
+            branch.release()
+
+    @property
+    def _state(self) -> SampleState:
+        assert self._request.sample_state is not None, f"{self._request.request_id=}"
+        return self._request.sample_state
+
+    def _fork(self) -> Branch:
+        source, engine = self._request, self._llm.engine
+        number = engine.next_number()
+        request = replace(
+            source,
+            request_id=f"branch-{number}",
+            order=number,
+            block_table=[],
+            block_hashes=list(source.block_hashes),
+        )
+        request.token_ids = list(source.token_ids)
+        fork = Branch.__new__(Branch)
+        fork._assembler = self._assembler.copy()
+        fork._opens_thinking = self._opens_thinking
+        request.sample_state = self._state.fork(request, fork._assembler)
+        engine.scheduler.hold(request, source)
+        fork._setup(self._llm, request)
+        return fork
+
+    def _split(self) -> tuple[str | None, str]:
+        tags = self._state.think_tags
+        if tags is None:
+            return None, self.text
+        return split_reasoning(self.text, self._opens_thinking, open=tags[0], close=tags[1])
+
+    def _check_usable(self) -> None:
+        if self._is_released:
+            raise ValueError("this branch has been released: fork it before you release it")
+
+
+class _Until(TokenPolicy):
+    """Stops a branch whose new part, from where it was when this was made, meets the condition."""
+
+    def __init__(self, branch: Branch, condition: Until):
+        self._num_tokens = len(branch.token_ids)
+        self._begin = self._searched = len(branch.text)
+        self._condition = condition if callable(condition) else None
+        self._strings: list[str] = []
+        self._ids: set[int] = set()
+        if condition is None or callable(condition):
+            return
+        for item in [condition] if isinstance(condition, str | int) else list(condition):
+            if isinstance(item, str) and item:
+                self._strings.append(item)
+            elif isinstance(item, int) and not isinstance(item, bool):
+                self._ids.add(item)
+            else:
+                raise ValueError(
+                    f"until holds {item!r}: give non-empty strings, token ids, or a function of the "
+                    "new text and token ids"
+                )
+
+    def on_append(self, state: SampleState, token_id: int) -> Stop | None:
+        if token_id in self._ids:
+            return Stop(token_id)
+        for string in self._strings:
+            # It may have begun in text that was searched before.
+            begin = max(self._begin, self._searched - len(string) + 1)
+            if state.text.find(string, begin) >= 0:
+                return Stop(string)
+        self._searched = len(state.text)
+        if self._condition is None:
+            return None
+        new_ids = state.output_token_ids[self._num_tokens :]
+        return Stop("until") if self._condition(state.text[self._begin :], new_ids) else None
+
+
+def advance(
+    llm: LLM,
+    branches: Sequence[Branch],
+    *,
+    until: Until,
+    max_tokens: int | None,
+    params: SamplingParams,
+) -> list[Segment]:
+    """See `LLM.advance`."""
+    with llm.exclusive():
+        _check(llm, branches, max_tokens, params)
+        marks = [(len(b.token_ids), len(b.text)) for b in branches]
+        conditions = [_Until(branch, until) for branch in branches]
+        seed = llm.engine.seed_of(params, llm.engine.next_number())
+        starts = [
+            partial(_resume, branch, params, max_tokens, derive_seed(seed, index), condition)
+            for index, (branch, condition) in enumerate(zip(branches, conditions, strict=True))
+        ]
+        outputs = [result.outputs[0] for result in llm.run(starts)]
+        segments = []
+        for branch, (first, begin), condition, output in zip(
+            branches, marks, conditions, outputs, strict=True
+        ):
+            ids = branch.token_ids[first:]
+            reason, stop_reason = output.finish_reason, output.stop_reason
+            if reason == "length" and ids:
+                # The last token that was allowed may meet the condition as well.
+                stop = condition.on_append(branch._state, ids[-1])
+                if stop is not None:
+                    reason, stop_reason = "stop", stop.reason
+            segments.append(Segment(branch.text[begin:], ids, reason, stop_reason))
+        return segments
+
+
+def _resume(
+    branch: Branch, params: SamplingParams, max_tokens: int | None, seed: int, until: TokenPolicy
+) -> str:
+    engine, request = branch._llm.engine, branch._request
+    branch._check_usable()
+    branch._state.set_policies([*engine.policies_of(params), until])
+    request.params, request.seed = params, seed
+    limit = params.max_tokens if max_tokens is None else max_tokens
+    room = engine.max_context - len(request.token_ids)
+    request.max_total_tokens = len(request.token_ids) + (
+        room if limit is None else min(room, limit)
+    )
+    request.eos_token_ids = frozenset() if params.ignore_eos else engine.eos_token_ids
+    engine.resume(request, branch._assembler)
+    return request.request_id
+
+
+def _check(
+    llm: LLM, branches: Sequence[Branch], max_tokens: int | None, params: SamplingParams
+) -> None:
+    if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):
+        raise ValueError("branches must be a list of branches")
+    if len(set(branches)) < len(branches):
+        raise ValueError("a branch is listed twice: fork it")
+    if any(branch._llm is not llm for branch in branches):
+        raise ValueError("a branch belongs to another LLM")
+    is_count = isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 0
+    if max_tokens is not None and not is_count:
+        raise ValueError(f"max_tokens={max_tokens!r} must be an integer of at least 0")
+    for name, default, remedy in (
+        ("n", 1, "fork the branch"),
+        ("stop", (), "use until="),
+        ("logprobs", None, "read branch.statistics"),
+    ):
+        if (value := getattr(params, name)) != default:
+            raise ValueError(f"{name}={value!r} does not apply to branches: {remedy}")
+    for branch in branches:
+        branch._check_usable()
+        if branch.is_finished and max_tokens != 0:
+            raise ValueError("a branch has ended with an eos: append something before it goes on")
+        llm.engine.check_params(params)
