@@ -19,6 +19,8 @@ _EXPORTS = {
     "StreamDelta": "moejet.request",
     "TokenLogprobs": "moejet.request",
     "Timings": "moejet.request",
+    "Grammar": "moejet.grammar",
+    "TokenPolicy": "moejet.policy",
     "ModelConfig": "moejet.config",
     "EngineConfig": "moejet.config",
 }
@@ -26,7 +28,9 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from moejet.config import EngineConfig as EngineConfig
     from moejet.config import ModelConfig as ModelConfig
+    from moejet.grammar import Grammar as Grammar
     from moejet.llm import LLM as LLM
+    from moejet.policy import TokenPolicy as TokenPolicy
     from moejet.request import CompletionOutput as CompletionOutput
     from moejet.request import RequestOutput as RequestOutput
     from moejet.request import SamplingParams as SamplingParams
@@ -38,12 +42,14 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "EngineConfig",
+    "Grammar",
     "ModelConfig",
     "RequestOutput",
     "SamplingParams",
     "StreamDelta",
     "Timings",
     "TokenLogprobs",
+    "TokenPolicy",
     "__version__",
 ]
 

@@ -13,11 +13,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from moejet.batch import Batch
 from moejet.block_pool import BlockPool
 from moejet.commit import Gained, commit_token
 from moejet.config import EngineConfig, ModelConfig
+from moejet.grammar import GrammarCompiler, GrammarPolicy
 from moejet.output import OutputAssembler
 from moejet.policy import ThinkingBudget, TokenPolicy
 from moejet.reasoning.parser import prompt_opens_thinking
@@ -403,6 +405,14 @@ class Engine:
                 "thinking with tags, and this one does not"
             )
 
+        if params.grammar is not None:
+            self._grammars.compile(params.grammar)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        vocab_size = self.model_config.vocab_size
+        return GrammarCompiler(self.tokenizer, vocab_size, self.eos_token_ids)
+
     def policies_of(self, params: SamplingParams) -> list[TokenPolicy]:
         """One sample's policies, in the order in which they are asked."""
         policies: list[TokenPolicy] = []
@@ -415,6 +425,8 @@ class Engine:
                     f"policy made {policy!r}, which is not a moejet.policy.TokenPolicy"
                 )
             policies.append(policy)
+        if params.grammar is not None:
+            policies.append(GrammarPolicy(self._grammars, params.grammar))
         return policies
 
 

@@ -9,6 +9,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from moejet.grammar import Grammar
     from moejet.policy import TokenPolicy
     from moejet.sample_state import SampleState
     from moejet.statistics import TokenStatistics
@@ -29,7 +30,8 @@ class SamplingParams:
     and bf16 activations, so an unlikely tie may fall differently in another batch.
     Stop strings end the answer; inside the thinking they count only with stop_in_reasoning=True.
     max_thinking_tokens ends the thinking, and the model answers (see `moejet.policy.ThinkingBudget`).
-    policy makes a `moejet.policy.TokenPolicy` for each sample. statistics=True: see `moejet.statistics`.
+    policy makes a `moejet.policy.TokenPolicy` for each sample. grammar: what the answer must look like (`Grammar`).
+    statistics=True: see `moejet.statistics`.
     """
 
     temperature: float = 1.0
@@ -50,6 +52,7 @@ class SamplingParams:
     n: int = 1
     max_thinking_tokens: int | None = None
     policy: Callable[[], TokenPolicy] | None = None
+    grammar: Grammar | None = None
     statistics: bool = False
 
     def __post_init__(self) -> None:
@@ -82,6 +85,11 @@ class SamplingParams:
                 f"policy={self.policy!r} must be a function that makes a policy, called for every "
                 "sample: pass its class, or lambda: YourPolicy(...)"
             )
+        if self.grammar is not None and not _is_grammar(self.grammar):
+            raise ValueError(
+                f"grammar={self.grammar!r} must be a Grammar: Grammar.json_schema(...), .regex(...), "
+                ".choice(...) or .lark(...)"
+            )
         for name in ("ignore_eos", "stop_in_reasoning", "statistics"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
@@ -98,6 +106,12 @@ class SamplingParams:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
+
+
+def _is_grammar(value: object) -> bool:
+    from moejet.grammar import Grammar  # which imports the policies
+
+    return isinstance(value, Grammar)
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
