@@ -13,6 +13,12 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "LLM": "moejet.llm",
+    "AsyncLLM": "moejet.async_llm",
+    "RequestStream": "moejet.async_llm",
+    "QueueFullError": "moejet.ticket",
+    "EngineStepError": "moejet.ticket",
+    "EngineDeadError": "moejet.ticket",
+    "EngineClosedError": "moejet.ticket",
     "SamplingParams": "moejet.request",
     "RequestOutput": "moejet.request",
     "CompletionOutput": "moejet.request",
@@ -26,6 +32,8 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from moejet.async_llm import AsyncLLM as AsyncLLM
+    from moejet.async_llm import RequestStream as RequestStream
     from moejet.config import EngineConfig as EngineConfig
     from moejet.config import ModelConfig as ModelConfig
     from moejet.grammar import Grammar as Grammar
@@ -37,14 +45,24 @@ if TYPE_CHECKING:
     from moejet.request import StreamDelta as StreamDelta
     from moejet.request import Timings as Timings
     from moejet.request import TokenLogprobs as TokenLogprobs
+    from moejet.ticket import EngineClosedError as EngineClosedError
+    from moejet.ticket import EngineDeadError as EngineDeadError
+    from moejet.ticket import EngineStepError as EngineStepError
+    from moejet.ticket import QueueFullError as QueueFullError
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
+    "EngineClosedError",
     "EngineConfig",
+    "EngineDeadError",
+    "EngineStepError",
     "Grammar",
     "ModelConfig",
+    "QueueFullError",
     "RequestOutput",
+    "RequestStream",
     "SamplingParams",
     "StreamDelta",
     "Timings",

@@ -72,6 +72,7 @@ class Engine:
         self.block_pool = block_pool
         self.default_params = SamplingParams()
         self.on_close: Callable[[], None] = lambda: None
+        self.on_scheduled: Callable[[Batch], None] = lambda batch: None
         self.scheduler = Scheduler(
             block_pool,
             max_batch_tokens=config.max_batch_tokens,
@@ -108,10 +109,12 @@ class Engine:
         prompt: str | None = None,
         request_id: str | None = None,
         priority: int = 0,
+        arrival_s: float | None = None,
     ) -> str:
         """Queues a prompt and returns its request id. Raises ValueError if it cannot be served as asked.
 
-        priority: requests with smaller numbers run first and are preempted last.
+        priority: requests with smaller numbers run first and are preempted last · arrival_s: since when it has waited,
+        on the clock of time.perf_counter (None: since now)
         """
         self.check_prompt(prompt_token_ids, params)
         number = next(self._ids)
@@ -133,6 +136,7 @@ class Engine:
                 eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
                 order=number,
                 priority=priority,
+                arrival_s=time.perf_counter() if arrival_s is None else arrival_s,
             )
             for index in range(params.n)
         ]
@@ -183,6 +187,7 @@ class Engine:
         batch = self.scheduler.schedule()
         if batch is None:
             return []
+        self.on_scheduled(batch)
         # Nothing is recorded before the tokens are known, so a step that raises can simply be run again.
         logits = self.runner.execute(batch)
         rows, requests = self._sampled_rows(batch)
@@ -217,6 +222,12 @@ class Engine:
                 tail = ("", "") if request.is_branch else assembler.flush()
                 deltas.append(self._close(group, request, tail, ()))
         return deltas
+
+    def discard(self, request_id: str) -> None:
+        """Ends a request without building its output: for when a step failed and building might fail too."""
+        group = self._groups.pop(request_id, None)
+        for request in group.samples if group is not None else ():
+            self.scheduler.finish(request, "abort")
 
     def close(self) -> None:
         """Aborts every request and releases the threads."""

@@ -209,6 +209,14 @@ class LLM:
         with self.exclusive() as engine:
             return step_overhead(engine, batch)
 
+    def hand_over(self) -> Engine:
+        """Gives the engine to another owner, who closes it; this object is closed."""
+        with self._exclusive() as engine:
+            if engine.has_work:
+                raise ValueError("this LLM has open streams: close them first")
+            self._closed = True
+            return engine
+
     def close(self) -> None:
         """Aborts what runs and ends the threads; weights go with the object. Calling it twice is harmless."""
         if self._closed:

@@ -184,11 +184,12 @@ class Tokenizer:
                 names = ", ".join(sorted(self._templates))
                 raise ValueError(f"no default chat template: pass chat_template= one of {names}")
         source = self._templates.get(wanted, wanted)
-        if source not in self._compiled:
+        template = self._compiled.get(source)
+        if template is None:  # another thread may be here too: whoever comes last stays
             if len(self._compiled) >= 8:
                 self._compiled.clear()
-            self._compiled[source] = ChatTemplate(source)
-        return self._compiled[source]
+            template = self._compiled[source] = ChatTemplate(source)
+        return template
 
 
 class IncrementalDecoder:

@@ -1,0 +1,340 @@
+"""The asynchronous entry point: many requests at once from any number of event loops and threads.
+
+>>> from moejet import AsyncLLM
+>>> async def main():
+...     async with AsyncLLM() as llm:
+...         async for delta in llm.chat([{"role": "user", "content": "Start with 17, add 25."}]):
+...             print(delta.content, end="")
+
+One thread owns the engine (`moejet.engine_thread`); everything here only talks to it. Prompts are rendered and
+tokenised on two more threads, so a long one does not hold up the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from moejet.config import EngineConfig, ModelConfig
+from moejet.engine_thread import EngineThread
+from moejet.llm import LLM, TINY_REASONER, Message
+from moejet.request import RequestOutput, SamplingParams, StreamDelta
+from moejet.ticket import Ticket
+from moejet.tokenizer import Tokenizer
+
+_MAX_QUEUED_REQUESTS = 512
+_MAX_QUEUED_TOKENS = 1 << 20
+_STEP_TIMEOUT_S = 600.0
+_PROMPT_THREADS = 2
+
+
+class RequestStream(AsyncIterator[StreamDelta]):
+    """One request: an asynchronous iterator over what each step adds to it.
+
+    It is sent to the engine by `start`, or else by the first read. What is not read in time is merged, so a slow reader
+    loses nothing and costs no memory. Cancelling a read, `aclose`, or letting go of the stream ends the request
+    within one step. Read it from one task at a time; the event loop may be another one than that of other streams.
+    """
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        prepare: Callable[[], tuple[str | None, list[int]]],
+        params: SamplingParams,
+        *,
+        request_id: str | None,
+        priority: int,
+    ):
+        """Made by AsyncLLM.generate and chat. prepare() returns the prompt's text, if it has one, and its tokens."""
+        self._llm = llm  # an AsyncLLM that nobody refers to any more ends
+        self._thread = llm._thread
+        self._prepare = prepare
+        self._params = params
+        self._wanted_id = request_id
+        self._priority = priority
+        self._ticket: Ticket | None = None
+        self._is_closed = False
+
+    @property
+    def request_id(self) -> str | None:
+        """None before the request is started, unless the caller has chosen one."""
+        return self._wanted_id if self._ticket is None else self._ticket.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """0 before the request is started."""
+        return 0 if self._ticket is None else len(self._ticket.token_ids)
+
+    async def start(self) -> RequestStream:
+        """Queues the request, so that a server knows before its response begins whether it was accepted.
+
+        Raises ValueError for a wrong prompt, QueueFullError, EngineClosedError or EngineDeadError. Starting twice
+        does nothing.
+        """
+        self._thread.check_process()
+        if self._is_closed:
+            raise ValueError("this stream is closed: make a new request")
+        if self._ticket is not None:
+            return self
+        ticket = self._ticket = self._thread.reserve(self._wanted_id, self._priority)
+        try:
+            loop = asyncio.get_running_loop()
+            prompt, token_ids = await loop.run_in_executor(self._llm._workers, self._checked)
+            self._thread.enqueue(ticket, prompt, token_ids, self._params)
+        except BaseException:
+            self._ticket, self._is_closed = None, True
+            self._thread.cancel(ticket)
+            raise
+        return self
+
+    async def get(self, timeout_s: float | None = None) -> StreamDelta | None:
+        """The next delta, None after the last. Raises TimeoutError if there is none in time: the request goes on."""
+        await self.start()
+        assert self._ticket is not None
+        try:
+            return await self._ticket.mailbox.get(timeout_s)
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    async def result(self) -> RequestOutput:
+        """Reads on to the end and returns the whole; finish_reason is "abort" if somebody ended it."""
+        async for delta in self:
+            if delta.output is not None:
+                return delta.output
+        raise ValueError("this stream has been read to its end already")
+
+    async def __anext__(self) -> StreamDelta:
+        if self._is_closed:
+            raise StopAsyncIteration
+        delta = await self.get()
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
+
+    def close(self) -> None:
+        """Ends the request if it still runs, and the iteration."""
+        self._is_closed = True
+        if self._ticket is not None and not self._ticket.ended.done():
+            self._thread.abort(self._ticket)
+
+    async def aclose(self) -> None:
+        """The same, by the name that contextlib.aclosing expects."""
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_ticket", None) is not None:
+            self.close()
+
+    def _checked(self) -> tuple[str | None, list[int]]:
+        prompt, token_ids = self._prepare()
+        self._thread.engine.check_prompt(token_ids, self._params)
+        return prompt, token_ids
+
+
+class AsyncLLM:
+    """A loaded model that serves concurrent requests. Use it as an asynchronous context manager, or await close().
+
+    model and engine options: as for `moejet.LLM`; loading blocks.
+    max_queued_requests, max_queued_tokens: requests, and tokens of their prompts, that may wait beyond those that the
+    engine can start at once; more are refused with QueueFullError. A prompt of any length may wait alone.
+    step_timeout_s: a step that takes longer counts as hung: its requests fail and new ones are refused until it returns
+    (None: no limit)
+
+    All methods may be called from any thread and any event loop. `async with` finishes what runs when its body ends,
+    and aborts it when the body raises.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = TINY_REASONER,
+        *,
+        max_queued_requests: int = _MAX_QUEUED_REQUESTS,
+        max_queued_tokens: int = _MAX_QUEUED_TOKENS,
+        step_timeout_s: float | None = _STEP_TIMEOUT_S,
+        **engine_options: Any,
+    ):
+        limits = _check_limits(max_queued_requests, max_queued_tokens, step_timeout_s)
+        self._setup(LLM(model, **engine_options), limits)
+
+    def _setup(self, llm: LLM, limits: dict[str, Any]) -> None:
+        self._llm = llm
+        self._thread = EngineThread(llm.hand_over(), **limits)
+        self._workers = ThreadPoolExecutor(_PROMPT_THREADS, thread_name_prefix="moejet-prompt")
+        # Not at exit: then the engine's thread is ended and waited for.
+        weakref.finalize(self, self._thread.inbox.put, ("stop", None)).atexit = False
+
+    @classmethod
+    def from_llm(
+        cls,
+        llm: LLM,
+        *,
+        max_queued_requests: int = _MAX_QUEUED_REQUESTS,
+        max_queued_tokens: int = _MAX_QUEUED_TOKENS,
+        step_timeout_s: float | None = _STEP_TIMEOUT_S,
+    ) -> AsyncLLM:
+        """Takes over the engine of an LLM, which is closed from then on."""
+        limits = _check_limits(max_queued_requests, max_queued_tokens, step_timeout_s)
+        self = cls.__new__(cls)
+        self._setup(llm, limits)
+        return self
+
+    @classmethod
+    def synthetic(cls, shape: str | ModelConfig, **options: Any) -> AsyncLLM:
+        """A model with random weights and no tokenizer, as `LLM.synthetic`; options of both classes."""
+        names = ("max_queued_requests", "max_queued_tokens", "step_timeout_s")
+        limits = {name: options.pop(name) for name in names if name in options}
+        return cls.from_llm(LLM.synthetic(shape, **options), **limits)
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._llm.config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._llm.model_config
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that one request may have, prompt and answer together."""
+        return self._llm.max_context
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises ValueError for a synthetic model, which has none."""
+        return self._llm.tokenizer
+
+    def default_sampling(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends; temperature 1 where it is silent."""
+        return self._llm.default_sampling()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> RequestStream:
+        """Completes a prompt (text or token ids): `async for delta in llm.generate(...)`.
+
+        priority: requests with smaller numbers run first. Errors are raised by the first read, or by `start`.
+        """
+        # A copy, because the caller may go on using its own.
+        mine = list(prompt) if isinstance(prompt, list) else prompt
+        return self._stream(lambda: self._llm._tokenise(mine), params, request_id, priority)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        **template_kwargs: Any,
+    ) -> RequestStream:
+        """Answers one conversation, through the checkpoint's chat template; template_kwargs go to that."""
+        return self._stream(
+            lambda: self._llm._render(messages, template_kwargs), params, request_id, priority
+        )
+
+    async def complete(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> RequestOutput:
+        """The whole of `generate`; for conversations: `await llm.chat(...).result()`."""
+        stream = self.generate(prompt, params, request_id=request_id, priority=priority)
+        return await stream.result()
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends a request within one step: its stream gets a last delta with finish_reason "abort".
+
+        Returns when it has ended; False if there is none of that id.
+        """
+        self._thread.check_process()
+        ticket = self._thread.find(request_id)
+        if ticket is None:
+            return False
+        self._thread.abort(ticket)
+        await asyncio.shield(asyncio.wrap_future(ticket.ended))
+        return True
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine works and its present step is not late."""
+        self._thread.check_process()
+        return self._thread.is_healthy()
+
+    def health(self) -> dict[str, Any]:
+        """Numbers of this moment.
+
+        `alive`, `state` (running, draining, closed, dead or stuck), the `error` that killed it, the age and duration of
+        steps, samples `running` and `waiting` in the engine, queue sizes and their limits, cache blocks, and tokens per
+        second over about the last 20 s.
+        """
+        return self._thread.health()
+
+    def counters(self) -> dict[str, Any]:
+        """Totals since the start, for a metrics endpoint.
+
+        Tokens, steps, requests, preemptions, errors, and a histogram of the seconds between arrival and first step,
+        with cumulative buckets as in Prometheus.
+        """
+        return self._thread.totals()
+
+    async def close(self, drain: bool = True, timeout_s: float | None = None) -> None:
+        """Refuses new requests, finishes what runs (drain) for at most timeout_s, aborts the rest, ends the threads.
+
+        Calling it again waits for the same end, or hastens it with drain=False.
+        """
+        if not self._thread.is_own_process():
+            return
+        self._thread.refuse_new()
+        await asyncio.to_thread(self._thread.close, drain=drain, timeout_s=timeout_s)
+        self._workers.shutdown(wait=False)
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        await self.close(drain=kind is None)
+
+    def _stream(
+        self,
+        prepare: Callable[[], tuple[str | None, list[int]]],
+        params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+    ) -> RequestStream:
+        params = self.default_sampling() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
+        if request_id is not None and (not isinstance(request_id, str) or not request_id):
+            raise ValueError(f"request_id={request_id!r} must be a non-empty string")
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise ValueError(f"priority={priority!r} must be an integer; smaller ones run first")
+        return RequestStream(self, prepare, params, request_id=request_id, priority=priority)
+
+
+def _check_limits(
+    max_queued_requests: Any, max_queued_tokens: Any, step_timeout_s: Any
+) -> dict[str, Any]:
+    limits = {"max_queued_requests": max_queued_requests, "max_queued_tokens": max_queued_tokens}
+    for name, value in limits.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+    is_number = isinstance(step_timeout_s, int | float) and not isinstance(step_timeout_s, bool)
+    if step_timeout_s is not None and not (
+        is_number and 0 < step_timeout_s <= threading.TIMEOUT_MAX
+    ):
+        raise ValueError(f"step_timeout_s={step_timeout_s!r} must be a positive number or None")
+    return {**limits, "step_timeout_s": step_timeout_s}

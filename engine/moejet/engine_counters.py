@@ -1,0 +1,95 @@
+"""What a running engine counts: totals, recent rates and a histogram, as plain numbers for a metrics endpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_left
+from collections import Counter
+from typing import Any
+
+_RATE_SECONDS = 20.0
+_QUEUE_BOUNDS = (
+    *(0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
+)
+
+
+class Rate:
+    """Events per second, the last `seconds` counting most (exponential decay)."""
+
+    def __init__(self, seconds: float = _RATE_SECONDS):
+        self.seconds = seconds
+        self._sum = 0.0
+        self._start_s: float | None = None
+        self._last_s = 0.0
+
+    def add(self, count: float, now: float | None = None) -> None:
+        now = time.perf_counter() if now is None else now
+        if self._start_s is None:
+            self._start_s = self._last_s = now
+        self._sum = self._sum * math.exp((self._last_s - now) / self.seconds) + count
+        self._last_s = now
+
+    def per_s(self, now: float | None = None) -> float:
+        """0 before the first event; until `seconds` have passed, an average over the time there has been."""
+        if self._start_s is None:
+            return 0.0
+        now = time.perf_counter() if now is None else now
+        age = max(now - self._start_s, 0.1)
+        weight = self.seconds * -math.expm1(-age / self.seconds)
+        return self._sum * math.exp((self._last_s - now) / self.seconds) / weight
+
+
+class Histogram:
+    """Counts of values up to each bound, as Prometheus wants them."""
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def as_dict(self) -> dict[str, Any]:
+        """{"buckets": [[upper bound, values up to it], ...], "count", "sum"}; the last bound is infinity."""
+        total, buckets = 0, []
+        for bound, count in zip((*self.bounds, math.inf), self.counts, strict=True):
+            total += count
+            buckets.append([bound, total])
+        return {"buckets": buckets, "count": total, "sum": self.sum}
+
+
+class EngineCounters:
+    """Totals since the start. Written by one thread at a time, read by any."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = 0  # of requests that have started
+        self.cached_tokens = 0  # of these, found in the cache
+        self.generated_tokens = 0
+        self.steps = 0
+        self.step_errors = 0
+        self.step_timeouts = 0
+        self.accepted_requests = 0
+        self.rejected_requests = 0
+        self.finished_samples: Counter[str] = Counter()  # by finish reason, and "error"
+        self.queue_time = Histogram(_QUEUE_BOUNDS)
+        self.starts = Rate()
+        self.computed_prompt_tokens_rate = Rate()
+        self.generated_tokens_rate = Rate()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated_tokens": self.generated_tokens,
+            "steps": self.steps,
+            "step_errors": self.step_errors,
+            "step_timeouts": self.step_timeouts,
+            "accepted_requests": self.accepted_requests,
+            "rejected_requests": self.rejected_requests,
+            "finished_samples": dict(self.finished_samples),
+            "queue_time_s": self.queue_time.as_dict(),
+        }

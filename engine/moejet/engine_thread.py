@@ -1,0 +1,531 @@
+"""The one thread that drives an engine, and everything that other threads may ask of it.
+
+Callers, on any thread, put commands into an inbox; the engine's thread takes them between two steps, runs a step, and
+puts what it yields into the mailbox of each request. With nothing to do it sleeps in the inbox. A request counts as
+queued from the moment a caller asked for it until its first step.
+
+A step that raises ends the requests that were running; if a small forward pass works afterwards the others go on,
+otherwise the engine is dead and says so to everyone. A second thread watches how long a step takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+
+from moejet.batch import Batch
+from moejet.engine import Engine
+from moejet.engine_counters import EngineCounters
+from moejet.request import Request, SamplingParams, StreamDelta
+from moejet.sampler import BadLogitsError
+from moejet.ticket import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineStepError,
+    QueueFullError,
+    Ticket,
+)
+
+logger = logging.getLogger(__name__)
+
+_STALL_WAIT_S = 0.002  # before asking again, when requests wait and none could be scheduled
+_CLOSE_WAIT_S = 60.0  # for the step that runs while everything is being aborted
+_EXIT_WAIT_S = 10.0  # the same, at the interpreter's exit
+_DEFAULT_RETRY_S = 5.0
+
+State = Literal["running", "draining", "closed", "dead"]
+Command = tuple[Literal["add", "abort", "abort_all", "stop"], Ticket | None]
+Wakes = list[asyncio.Future[None] | None]
+
+
+class EngineThread:
+    """Owns `engine` from here on, closes it at the end, and is safe to call from any thread.
+
+    max_queued_requests, max_queued_tokens: of requests that no step has computed yet, beyond those that the engine
+    could start at once · step_timeout_s: a step that takes longer counts as hung (None: no limit)
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_queued_requests: int,
+        max_queued_tokens: int,
+        step_timeout_s: float | None,
+    ):
+        self.engine = engine
+        self.max_queued_requests = max_queued_requests
+        self.max_queued_tokens = max_queued_tokens
+        self.step_timeout_s = step_timeout_s
+        self.counters = EngineCounters()
+        # Its put() may interrupt itself, so finalisers may call it wherever they happen to run.
+        self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._pid = os.getpid()
+        self._changed = threading.Condition(threading.Lock())  # guards everything below
+        self._tickets: dict[str, Ticket] = {}
+        self._ids = itertools.count()
+        self._queued_requests = 0
+        self._queued_tokens = 0
+        self._spare_slots = engine.config.max_num_requests
+        self._state: State = "running"
+        self._cause: BaseException | None = None
+        self._is_stuck = False
+        self._has_ended = False
+        self._step_started_s: float | None = None
+        self._last_step_s = time.perf_counter()
+        self._batch_requests: list[Request] = []
+        self._watch_ended = threading.Event()
+        engine.on_scheduled = self._on_scheduled
+        # Daemons, so that an engine that nobody closed cannot hold up the interpreter's exit.
+        threading.Thread(target=self._run, name="moejet-engine", daemon=True).start()
+        if step_timeout_s is not None:
+            threading.Thread(target=self._watch, name="moejet-watchdog", daemon=True).start()
+        _LIVE.add(self)
+
+    # Called by any thread.
+
+    def check_process(self) -> None:
+        """Raises RuntimeError in a forked child, where the engine's thread does not exist."""
+        if not self.is_own_process():
+            raise RuntimeError(
+                "this AsyncLLM belongs to the parent process, and its engine thread does not exist "
+                "in a forked child: load the model after the fork, or start the process with 'spawn'"
+            )
+
+    def is_own_process(self) -> bool:
+        return os.getpid() == self._pid
+
+    def is_healthy(self) -> bool:
+        return self._state in ("running", "draining") and not self._is_stuck
+
+    def reserve(self, request_id: str | None, priority: int) -> Ticket:
+        """A place in the queue, for a prompt that is still to be tokenised; `enqueue` or `cancel` it."""
+        self.check_process()
+        with self._changed:
+            self._check_accepting()
+            if request_id is None:
+                request_id = next(
+                    name for i in self._ids if (name := f"request-{i}") not in self._tickets
+                )
+            elif request_id in self._tickets:
+                raise ValueError(f"request_id={request_id!r} is already running; choose another")
+            if self._queued_requests >= self.max_queued_requests + self._spare_slots:
+                raise self._queue_full(f"{self._queued_requests} requests are waiting")
+            ticket = self._tickets[request_id] = Ticket(request_id, priority)
+            self._queued_requests += 1
+        return ticket
+
+    def enqueue(
+        self, ticket: Ticket, prompt: str | None, token_ids: list[int], params: SamplingParams
+    ) -> None:
+        """Hands a reserved request to the engine. The prompt must have passed `Engine.check_prompt`."""
+        with self._changed:
+            if ticket.ended.done():
+                raise ticket.mailbox.error() or EngineClosedError("the engine was closed")
+            if self._queued_tokens and self._queued_tokens + len(token_ids) > (
+                self.max_queued_tokens
+            ):
+                waiting = f"{self._queued_tokens} prompt tokens are waiting"
+                raise self._queue_full(f"{waiting}, and this prompt has {len(token_ids)}")
+            ticket.prompt, ticket.token_ids, ticket.params = prompt, token_ids, params
+            self._queued_tokens += len(token_ids)
+            self.counters.accepted_requests += 1
+            self.inbox.put(("add", ticket))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Gives back the place of a request that was not enqueued."""
+        with self._changed:
+            wakes = [self._end(ticket)]
+        self._wake(wakes)
+
+    def find(self, request_id: str) -> Ticket | None:
+        return self._tickets.get(request_id)
+
+    def abort(self, ticket: Ticket) -> None:
+        """Ends a request before the next step. Takes no lock, so finalisers may call it."""
+        ticket.is_aborted = True
+        if self.is_own_process():
+            self.inbox.put(("abort", ticket))
+
+    def close(self, *, drain: bool, timeout_s: float | None, wait_s: float = _CLOSE_WAIT_S) -> None:
+        """Blocks until the engine's thread has ended, which closes the engine; see AsyncLLM.close."""
+        if not self.is_own_process():
+            return  # in a forked child there is nothing to end
+        self.refuse_new()
+        with self._changed:
+            if drain:
+                self._changed.wait_for(lambda: not self._tickets or self._has_ended, timeout_s)
+            if self._state != "dead":
+                self._state = "closed"
+        self.inbox.put(("abort_all", None))
+        self.inbox.put(("stop", None))
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_ended or self._is_stuck, wait_s)
+            if not self._has_ended:
+                logger.warning("closing while a step still runs: the engine ends when it returns")
+
+    def refuse_new(self) -> None:
+        with self._changed:
+            if self._state == "running":
+                self._state = "draining"
+
+    def health(self) -> dict[str, Any]:
+        """See AsyncLLM.health."""
+        self.check_process()
+        now = time.perf_counter()
+        with self._changed:
+            started, scheduler = self._step_started_s, self.engine.scheduler
+            return {
+                "alive": self.is_healthy(),
+                "state": "stuck" if self._is_stuck else self._state,
+                "error": None if self._cause is None else _describe(self._cause),
+                "last_step_age_s": now - self._last_step_s,
+                "step_running_s": 0.0 if started is None else now - started,
+                "running": len(scheduler.running),
+                "waiting": len(scheduler.waiting),
+                "requests": len(self._tickets),
+                "queued_requests": self._queued_requests,
+                "max_queued_requests": self.max_queued_requests,
+                "queued_tokens": self._queued_tokens,
+                "max_queued_tokens": self.max_queued_tokens,
+                "free_blocks": self.engine.block_pool.num_free,
+                "total_blocks": self.engine.block_pool.num_blocks,
+                "generated_tokens_per_s": self.counters.generated_tokens_rate.per_s(now),
+                "prompt_tokens_per_s": self.counters.computed_prompt_tokens_rate.per_s(now),
+            }
+
+    def totals(self) -> dict[str, Any]:
+        """See AsyncLLM.counters."""
+        self.check_process()
+        with self._changed:
+            preemptions = self.engine.scheduler.num_preemptions
+            return {**self.counters.as_dict(), "preemptions": preemptions}
+
+    # The lock is held.
+
+    def _check_accepting(self) -> None:
+        if self._state == "dead":
+            raise self._dead_error()
+        if self._state == "draining":
+            raise EngineClosedError(
+                "the engine is being closed: it finishes what runs and takes no new requests"
+            )
+        if self._state == "closed":
+            raise EngineClosedError("the engine is closed: create a new AsyncLLM")
+        if self._is_stuck:
+            raise self._stuck_error()
+
+    def _queue_full(self, what: str) -> QueueFullError:
+        self.counters.rejected_requests += 1
+        per_s = self.counters.starts.per_s()
+        # Half of the queue: late enough to find room, early enough that the queue does not run dry.
+        wait_s = max(1, self._queued_requests) / 2 / per_s if per_s > 0 else _DEFAULT_RETRY_S
+        limits = f"{self.max_queued_requests} requests, {self.max_queued_tokens} tokens"
+        return QueueFullError(f"the queue is full ({limits}): {what}", min(max(wait_s, 1.0), 600.0))
+
+    def _dead_error(self) -> EngineDeadError:
+        assert self._cause is not None, f"{self._state=}"
+        error = EngineDeadError(
+            f"the engine is dead ({_describe(self._cause)}): load the model again"
+        )
+        error.__cause__ = self._cause
+        return error
+
+    def _stuck_error(self) -> EngineStepError:
+        return EngineStepError(
+            f"a step of the engine has been running for more than step_timeout_s="
+            f"{self.step_timeout_s:g} s; requests are accepted again once it returns"
+        )
+
+    def _end(
+        self, ticket: Ticket, error: BaseException | None = None
+    ) -> asyncio.Future[None] | None:
+        if ticket.ended.done():
+            return None
+        del self._tickets[ticket.request_id]
+        self._leave_queue(ticket)
+        if error is not None:
+            self.counters.finished_samples["error"] += ticket.params.n if ticket.params else 1
+        ticket.ended.set_result(None)
+        if not self._tickets:
+            self._changed.notify_all()
+        return ticket.mailbox.end(error)
+
+    def _leave_queue(self, ticket: Ticket) -> None:
+        if ticket.is_queued:
+            ticket.is_queued = False
+            self._queued_requests -= 1
+            self._queued_tokens -= len(ticket.token_ids)
+
+    def _count_spare_slots(self) -> None:
+        scheduler = self.engine.scheduler
+        room = self.engine.config.max_num_requests - len(scheduler.running)
+        self._spare_slots = 0 if scheduler.waiting else max(0, room)
+
+    # The engine's thread.
+
+    def _run(self) -> None:
+        try:
+            may_sleep = True
+            while self._take_commands(may_sleep=may_sleep):
+                may_sleep = not self.engine.has_work
+                if not may_sleep:
+                    self._step()
+        except BaseException as error:
+            self._die(error)
+        finally:
+            try:
+                self.engine.close()
+            except Exception:
+                logger.exception("closing the engine failed")
+            with self._changed:
+                if self._state != "dead":
+                    self._state = "closed"
+                self._has_ended = True
+                closed = EngineClosedError("the engine was closed before this request was finished")
+                wakes = [self._end(t, closed) for t in list(self._tickets.values())]
+                self._changed.notify_all()
+            self._wake(wakes)
+            self._watch_ended.set()
+
+    def _take_commands(self, *, may_sleep: bool) -> bool:
+        """Does what the inbox asks for, sleeping until there is something if that is allowed; False to stop."""
+        try:
+            command, ticket = self.inbox.get(block=may_sleep)
+            while True:
+                if command == "stop":
+                    return False
+                if command == "add" and ticket is not None:
+                    self._add(ticket)
+                elif command == "abort" and ticket is not None:
+                    self._abort(ticket)
+                elif command == "abort_all":
+                    self._abort_all()
+                command, ticket = self.inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _add(self, ticket: Ticket) -> None:
+        if ticket.ended.done():
+            return
+        assert ticket.params is not None, f"{ticket.request_id=}"
+        try:
+            self.engine.add_request(
+                ticket.token_ids,
+                ticket.params,
+                prompt=ticket.prompt,
+                request_id=ticket.request_id,
+                priority=ticket.priority,
+                arrival_s=ticket.arrival_s,
+            )
+        except Exception as error:
+            self.engine.discard(ticket.request_id)
+            self._fail_step([ticket], error)
+            return
+        ticket.is_in_engine = True
+        if ticket.is_aborted:
+            self._abort(ticket)
+
+    def _abort(self, ticket: Ticket) -> None:
+        if not ticket.is_in_engine:
+            return
+        ticket.is_in_engine = False
+        try:
+            self._deliver(self.engine.abort(ticket.request_id))
+        except Exception as error:
+            logger.error("the output of an aborted request could not be built", exc_info=error)
+            self.engine.discard(ticket.request_id)
+            self._fail_step([ticket], error)
+
+    def _abort_all(self) -> None:
+        for ticket in list(self._tickets.values()):
+            if ticket.is_in_engine:
+                self._abort(ticket)
+            else:  # its prompt is still being tokenised
+                self._fail([ticket], lambda: EngineClosedError("the engine was closed"))
+
+    def _step(self) -> None:
+        self._batch_requests = []
+        with self._changed:
+            self._step_started_s = time.perf_counter()
+        deltas: list[StreamDelta] = []
+        try:
+            deltas = self.engine.step()
+        except BadLogitsError as error:
+            # The engine has ended the broken ones; the next step computes the others' tokens again.
+            self._fail_step([self._tickets.get(i) for i in error.request_ids], error)
+        except Exception as error:
+            self._recover(error)
+        finally:
+            with self._changed:
+                self._step_started_s, self._is_stuck = None, False
+                self._last_step_s = time.perf_counter()
+                self.counters.steps += bool(self._batch_requests)
+        self._deliver(deltas)
+        if not self._batch_requests and self.engine.has_work:
+            time.sleep(_STALL_WAIT_S)
+        self._batch_requests = []
+
+    def _on_scheduled(self, batch: Batch) -> None:
+        """Between a step's schedule and its computation."""
+        now, num_prompt_tokens = time.perf_counter(), 0
+        self._batch_requests = batch.requests
+        with self._changed:
+            for request, query_len in zip(batch.requests, batch.query_lens, strict=True):
+                left = request.num_prompt_tokens - request.num_computed_tokens
+                num_prompt_tokens += min(query_len, max(0, left))
+                ticket = self._tickets.get(request.request_id)
+                if ticket is not None and ticket.is_queued:
+                    self._leave_queue(ticket)
+                    self.counters.starts.add(1, now)
+                    self.counters.queue_time.observe(now - ticket.arrival_s)
+                    self.counters.prompt_tokens += request.num_prompt_tokens
+                    self.counters.cached_tokens += request.num_cached_tokens
+            self.counters.computed_prompt_tokens_rate.add(num_prompt_tokens, now)
+            self._count_spare_slots()
+
+    def _deliver(self, deltas: Iterable[StreamDelta]) -> None:
+        wakes: Wakes = []
+        num_tokens = 0
+        with self._changed:
+            for delta in deltas:
+                num_tokens += len(delta.token_ids)
+                ticket = self._tickets.get(delta.request_id)
+                if ticket is None:  # was failed by the watchdog
+                    continue
+                if delta.finish_reason is not None:
+                    self.counters.finished_samples[delta.finish_reason] += 1
+                waiter = ticket.mailbox.put(delta)
+                if delta.output is not None:
+                    ticket.is_in_engine = False
+                    waiter = self._end(ticket) or waiter
+                wakes.append(waiter)
+            self.counters.generated_tokens += num_tokens
+            self.counters.generated_tokens_rate.add(num_tokens)
+            self._count_spare_slots()
+        self._wake(wakes)
+
+    def _fail(self, tickets: Iterable[Ticket], make_error: Callable[[], Exception]) -> None:
+        """Ends requests with an exception each: one that several consumers raised would mix their tracebacks."""
+        with self._changed:
+            wakes = []
+            for ticket in tickets:
+                ticket.is_in_engine = False
+                wakes.append(self._end(ticket, make_error()))
+        self._wake(wakes)
+
+    def _fail_step(self, tickets: Iterable[Ticket | None], error: Exception) -> None:
+        self.counters.step_errors += 1
+        # What its traceback refers to would live as long as somebody keeps the exception.
+        error = error.with_traceback(None)
+        message = f"the step that computed this request failed: {_describe(error)}"
+        known = [ticket for ticket in tickets if ticket is not None]
+        self._fail(known, lambda: _with_cause(EngineStepError(message), error))
+
+    def _recover(self, error: Exception) -> None:
+        """After a step that raised: ends who took part, and makes sure that the engine still works."""
+        logger.error("a step of the engine failed; the running requests end", exc_info=error)
+        running = [*self.engine.scheduler.running, *self._batch_requests]
+        victims = dict.fromkeys(request.request_id for request in running)
+        for request_id in victims:
+            self.engine.discard(request_id)
+        self._fail_step([self._tickets.get(request_id) for request_id in victims], error)
+        try:
+            self._probe()
+        except Exception as probe_error:
+            logger.error("the engine does not work any more", exc_info=probe_error)
+            raise error from None
+
+    def _probe(self) -> None:
+        """One forward pass of one token outside the schedule, and a look at the scheduler's books."""
+        self.engine.scheduler.check_integrity()
+        with self.engine.scratch_request([0]) as request:
+            batch = Batch.build([request], [1], block_size=self.engine.config.block_size)
+            logits = self.engine.runner.execute(batch)
+        if not bool(torch.isfinite(logits).all()):
+            raise FloatingPointError("the probe's logits are not finite")
+
+    def _die(self, error: BaseException) -> None:
+        logger.critical("the engine is dead", exc_info=error)
+        with self._changed:
+            self._state, self._cause = "dead", error.with_traceback(None)
+        tickets = list(self._tickets.values())
+        for ticket in tickets:
+            self.engine.discard(ticket.request_id)
+        self._fail(tickets, self._dead_error)
+
+    # The watchdog's thread.
+
+    def _watch(self) -> None:
+        assert self.step_timeout_s is not None
+        delay_s = self.step_timeout_s
+        # A step that has not begun yet cannot be late before a whole timeout has passed.
+        while not self._watch_ended.wait(delay_s):
+            delay_s = self.step_timeout_s
+            with self._changed:
+                if self._step_started_s is None or self._is_stuck:
+                    continue
+                left_s = self._step_started_s + self.step_timeout_s - time.perf_counter()
+                if left_s > 0:
+                    delay_s = left_s
+                    continue
+                self._is_stuck = True
+                self.counters.step_timeouts += 1
+                tickets = list(self._tickets.values())
+                wakes = [self._end(ticket, self._stuck_error()) for ticket in tickets]
+                for ticket in tickets:
+                    self.inbox.put(("abort", ticket))
+                self._changed.notify_all()
+            logger.error("%s", self._stuck_error())
+            self._wake(wakes)
+
+    def _wake(self, waiters: Wakes) -> None:
+        """Resolves each future on its own event loop, with one call per loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        for waiter in waiters:
+            if waiter is not None:
+                by_loop.setdefault(waiter.get_loop(), []).append(waiter)
+        for loop, futures in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_resolve, futures)
+            except RuntimeError:  # the loop was closed; its streams abort when they are collected
+                logger.debug(
+                    "an event loop was closed while it waited for %d streams", len(futures)
+                )
+
+
+def _resolve(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+
+
+def _describe(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _with_cause(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+_LIVE: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that returns from native code into an interpreter that is gone would abort the process."""
+    for thread in list(_LIVE):
+        thread.close(drain=False, timeout_s=0.0, wait_s=_EXIT_WAIT_S)
