@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -39,6 +38,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moejet import atomic_file
+from moejet.atomic_file import Abandoned, read_all, replace_atomically, reserve, write_all
 from moejet.config import EngineConfig, ModelConfig, env_cache_dir
 from moejet.extension import load_extension
 from moejet.weights.gguf import list_shards
@@ -46,7 +47,6 @@ from moejet.weights.gguf import list_shards
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".packed"
-_TEMPORARY = ".tmp"
 _MAGIC = b"moejet-packed\n\0\0"
 _PREFIX = struct.Struct("<16sQQ")
 _ALIGNMENT = 4096
@@ -54,7 +54,7 @@ _MAX_HEADER_BYTES = 64 << 20
 _WRITE_BYTES = 64 << 20
 # Weights that are read and packed in less time than a file is worth.
 MIN_BYTES = 256 << 20
-_FREE_BYTES = 1 << 30  # of the disk, that stay free
+FREE_BYTES = 1 << 30  # of the disk, that stay free
 
 
 class Packed(Protocol):
@@ -132,37 +132,23 @@ class CacheFile:
 
     def write(self, state: State, stop: threading.Event | None = None) -> bool:
         """Writes the file; False, with a warning, if the disk has no room or refuses, or if `stop` is set meanwhile."""
-        temporary = self.path.with_name(
-            f"{self.path.name}.{os.getpid()}-{threading.get_ident()}{_TEMPORARY}"
-        )
         start = time.perf_counter()
+        num_bytes = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             sweep(self.path.parent)
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        except OSError as error:
-            logger.warning("packed weights are not cached: %s", error)
-            return False
-        done = False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            num_bytes = self._write(fd, state, stop)
-            if num_bytes == 0:
-                return False
-            os.fsync(fd)
-            os.rename(temporary, self.path)
-            done = True
-            _sync_directory(self.path.parent)
+            with replace_atomically(self.path) as fd:
+                num_bytes = self._write(fd, state, stop)
+                if num_bytes == 0:
+                    raise Abandoned
         except OSError as error:
             reason = error.strerror or str(error)
             if error.errno == errno.ENOSPC:
                 reason = f"no room on the disk of {self.path.parent} (set MOEJET_CACHE to another)"
             logger.warning("packed weights are not cached: %s", reason)
             return False
-        finally:
-            if not done:
-                temporary.unlink(missing_ok=True)
-            os.close(fd)
+        if num_bytes == 0:
+            return False
         elapsed = time.perf_counter() - start
         logger.info("cached %.2f GiB in %s (%.1f s)", num_bytes / 2**30, self.path, elapsed)
         return True
@@ -175,23 +161,19 @@ class CacheFile:
         for i, blob in enumerate(blobs):
             blobs[i] = dataclasses.replace(blob, offset=offset)
             offset = _aligned(offset + blob.nbytes)
-        free = os.fstatvfs(fd)
-        if free.f_bavail * free.f_frsize < offset + _FREE_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        # Takes the room at once: a full disk shows now, not in the middle.
-        os.posix_fallocate(fd, 0, offset)
+        reserve(fd, offset, keep_free=FREE_BYTES)
         checksum = load_extension().checksum
         for i, (_, part) in enumerate(parts):
             view = part.data
             for begin in range(0, part.nbytes, _WRITE_BYTES):
                 if stop is not None and stop.is_set():
                     return 0
-                _write_all(fd, view[begin : begin + _WRITE_BYTES], blobs[i].offset + begin)
+                write_all(fd, view[begin : begin + _WRITE_BYTES], blobs[i].offset + begin)
             blobs[i] = dataclasses.replace(blobs[i], checksum=f"{checksum(part):016x}")
         os.fsync(fd)
         # The header comes last: without it the file is nothing, whatever a crash leaves.
         header = self._header(blobs, offset)
-        _write_all(fd, memoryview(_PREFIX.pack(_MAGIC, len(header), checksum(header)) + header), 0)
+        write_all(fd, memoryview(_PREFIX.pack(_MAGIC, len(header), checksum(header)) + header), 0)
         return offset
 
     def _header(self, blobs: list[Blob], file_bytes: int) -> bytes:
@@ -314,22 +296,7 @@ def cache_files(directory: Path) -> list[Path]:
 
 def abandoned_files(directory: Path) -> list[Path]:
     """Temporary files whose writer is dead."""
-    found = []
-    for file in directory.glob(f"*{SUFFIX}.*{_TEMPORARY}") if directory.is_dir() else ():
-        try:
-            fd = os.open(file, os.O_RDWR)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A writer takes the lock right after it has created the file.
-            if time.time() - os.fstat(fd).st_mtime > 2:
-                found.append(file)
-        except OSError:
-            pass  # its writer lives
-        finally:
-            os.close(fd)
-    return found
+    return atomic_file.abandoned_files(directory, SUFFIX)
 
 
 def sweep(directory: Path) -> list[Path]:
@@ -372,19 +339,10 @@ def _fill(fd: int, state: State, blobs: dict[str, Blob]) -> None:
 
 
 def _read_into(fd: int, target: NDArray[Any], blob: Blob) -> None:
-    view = target.data
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done:]], blob.offset + done)
-        if count == 0:
-            raise ValueError(f"it ends within {blob.name}")
-        done += count
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
+    try:
+        read_all(fd, target.data, blob.offset)
+    except ValueError as error:
+        raise ValueError(f"{blob.name}: {error}") from error
 
 
 def _aligned(offset: int) -> int:
@@ -393,11 +351,3 @@ def _aligned(offset: int) -> int:
 
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
