@@ -2,10 +2,15 @@
 
 import itertools
 import random
+from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from moejet.block_pool import BlockPool
+from moejet.prefix_store import PrefixStore
+from moejet.prefix_tier import PrefixTier
 from moejet.request import Request, RequestState, SamplingParams
 from moejet.scheduler import Scheduler
 
@@ -139,13 +144,49 @@ def test_random_schedules_finish_everything(seed):
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
 
 
+class Slots:
+    """A list of contexts kept as numbers in bytes [2 layers, blocks, 8 x block_size], which can go to disk."""
+
+    known: ClassVar[dict[tuple, int]] = {}
+    contexts: ClassVar[list[tuple]] = []
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.bytes = np.full((2, num_blocks, 8 * block_size), 255, np.uint8)
+        self.numbers = self.bytes.view(np.int64).reshape(2, -1)
+
+    def __setitem__(self, slot: int, context: tuple | None) -> None:
+        if context is not None and context not in self.known:
+            self.known[context] = len(self.contexts)
+            self.contexts.append(context)
+        number = -1 if context is None else self.known[context]
+        self.numbers[:, slot] = number, ~number
+
+    def __getitem__(self, slot: int) -> tuple | None:
+        number, inverted = self.numbers[:, slot].tolist()
+        assert number in (-1, ~inverted)
+        return self.contexts[number] if number >= 0 else None
+
+
 class Cache:
     """The latent cache as it would be: for every slot, the token whose latent is there and all tokens before it."""
 
     def __init__(self, scheduler: Scheduler):
         self.size = scheduler.pool.block_size
-        self.slots: list[tuple | None] = [None] * (scheduler.pool.num_blocks * self.size)
+        self.slots = Slots(scheduler.pool.num_blocks, self.size)
         self.num_computed = 0
+
+    def store_in(self, directory: Path, scheduler: Scheduler, max_bytes: int) -> PrefixTier:
+        """Puts a disk behind the scheduler's pool."""
+        store = PrefixStore(
+            directory,
+            model="m",
+            fingerprint=f"{self.size:020x}",
+            block_bytes=16 * self.size,
+            max_bytes=max_bytes,
+        )
+        tier = PrefixTier(store, scheduler.pool, self.slots.bytes, min_tokens=self.size)
+        scheduler.store = tier
+        return tier
 
     def run(self, batch) -> None:
         for source, target in batch.block_copies:
@@ -340,7 +381,40 @@ def test_prompts_leave_room_for_those_that_decode():
 @pytest.mark.parametrize("seed", range(60))
 def test_random_sharing_never_mixes_contexts(seed):
     """Few distinct prompts, forks, priorities, aborts, in a pool too small for them, against a model of the cache."""
+    _run_randomly(random.Random(seed), None)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_sharing_with_a_disk_behind_the_pool(seed, tmp_path):
+    """As above, over several starts, with segments that vanish, are damaged, or exceed the limit."""
     rng = random.Random(seed)
+    state = rng.getstate()
+    num_read = 0
+    for _ in range(3):
+        rng.setstate(state)  # the same prompts
+        num_read += _run_randomly(rng, tmp_path, chaos=random.Random(rng.random()))
+    assert num_read > 0
+
+
+def _spoil(rng, directory):
+    """Something happens to a file of the store."""
+    files = sorted(directory.glob("*/*.blocks"))
+    if not files:
+        return
+    file = rng.choice(files)
+    raw = bytearray(file.read_bytes())
+    kind = rng.choice(["vanish", "flip", "cut", "grow", "empty"])
+    if kind == "vanish":
+        file.unlink()
+        return
+    if kind == "flip" and raw:
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    # Sizes change in place, as a broken disk would do it.
+    file.write_bytes({"cut": raw[: len(raw) // 2], "grow": raw + b"x", "empty": b""}.get(kind, raw))
+
+
+def _run_randomly(rng, directory, chaos=None) -> int:
+    """Returns how many blocks were read from disk."""
     scheduler = Scheduler(
         BlockPool(rng.randint(8, 24), size := rng.choice([1, 2, 4, 5])),
         max_batch_tokens=rng.randint(3, 40),
@@ -349,6 +423,20 @@ def test_random_sharing_never_mixes_contexts(seed):
     )
     capacity = scheduler.pool.num_blocks * size
     cache = Cache(scheduler)
+    num_read = 0
+    if directory is not None:
+        tier = cache.store_in(directory, scheduler, chaos.choice([300_000, 10_000_000]))
+        original = tier.read
+
+        def read(*args) -> int:
+            nonlocal num_read
+            count = original(*args)
+            num_read += count
+            return count
+
+        tier.read = read
+        tier.read_seconds = lambda n: n * chaos.choice([1e-9, 0.009])
+        scheduler._seconds_per_token = 1.0
     trunk = [rng.randint(0, 2) for _ in range(capacity)]
     made, pending = [], 25
 
@@ -375,6 +463,10 @@ def test_random_sharing_never_mixes_contexts(seed):
             scheduler.finish(rng.choice(scheduler.running), "abort")
         if scheduler.waiting and rng.random() < 0.02:
             scheduler.finish(rng.choice(scheduler.waiting), "abort")
+        if directory is not None and chaos.random() < 0.03:
+            tier.flush()
+        if directory is not None and chaos.random() < 0.02:
+            _spoil(chaos, directory)
         scheduler.check_integrity()
         batch = scheduler.schedule()
         scheduler.check_integrity()
@@ -392,3 +484,6 @@ def test_random_sharing_never_mixes_contexts(seed):
                 scheduler.finish(request, "length")
     assert all(r.state is RequestState.FINISHED for r in made)
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
+    if directory is not None:
+        tier.close()
+    return num_read

@@ -7,8 +7,12 @@ a request whose tokens have the same hash takes it instead of computing it again
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+
+DIGEST_BYTES = 16
 
 
 class BlockPool:
@@ -29,6 +33,7 @@ class BlockPool:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._by_hash: dict[bytes, int] = {}
         self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._generations = [0] * num_blocks
 
     @property
     def num_free(self) -> int:
@@ -104,6 +109,10 @@ class BlockPool:
         self._hash_of[block] = digest
         return True
 
+    def generation(self, block: int) -> int:
+        """Changes before a block gets other contents. Any thread may ask."""
+        return self._generations[block]
+
     def forget_all(self) -> None:
         """No block can be found any more; idle ones become unused."""
         for digest, block in self._by_hash.items():
@@ -141,4 +150,16 @@ class BlockPool:
             del self._by_hash[digest]
             self._hash_of[block] = None
         self._references[block] = 1
+        self._generations[block] += 1
         return block
+
+
+def extend_hashes(
+    hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int
+) -> list[bytes]:
+    """Appends the hashes of full blocks that `hashes` lacks: a chain, each one covers all tokens before it."""
+    for begin in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
+        parent = hashes[-1] if hashes else root
+        tokens = array("q", token_ids[begin : begin + block_size]).tobytes()
+        hashes.append(hashlib.blake2b(parent + tokens, digest_size=DIGEST_BYTES).digest())
+    return hashes

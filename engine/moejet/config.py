@@ -460,6 +460,9 @@ class EngineConfig:
     max_batch_tokens: tokens per step, so also the prefill chunk · max_mixed_tokens: of these, how many may be prompts
     while other requests generate, which wait for them · block_size: tokens per cache block
     prefix_caching: keep what was computed and use it again for requests that begin alike
+    prefix_disk_gib: keep it on disk as well, up to so many GiB in all, for the next start and for other processes
+    (0: do not) · prefix_dir: where (None: prefix in the directory of MOEJET_CACHE)
+    prefix_min_tokens: shorter contexts do not go to disk
     cache_tokens: capacity of the latent cache (None: max_context, or 8192 if that is more)
     packed_cache: keep packed weights on disk for the next start ("auto": if they are large; "verify": compare checksums
     on loading; MOEJET_CACHE says where) · num_threads: CPU workers (None: physical cores that this process may use)
@@ -482,6 +485,9 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     max_mixed_tokens: int = 256
     prefix_caching: bool = True
+    prefix_disk_gib: float = 0.0
+    prefix_dir: str | Path | None = None
+    prefix_min_tokens: int = 256
     cache_tokens: int | None = None
     block_size: int = 32
     packed_cache: PackedCache = "auto"
@@ -533,8 +539,12 @@ class EngineConfig:
         _require_choice("packed_cache", self.packed_cache, get_args(PackedCache))
         _require_choice("arithmetic", self.arithmetic, ARITHMETICS)
         _require_choice("isa", self.isa, ("auto", *ISAS, "amx_emulated"))
-        for name in ("max_num_requests", "max_batch_tokens", "max_mixed_tokens", "block_size"):
+        for name in (
+            *("max_num_requests", "max_batch_tokens", "max_mixed_tokens", "block_size"),
+            "prefix_min_tokens",
+        ):
             _require_positive(name, getattr(self, name))
+        self._check_prefix_disk()
         for name in ("max_context", "cache_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
@@ -548,6 +558,16 @@ class EngineConfig:
             )
         if self.seed is not None and not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be an integer")
+
+    def _check_prefix_disk(self) -> None:
+        gib, where = self.prefix_disk_gib, self.prefix_dir
+        is_number = isinstance(gib, int | float) and not isinstance(gib, bool)
+        if not is_number or not 0 <= gib < math.inf:
+            raise ValueError(f"prefix_disk_gib={gib!r} must be a number of GiB, 0 or more")
+        if where is not None and (not isinstance(where, str | Path) or not str(where)):
+            raise ValueError(f"prefix_dir={where!r} must be a directory")
+        if gib and not self.prefix_caching:
+            raise ValueError(f"prefix_disk_gib={gib!r} needs prefix_caching=True")
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from moejet.batch import Batch
 from moejet.block_pool import BlockPool
@@ -71,6 +72,7 @@ class Engine:
         self.max_context = max_context
         self.block_pool = block_pool
         self.default_params = SamplingParams()
+        self.prefix_key: dict[str, Any] = {}  # what decides about a prefix's latents
         self.on_close: Callable[[], None] = lambda: None
         self.on_scheduled: Callable[[Batch], None] = lambda batch: None
         self.scheduler = Scheduler(

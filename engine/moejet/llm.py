@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 
+from moejet import session
 from moejet.batch import Batch
 from moejet.branch import Branch, Segment, Until, advance
 from moejet.config import EngineConfig, ModelConfig
@@ -28,6 +29,7 @@ from moejet.model_cost import ModelCost
 from moejet.presets import PRESETS
 from moejet.request import RequestOutput, SamplingParams, StreamDelta
 from moejet.sampler import BadLogitsError
+from moejet.session import Session
 from moejet.timing import step_overhead, time_decode, time_prefill
 from moejet.tokenizer import Tokenizer
 
@@ -179,6 +181,34 @@ class LLM:
         self._check_score_input(ids)
         with self.exclusive():
             return self._score(ids)
+
+    def save_session(
+        self, path: str | Path, conversation: Sequence[Message] | Sequence[int]
+    ) -> Session:
+        """Writes the latents of a conversation, given as messages or token ids, to one file, atomically.
+
+        What is not in the cache any more is computed. After `load_session` the next turn computes only what is new.
+        """
+        messages = None
+        if conversation and all(isinstance(item, Mapping) for item in conversation):
+            messages = cast(Sequence[Message], conversation)
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        else:
+            tokens = self._tokenise(conversation)[1]
+        with self._exclusive() as engine:
+            if not self.config.prefix_caching:
+                raise ValueError("sessions need prefix_caching=True")
+            self._run_all([(None, tokens)], SamplingParams(temperature=0.0, max_tokens=1))
+            return session.save(engine, Path(path), tokens, messages)
+
+    def load_session(self, path: str | Path) -> Session:
+        """Reads a saved conversation into the cache and returns it.
+
+        Raises ValueError, naming what differs, if it was saved with another model or other settings, or is damaged.
+        """
+        with self._exclusive() as engine:
+            return session.load(engine, Path(path))
 
     @property
     def cost(self) -> ModelCost:

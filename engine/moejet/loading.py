@@ -21,6 +21,7 @@ from moejet.layers.linear import DenseWeights
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.plan import GIB, PROCESS_BYTES, Machine, make_plan
+from moejet.prefix_tier import attach_prefixes, prefix_directory
 from moejet.request import SamplingParams
 from moejet.runner import ModelRunner
 from moejet.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ from moejet.weights.packed_cache import (
     CacheFile,
     cache_directory,
     cache_key,
+    weights_key,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ def load_engine(config: EngineConfig) -> Engine:
     engine = _create_engine(config, model_config, tokenizer)
     try:
         _load(engine, path, checkpoint)
+        attach_prefixes(engine, _weights_key(engine, path))
     except BaseException:
         engine.close()
         raise
@@ -110,10 +113,12 @@ def _cache_file(engine: Engine, path: Path) -> CacheFile | None:
     cost = ModelCost.of(engine.model_config, config)
     if config.packed_cache == "auto" and cost.weight_bytes < MIN_CACHED_BYTES:
         return None
+    return CacheFile(directory, config.model, _weights_key(engine, path))
+
+
+def _weights_key(engine: Engine, path: Path) -> dict[str, Any]:
     num_nodes = len(engine.runner.pool.memory_nodes)
-    return CacheFile(
-        directory, config.model, cache_key(path, config, engine.model_config, num_nodes)
-    )
+    return cache_key(path, engine.config, engine.model_config, num_nodes)
 
 
 def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
@@ -127,6 +132,13 @@ def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
             spec.load(_random_weight(name, spec.shape, generator))
     for layer, moe in enumerate(model.moe_layers):
         moe.experts.fill_random(seed=layer + 1)
+    num_nodes = len(engine.runner.pool.memory_nodes)
+    sources: list[Any] = [["synthetic", config.seed or 0]]
+    try:
+        attach_prefixes(engine, weights_key(sources, config, model_config, num_nodes))
+    except BaseException:
+        engine.close()
+        raise
     return engine
 
 
@@ -134,6 +146,8 @@ def _create_engine(
     config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer | None
 ) -> Engine:
     max_context, num_blocks = plan_cache(config, model_config)
+    if config.prefix_disk_gib:
+        prefix_directory(config)
     check_memory(config, model_config, num_blocks * config.block_size)
     pool = create_pool(config.num_threads)
     isa = resolve_isa(config.isa)

@@ -281,6 +281,7 @@ class Request:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    num_offered_blocks: int = 0  # that a store behind the pool has been told of
     num_cached_tokens: int = 0  # of the prompt, that were found when it first ran
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None

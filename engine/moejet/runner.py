@@ -35,6 +35,7 @@ class ModelRunner:
     ):
         self.model = model
         self.pool = dense.pool
+        self.isa = dense.isa
         shape = (
             model_config.num_hidden_layers,
             num_blocks,

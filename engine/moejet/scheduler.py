@@ -7,28 +7,63 @@ are kept, and what nobody needed meanwhile is found again by its hash.
 
 Blocks are shared in two ways. A full block is found by the hash of all tokens up to its end (`BlockPool`), so equal
 prompts are computed once. A fork takes its parent's table as it is; who writes into a shared block first gets a copy.
+What is not in the pool may be in a store behind it: such blocks are read when their request is admitted, all at once if
+nothing else runs, otherwise a few per step.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from array import array
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from moejet.batch import Batch
-from moejet.block_pool import BlockPool
+from moejet.block_pool import BlockPool, extend_hashes
 from moejet.request import FinishReason, Request, RequestState
 
-_DIGEST_BYTES = 16
+_READ_SECONDS = 0.02  # of a step that computes for others
+_MIN_TIMED_TOKENS = 64  # a step with fewer says little about the speed of prompts
+
+
+class BlockStore(Protocol):
+    """Where full blocks outlive the pool, such as `PrefixTier`."""
+
+    @property
+    def min_tokens(self) -> int:
+        """Contexts shorter than this are not offered."""
+
+    def offer(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
+        """Notes that these blocks are full."""
+
+    def count(self, digests: Sequence[bytes]) -> int:
+        """How many of these, from the first on, could be read."""
+
+    def read(self, digests: Sequence[bytes], blocks: Sequence[int]) -> int:
+        """Fills blocks from the first on; returns how many."""
+
+    def read_seconds(self, num_blocks: int) -> float:
+        """How long that will take."""
+
+    def expect_faster(self) -> None:
+        """Makes a read more likely that was not worth it."""
+
+
+@dataclass(slots=True)
+class _Read:
+    """Blocks that a request still has to read; counts: into its cached tokens."""
+
+    num_blocks: int
+    counts: bool
 
 
 class Scheduler:
     """Owns the queues and the blocks. Not thread-safe: the engine calls it from one thread.
 
     max_mixed_tokens: of a step's tokens, how many may be prompts while other requests decode; they wait for the whole
-    step · root: what the hash of a first block starts from; None switches prefix reuse off.
+    step · root: what the hash of a first block starts from; None switches prefix reuse off
+    store: may be set before the first request
     """
 
     def __init__(
@@ -50,6 +85,10 @@ class Scheduler:
         self.held: list[Request] = []  # branches that do not run, those longest idle first
         self.num_preemptions = 0
         self.num_found_tokens = 0
+        self.store: BlockStore | None = None
+        self._reads: dict[Request, _Read] = {}
+        self._seconds_per_token = 0.0  # of prompts; 0: not known yet
+        self._scheduled_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -101,6 +140,8 @@ class Scheduler:
         for request in sorted(self.running, key=_tokens_missing):
             if request.state is not RequestState.RUNNING:
                 continue
+            if not self._read(request, step):
+                continue
             query_len = step.share(_tokens_missing(request))
             if query_len == 0 or not self._make_room(request, query_len, step):
                 continue
@@ -110,11 +151,15 @@ class Scheduler:
             return None
         batch = Batch.build(step.requests, step.query_lens, block_size=self.pool.block_size)
         batch.block_copies = step.copies
+        self._scheduled_s = time.perf_counter()
         return batch
 
     def advance(self, batch: Batch) -> None:
         """Records that the batch's tokens are in the cache; full blocks can be found from now on."""
         size = self.pool.block_size
+        if batch.num_tokens >= _MIN_TIMED_TOKENS:
+            seconds = (time.perf_counter() - self._scheduled_s) / batch.num_tokens
+            self._seconds_per_token = 0.5 * (seconds + (self._seconds_per_token or seconds))
         for request, query_len in zip(batch.requests, batch.query_lens, strict=True):
             first = request.num_computed_tokens // size
             request.num_computed_tokens += query_len
@@ -122,6 +167,7 @@ class Scheduler:
                 continue
             for index in range(first, request.num_computed_tokens // size):
                 self.pool.register(request.block_table[index], self._hashes(request)[index])
+            self._offer(request)
 
     def finish(
         self, request: Request, reason: FinishReason, stop_reason: str | int | None = None
@@ -133,6 +179,7 @@ class Scheduler:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+        self._reads.pop(request, None)
         if request.is_branch:
             self.held.append(request)
         else:
@@ -180,11 +227,14 @@ class Scheduler:
                     request.num_cached_tokens = request.num_computed_tokens
             self.waiting.remove(request)
             request.state = RequestState.RUNNING
+            self._plan_read(request)
             request.first_scheduled_s = request.first_scheduled_s or time.perf_counter()
             self.running.append(request)
-            has_room = self._make_room(request, query_len, step)
-            assert has_room, f"{request.request_id=} {query_len=}"
-            step.take(request, query_len)
+            if self._read(request, step):
+                query_len = step.share(_tokens_missing(request))
+                has_room = self._make_room(request, query_len, step)
+                assert has_room, f"{request.request_id=} {query_len=}"
+                step.take(request, query_len)
             if self.root is not None:
                 size = self.pool.block_size
                 being_computed.update(self._hashes(request)[request.num_computed_tokens // size :])
@@ -220,12 +270,67 @@ class Scheduler:
     def _hashes(self, request: Request) -> list[bytes]:
         """Of every full block of its tokens: a chain, each one covers all tokens before it."""
         assert self.root is not None, "prefix reuse is off"
-        hashes, size = request.block_hashes, self.pool.block_size
-        for begin in range(len(hashes) * size, len(request.token_ids) - size + 1, size):
-            parent = hashes[-1] if hashes else self.root
-            tokens = array("q", request.token_ids[begin : begin + size]).tobytes()
-            hashes.append(hashlib.blake2b(parent + tokens, digest_size=_DIGEST_BYTES).digest())
-        return hashes
+        return extend_hashes(
+            request.block_hashes, self.root, request.token_ids, self.pool.block_size
+        )
+
+    def _offer(self, request: Request) -> None:
+        """Names to the store the full blocks that it has not heard of from this request."""
+        if self.store is None or request.num_computed_tokens < self.store.min_tokens:
+            return
+        first, end = request.num_offered_blocks, request.num_computed_tokens // self.pool.block_size
+        if first < end:
+            blocks, hashes = request.block_table[first:end], self._hashes(request)[first:end]
+            self.store.offer(blocks, hashes)
+            request.num_offered_blocks = end
+
+    def _plan_read(self, request: Request) -> None:
+        """Decides how many blocks to read behind those that were found; one token is left to compute."""
+        size = self.pool.block_size
+        if self.store is None or self.root is None or request.num_computed_tokens % size:
+            return
+        first, end = request.num_computed_tokens // size, (len(request.token_ids) - 1) // size
+        count = self.store.count(self._hashes(request)[first:end])
+        if count == 0:
+            return
+        compute_seconds = count * size * self._seconds_per_token
+        if self._seconds_per_token and self.store.read_seconds(count) > compute_seconds:
+            self.store.expect_faster()
+        else:
+            self._reads[request] = _Read(count, counts=not request.first_scheduled_s)
+
+    def _read(self, request: Request, step: _Step) -> bool:
+        """Reads what was planned; False if the request has to wait for the next step."""
+        read = self._reads.get(request)
+        if read is None:
+            return True
+        assert self.store is not None
+        if step.copies:
+            return (
+                False  # a block to be copied later in this step could be the one that is read into
+            )
+        first, count = len(request.block_table), read.num_blocks
+        if step.requests:
+            affordable = int(_READ_SECONDS / self.store.read_seconds(1))
+            count = min(count, max(1, affordable))
+        end = (first + count) * self.pool.block_size
+        if not self._until_free(request, step, lambda: self.pool.extend(request.block_table, end)):
+            return False
+        hashes = self._hashes(request)[first : first + count]
+        done = self.store.read(hashes, request.block_table[first:])
+        missed = request.block_table[first + done :]
+        del request.block_table[first + done :]
+        self.pool.release(missed)
+        for block, digest in zip(request.block_table[first:], hashes, strict=False):
+            self.pool.register(block, digest)
+        num_tokens = done * self.pool.block_size
+        request.num_computed_tokens += num_tokens
+        request.num_cached_tokens += num_tokens if read.counts else 0
+        read.num_blocks -= done
+        if done == count and read.num_blocks:
+            return False
+        del self._reads[request]
+        return True
 
     def _blocks_promised(self) -> int:
         """Blocks that running requests still need for tokens they already have."""
@@ -267,6 +372,7 @@ class Scheduler:
             if victim is request and step.requests:
                 return False  # what is scheduled will free its blocks; the work done so far is kept
             assert victim is not request or len(self.running) > 1, "one request exceeds the cache"
+            step.drop_copies(victim)
             self._preempt(victim)
             if victim is request:
                 return False
@@ -295,6 +401,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
         self.running.remove(request)
+        self._reads.pop(request, None)
         self.pool.release(request.block_table)
         request.num_computed_tokens = 0
         request.state = RequestState.WAITING
@@ -321,6 +428,10 @@ class _Step:
         if self._num_decoding:
             left = min(left, self.max_mixed_tokens - self._num_prompt_tokens)
         return max(0, min(missing, left))
+
+    def drop_copies(self, request: Request) -> None:
+        """Forgets copies into blocks that a request is about to lose."""
+        self.copies = [copy for copy in self.copies if copy[1] not in request.block_table]
 
     def take(self, request: Request, query_len: int) -> None:
         if _tokens_missing(request) == 1:

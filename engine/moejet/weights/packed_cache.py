@@ -227,9 +227,17 @@ def cache_key(
     files = list_shards(root) if root.is_file() else sorted(root.iterdir())
     weights = [f for f in files if f.suffix in (".safetensors", ".gguf")]
     stats = [(file.name, file.stat()) for file in weights]
+    sources: list[Any] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return weights_key(sources, config, model_config, num_nodes)
+
+
+def weights_key(
+    sources: list[Any], config: EngineConfig, model_config: ModelConfig, num_nodes: int
+) -> dict[str, Any]:
+    """`cache_key` of weights that come from `sources`."""
     key = {
         "layout": load_extension().PACK_LAYOUT_VERSION,
-        "sources": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+        "sources": sources,
         "model": dataclasses.asdict(model_config),
         "expert_format": config.expert_format,
         "dense_format": config.dense_format,
