@@ -21,6 +21,7 @@ import torch
 
 from moejet import LLM, SamplingParams, block_file, prefix_tier
 from moejet.block_pool import BlockPool
+from moejet.cli.main import main
 from moejet.config import EngineConfig
 from moejet.prefix_store import PrefixStore, segments
 from moejet.prefix_tier import PrefixTier
@@ -523,3 +524,37 @@ def test_a_store_needs_a_place_and_room(model: Path, tmp_path: Path) -> None:
         LLM(model, prefix_disk_gib=1)
     with pytest.raises(ValueError, match="does not hold two blocks"):
         LLM(model, prefix_disk_gib=1e-9, prefix_dir=tmp_path)
+
+
+def test_cache_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MOEJET_CACHE", str(tmp_path))
+    for block_size in (8, 16):
+        with LLM(model, **{**OPTIONS, "block_size": block_size}, prefix_disk_gib=1) as llm:
+            for seed in range(3):
+                run(llm, prompt(seed))
+                llm.engine.scheduler.store.flush()
+    assert main(["cache", "list", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [e["format"] for e in entries] == ["prefixes"] * 2
+    assert {e["model"] for e in entries} == {model.name}
+    assert main(["cache", "verify"]) == 0
+    assert capsys.readouterr().out.count(": sound") == 2
+    first = sorted(Path(entries[0]["file"]).iterdir())[0]
+    raw = bytearray(first.read_bytes())
+    raw[-9] ^= 1
+    first.write_bytes(raw)
+    dead = first.with_name("x.blocks.1-1.tmp")
+    dead.write_bytes(b"x")
+    os.utime(dead, (1, 1))
+    assert main(["cache", "verify"]) == 1
+    assert "is damaged" in capsys.readouterr().err
+    assert not first.exists()
+    assert main(["cache", "prune"]) == 0
+    assert not dead.exists()
+    assert len(segments(tmp_path / "prefix")) == 5
+    assert main(["cache", "prune", "--all", "--dry-run"]) == 0
+    assert len(segments(tmp_path / "prefix")) == 5
+    assert main(["cache", "prune", "--all"]) == 0
+    assert sorted(p.name for p in (tmp_path / "prefix").iterdir()) == [".lock"]

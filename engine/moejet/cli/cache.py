@@ -1,5 +1,6 @@
-"""`moejet cache`: packed weights on disk, listed, checked, removed.
+"""`moejet cache`: packed weights and prefixes on disk, listed, checked, removed.
 
+Prefixes are blocks of the latent cache, many files per model and setting, which make one entry here.
 Exit code of verify: 0 if all files are sound, 1 if one is damaged (it is then removed).
 """
 
@@ -8,9 +9,11 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from moejet import atomic_file, block_file, prefix_store
 from moejet.cli.table import write_table
 from moejet.weights import packed_cache
 
@@ -42,7 +45,9 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError("MOEJET_CACHE='off' switches the cache off: unset it, or name a directory")
     if args.keep is not None and not 0 <= args.keep < float("inf"):
         raise ValueError(f"--keep={args.keep} must be a number of GiB, 0 or more")
-    entries = [e for e in _entries(directory) if args.model is None or args.model in e["model"]]
+    found = [*_entries(directory), *_prefixes(directory / "prefix")]
+    entries = [e for e in found if args.model is None or args.model in e["model"]]
+    entries.sort(key=lambda e: e["used"])
     if args.action == "list":
         return _list(directory, entries, as_json=args.json)
     if args.action == "verify":
@@ -73,6 +78,29 @@ def _entries(directory: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def _prefixes(root: Path) -> list[dict[str, Any]]:
+    """One entry for each directory of segments."""
+    entries = []
+    for directory in prefix_store.segment_directories(root):
+        found = [entry for entry in prefix_store.segments(root) if entry[0].parent == directory]
+        entries.append(
+            {
+                "file": str(directory),
+                "model": directory.name.rpartition("-")[0],
+                "gib": sum(size for _, size, _ in found) / 2**30,
+                "used": max((used for _, _, used in found), default=0) / 1e9,
+                "format": "prefixes",
+                "problem": "" if found else "empty",
+            }
+        )
+    return entries
+
+
+def _files_of(entry: dict[str, Any]) -> list[Path]:
+    path = Path(entry["file"])
+    return sorted(path.glob(f"*{prefix_store.SUFFIX}")) if entry["format"] == "prefixes" else [path]
+
+
 def _header(file: Path) -> packed_cache.Header:
     fd = os.open(file, os.O_RDONLY)
     try:
@@ -98,7 +126,7 @@ def _list(directory: Path, entries: list[dict[str, Any]], *, as_json: bool) -> i
     )
     total = sum(e["gib"] for e in entries)
     print(f"{directory}: {len(entries)} files, {total:.2f} GiB")
-    leftover = packed_cache.abandoned_files(directory)
+    leftover = _abandoned(directory)
     if leftover:
         size = sum(f.stat().st_blocks * 512 for f in leftover) / 2**30
         print(f"interrupted writers left {len(leftover)} files, {size:.2f} GiB: moejet cache prune")
@@ -108,20 +136,38 @@ def _list(directory: Path, entries: list[dict[str, Any]], *, as_json: bool) -> i
 def _verify(entries: list[dict[str, Any]]) -> int:
     damaged = 0
     for entry in entries:
-        file = Path(entry["file"])
-        try:
-            fd = os.open(file, os.O_RDONLY)
+        was_damaged = damaged
+        for file in _files_of(entry):
             try:
-                packed_cache.verify_blobs(fd, packed_cache.read_header(fd))
-            finally:
-                os.close(fd)
-        except ValueError as error:
-            damaged += 1
-            file.unlink(missing_ok=True)
-            print(f"{file}: {error}; removed, the next start writes it again", file=sys.stderr)
-        else:
-            print(f"{file}: sound")
+                if entry["format"] == "prefixes":
+                    block_file.verify(file)
+                else:
+                    _verify_weights(file)
+            except FileNotFoundError:
+                pass  # its owner removed it meanwhile
+            except ValueError as error:
+                damaged += 1
+                file.unlink(missing_ok=True)
+                print(f"{file}: {error}; removed, it will be written again", file=sys.stderr)
+        if damaged == was_damaged:
+            print(f"{entry['file']}: sound")
     return 1 if damaged else 0
+
+
+def _verify_weights(file: Path) -> None:
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        packed_cache.verify_blobs(fd, packed_cache.read_header(fd))
+    finally:
+        os.close(fd)
+
+
+def _abandoned(directory: Path) -> list[Path]:
+    """What interrupted writers left."""
+    files = packed_cache.abandoned_files(directory)
+    for part in prefix_store.segment_directories(directory / "prefix"):
+        files += atomic_file.abandoned_files(part, prefix_store.SUFFIX)
+    return files
 
 
 def _prune(directory: Path, entries: list[dict[str, Any]], args: argparse.Namespace) -> int:
@@ -129,12 +175,16 @@ def _prune(directory: Path, entries: list[dict[str, Any]], args: argparse.Namesp
     rest = [e for e in entries if e not in chosen]
     while args.keep is not None and rest and sum(e["gib"] for e in rest) > args.keep:
         chosen.append(rest.pop(0))
-    files = [Path(e["file"]) for e in chosen] + packed_cache.abandoned_files(directory)
+    files = [file for e in chosen for file in _files_of(e)] + _abandoned(directory)
     freed = sum(f.stat().st_blocks * 512 for f in files) / 2**30
     for file in files:
         print(f"{'would remove' if args.dry_run else 'removed'} {file}")
         if not args.dry_run:
             file.unlink(missing_ok=True)
+    for entry in chosen:
+        if entry["format"] == "prefixes" and not args.dry_run:
+            with suppress(OSError):  # somebody wrote into it meanwhile
+                Path(entry["file"]).rmdir()
     print(f"{'would free' if args.dry_run else 'freed'} {freed:.2f} GiB")
     return 0
 

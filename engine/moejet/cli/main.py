@@ -24,7 +24,7 @@ COMMANDS = {
     "pull": ("moejet.cli.pull", "download a model, or check one that is here"),
     "bench": ("moejet.cli.bench", "measure tokens per second"),
     "plan": ("moejet.cli.plan", "say where the memory goes and how fast a model will be"),
-    "cache": ("moejet.cli.cache", "list, check or remove packed weights on disk"),
+    "cache": ("moejet.cli.cache", "list, check or remove packed weights and prefixes on disk"),
     "doctor": ("moejet.cli.doctor", "check this machine and this installation"),
 }
 # Second words that make another command of the first.

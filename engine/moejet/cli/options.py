@@ -62,6 +62,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "verify: compare checksums on loading; MOEJET_CACHE says where)",
     )
     group.add_argument(
+        "--prefix-disk-gib",
+        type=float,
+        metavar="GIB",
+        help="keep what was computed of long contexts on disk, up to GIB (default 0: do not)",
+    )
+    group.add_argument(
         "--max-context", type=int, metavar="N", help="room for prompt and answer, in tokens"
     )
     group.add_argument(
@@ -136,6 +142,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "expert_format",
         "dense_format",
         "packed_cache",
+        "prefix_disk_gib",
         "max_context",
         "num_threads",
         "isa",
