@@ -63,7 +63,7 @@ AttentionTask::AttentionTask(const AttentionWeights& weights, const KernelTable&
 
 void AttentionTask::begin(const AttentionCall& call) {
   call_ = call;
-  kernels_ = &table_.attention[call.cache_dtype == DType::kBf16 ? 1 : 0];
+  kernels_ = &table_.attention[call.cache_dtype == DType::kF32 ? 0 : 1];
   batch_.q = call.q;
   batch_.q_stride = call.q_stride;
   batch_.q_head_stride = call.q_head_stride;
@@ -72,6 +72,7 @@ void AttentionTask::begin(const AttentionCall& call) {
   batch_.out_head_stride = call.out_head_stride;
   batch_.cache = call.cache;
   batch_.cache_dtype = call.cache_dtype;
+  batch_.latent = latent_layout(batch_.rank, batch_.rope, dtype_bytes(call.cache_dtype));
   batch_.block_size = call.block_size;
   phase_ = Phase::kUnit;
   request_ = query_ = token_ = 0;
@@ -225,7 +226,7 @@ void AttentionTask::begin_expanded() {
   const int64_t scalar_bytes = kernels_->pair == 2 ? 2 : 4;
   const int64_t states = batch_.heads * round_up(block_.num_queries, kQueryBlock);
   const auto take = [&](Layout* layout) {
-    latents_ = layout->take<uint8_t>(keys * batch_.rank * dtype_bytes(batch_.cache_dtype));
+    latents_ = layout->take<uint8_t>(keys * batch_.rank * dtype_bytes(latents_dtype()));
     keys_ = layout->take<uint8_t>(keys * batch_.heads * batch_.nope * scalar_bytes);
     values_ = layout->take<uint8_t>(keys * batch_.heads * batch_.value * scalar_bytes);
     block_.packed_keys = layout->take<float>(
@@ -246,7 +247,7 @@ void AttentionTask::begin_block() {
   LinearCall rebuild{};
   rebuild.num_tokens = block_.num_keys;
   rebuild.x = latents_;
-  rebuild.x_dtype = batch_.cache_dtype;
+  rebuild.x_dtype = latents_dtype();
   rebuild.x_stride = batch_.rank;
   rebuild.x_matrix_stride = 0;
   rebuild.out_dtype = kernels_->pair == 2 ? DType::kBf16 : DType::kF32;
@@ -264,15 +265,18 @@ void AttentionTask::begin_block() {
 
 void AttentionTask::gather(int64_t item) {
   const int64_t begin = item * kGatherKeys;
-  const int64_t element = dtype_bytes(batch_.cache_dtype);
-  const int64_t bytes = batch_.rank * element;
+  const int64_t bytes = batch_.rank * dtype_bytes(latents_dtype());
   const uint8_t* cache = static_cast<const uint8_t*>(batch_.cache);
   for (int64_t t = begin; t < std::min(begin + kGatherKeys, block_.num_keys); ++t) {
     const int64_t key = block_.key_begin + t;
     const int64_t slot =
         block_.blocks[key / batch_.block_size] * batch_.block_size + key % batch_.block_size;
-    std::memcpy(latents_ + t * bytes, cache + slot * (batch_.rank + batch_.rope) * element,
-                static_cast<size_t>(bytes));
+    const uint8_t* row = cache + slot * batch_.latent.bytes;
+    if (batch_.cache_dtype == DType::kFp8) {
+      kernels_->decode(batch_, row, latents_ + t * bytes);
+    } else {
+      std::memcpy(latents_ + t * bytes, row, static_cast<size_t>(bytes));
+    }
   }
 }
 

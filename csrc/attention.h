@@ -1,6 +1,7 @@
 // Multi-head latent attention over the paged latent cache, as one task.
 //
-// The cache holds a row [c_kv | k_pe] per token. Either form of attention gives the same result:
+// The cache holds a row of c_kv and k_pe per token (latent_layout.h). Either form of attention
+// gives the same result:
 //   absorbed   queries move into latent space (W_UK^T q_nope); all heads share the latent rows as
 //              keys and values; results move back through W_UV. Long contexts are split, and the
 //              splits merged, so that one query keeps many threads busy.
@@ -54,8 +55,8 @@ struct AttentionCall {
   int64_t table_width;
   const float* q;  // [T, H, N + R], the rope part rotated; strides in elements
   int64_t q_stride, q_head_stride;
-  const void* cache;  // [blocks, block_size, C + R], fp32 or bf16, with the query tokens' rows
-  DType cache_dtype;
+  const void* cache;  // [blocks, block_size] rows of latent_layout.h, with the query tokens' rows
+  DType cache_dtype;  // fp32, bf16 or fp8
   int64_t block_size;
   float* out;  // [T, H, V]; strides in elements
   int64_t out_stride, out_head_stride;
@@ -111,6 +112,11 @@ class AttentionTask final : public Task {
   void begin_expanded();
   void begin_block();
   void gather(int64_t item);
+  // As in the cache; of fp8, what its kernels compute in.
+  DType latents_dtype() const {
+    if (batch_.cache_dtype != DType::kFp8) return batch_.cache_dtype;
+    return kernels_->pair == 2 ? DType::kBf16 : DType::kF32;
+  }
   void run_item(int64_t item, AttentionWorker* worker);
   const int64_t* blocks_of(int64_t request) const {
     return call_.block_tables + request * call_.table_width;
@@ -135,7 +141,7 @@ class AttentionTask final : public Task {
   int64_t wave_token_ = 0, wave_tokens_ = 0;
   // Expanded: the request.
   ExpandedBlock block_{};
-  uint8_t* latents_ = nullptr;  // [kContextBlock, rank], as in the cache
+  uint8_t* latents_ = nullptr;  // c_kv: [kContextBlock, rank] of latents_dtype()
   void *keys_ = nullptr, *values_ = nullptr;
   int64_t context_len_ = 0;
 };

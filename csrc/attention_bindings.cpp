@@ -81,15 +81,19 @@ std::string mla_attention_py(const LinearWeights& w_uk_transposed, const LinearW
   check_up_projection(w_uv, "w_uv", heads, w_uv.rows(), rank);
   const Tensor queries(q, "q"), cache(latent_cache, "latent_cache");
   const Tensor tables(block_tables, "block_tables"), result(out, "out", /*writable=*/true);
-  cache.expect_type({ElementType::kF32, ElementType::kBf16});
-  cache.expect_shape({{"blocks", -1}, {"block_size", -1}, {"C+R", -1}});
-  cache.expect_contiguous();
-  const int64_t rope = cache.dim(2) - rank;
+  cache.expect_type({ElementType::kF32, ElementType::kBf16, ElementType::kU8});
+  cache.expect_shape({{"blocks", -1}, {"block_size", -1}, {"row", -1}});
+  queries.expect_shape({{"T", -1}, {"H", heads}, {"N+R", -1}});
+  // A row of fp8 does not tell which part of it is k_pe.
+  const bool is_fp8 = cache.type() == ElementType::kU8;
+  const int64_t rope = is_fp8 ? queries.dim(2) - nope : cache.dim(2) - rank;
   if (rope < 0 || cache.dim(1) < 1) {
     throw py::value_error("latent_cache has block size " + std::to_string(cache.dim(1)) +
-                          " and rows of " + std::to_string(cache.dim(2)) +
-                          ": expected at least 1 and kv_lora_rank=" + std::to_string(rank));
+                          " and rows of " + std::to_string(cache.dim(2)) + ", q rows of " +
+                          std::to_string(queries.dim(2)) + ": expected at least 1, kv_lora_rank=" +
+                          std::to_string(rank) + " and qk_nope_head_dim=" + std::to_string(nope));
   }
+  check_latent_cache(cache, rank, rope);
   const int64_t tokens =
       check_requests(query_lens, context_lens, tables, cache.dim(0), cache.dim(1));
   queries.expect_type({ElementType::kF32});

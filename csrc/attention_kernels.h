@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "latent_layout.h"
+
 namespace moejet {
 
 enum class DType;
@@ -32,8 +34,9 @@ struct AttentionBatch {
   int64_t q_stride, q_head_stride;
   float* out;  // [T, heads, value]
   int64_t out_stride, out_head_stride;
-  const void* cache;  // [blocks, block_size, rank + rope]
-  DType cache_dtype;
+  const void* cache;  // [blocks, block_size] rows of latent_layout.h
+  DType cache_dtype;  // fp32, bf16 or fp8
+  LatentLayout latent;
   int64_t block_size;
 };
 
@@ -82,7 +85,7 @@ struct AttentionWorker {
   int64_t next_split;
 };
 
-// Kernels for one element type of the cache.
+// Kernels for one element type of the cache; fp8 rows are decoded to what those of bf16 compute in.
 struct AttentionKernels {
   int pair;       // values in one 4-byte element: 1 (fp32) or 2 (bf16)
   int dim_step;   // key rows are padded to this many values
@@ -100,6 +103,8 @@ struct AttentionKernels {
   // Queries [kQueryBlock * query_block, ...) of one head over the block's keys.
   void (*expanded)(const AttentionBatch& batch, const ExpandedBlock& block, int64_t head,
                    int64_t query_block, AttentionWorker* worker);
+  // Of an fp8 row: c_kv, as bf16 if pair is 2, else as fp32.
+  void (*decode)(const AttentionBatch& batch, const uint8_t* row, void* c_kv);
 
   int64_t row_elements(int64_t dims) const {
     return (dims + dim_step - 1) / dim_step * dim_step / pair;

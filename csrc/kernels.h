@@ -168,7 +168,7 @@ struct KernelTable {
   Isa isa;
   FormatKernels formats[kNumFormats];
   OpKernels ops;
-  AttentionKernels attention[2];  // by element type of the latent cache: fp32, bf16
+  AttentionKernels attention[2];  // by element type of the latent cache: fp32; bf16 and fp8
   // int4_g32 and int8 in int8 arithmetic on tiles; empty without tiles.
   FormatKernels int8_tiles[2] = {};
 };

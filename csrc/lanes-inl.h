@@ -48,6 +48,8 @@ constexpr int kWide = 4;
 using W = float __attribute__((vector_size(4 * kWide)));
 using WI = int32_t __attribute__((vector_size(4 * kWide)));
 using WU = uint32_t __attribute__((vector_size(4 * kWide)));
+using WideU16 = uint16_t __attribute__((vector_size(2 * kWide)));
+using WideU8 = uint8_t __attribute__((vector_size(kWide)));
 
 template <class V>
 union Parts {
@@ -75,6 +77,26 @@ inline I magnitude_bits(F v) { return (I)v & 0x7fffffff; }
 // Adding 1.5 * 2^23 leaves round(v) (ties to even) in the low mantissa bits, for |v| < 2^22.
 constexpr float kRoundMagic = 12582912.f;
 inline I round_lanes(F v) { return (I)(v + kRoundMagic) - 0x4b400000; }
+
+// The same of native width.
+inline WI wide_magnitude(W v) { return (WI)v & 0x7fffffff; }
+inline WI wide_round(W v) { return (WI)(v + kRoundMagic) - 0x4b400000; }
+
+// fp8: blocks whose largest magnitude is below this become zero: their scale would not be a normal
+// number.
+constexpr float kFp8MinAmax = 1e-30f;
+constexpr float kFp8Max = 448.f;
+
+// e4m3 codes of v, |v| <= 448 (1 + 2^-20), to nearest even.
+inline WideU8 fp8_codes(W v) {
+  const WI magnitude = wide_magnitude(v);
+  const WI rounded = (magnitude + 0x7ffff + ((magnitude >> 20) & 1)) >> 20;
+  const WI normal = rounded - (120 << 3);
+  const WI subnormal = wide_round((W)magnitude * 512.f);  // 8 becomes the smallest normal number
+  const WI code = (W)magnitude < 0x1p-6f ? subnormal : normal;
+  const WU signed_code = (WU)code | (((WU)v >> 24) & 0x80u);
+  return __builtin_convertvector(__builtin_convertvector(signed_code, WideU16), WideU8);
+}
 
 using Half = uint16_t __attribute__((vector_size(2 * kLanes)));
 inline F bf16_lanes(const uint16_t* p) {

@@ -43,7 +43,7 @@ struct RopeRow {
   int64_t y_stride;
 };
 
-// One token's row of the latent cache: [rms_norm(c_kv) | rope(k_pe)].
+// One token's row of the latent cache: rms_norm(c_kv) and rope(k_pe), as latent_layout.h has them.
 struct LatentRow {
   const float* c_kv;         // [rank]
   const float* k_pe;         // [rope_dim]
@@ -52,8 +52,8 @@ struct LatentRow {
   float eps;
   const float* cos_sin;  // [rope_dim], as in RopeRow; null: k_pe is stored as it is
   bool interleave;
-  void* out;        // [rank + rope_dim]
-  DType out_dtype;  // fp32 or bf16 (to nearest even)
+  void* out;
+  DType out_dtype;  // fp32, bf16 or fp8 (to nearest even)
 };
 
 struct RouterMatrix {

@@ -209,18 +209,16 @@ void store_latent(const py::object& c_kv, const py::object& k_pe, const py::obje
   const Floats latent(c_kv, "c_kv", {{"T", -1}, {"C", -1}});
   const int64_t n = latent.dim(0), rank = latent.dim(1);
   const Floats keys(k_pe, "k_pe", {{"T", n}, {"R", -1}});
-  const int64_t rope_dim = keys.dim(1), width = rank + rope_dim;
+  const int64_t rope_dim = keys.dim(1);
   const Tensor target(cache, "cache", kWritable);
-  target.expect_type({kF32, kBf16});
-  target.expect_shape({{"N", -1}, {"S", -1}, {"C + R", width}});
-  target.expect_contiguous();
+  const int64_t row_bytes = check_latent_cache(target, rank, rope_dim);
   const std::vector<int64_t> rows =
       indices_argument(slots, "slots", n, target.dim(0) * target.dim(1));
   std::optional<Floats> scale, angles;
   optional_floats(&scale, norm_weight, "norm_weight", {{"C", rank}});
   optional_floats(&angles, cos_sin, "cos_sin", {{"T", n}, {"R", rope_dim}});
   if (angles) check_rope_dim("k_pe", rope_dim);
-  for_each_row(pool, n, width, [&](int64_t t) {
+  for_each_row(pool, n, rank + rope_dim, [&](int64_t t) {
     LatentRow row{};
     row.c_kv = latent.row(t);
     row.k_pe = keys.row(t);
@@ -230,8 +228,7 @@ void store_latent(const py::object& c_kv, const py::object& k_pe, const py::obje
     row.eps = eps;
     row.cos_sin = row_or_null(angles, t);
     row.interleave = interleave;
-    row.out = static_cast<uint8_t*>(target.data()) +
-              rows[static_cast<size_t>(t)] * width * dtype_bytes(target.dtype());
+    row.out = static_cast<uint8_t*>(target.data()) + rows[static_cast<size_t>(t)] * row_bytes;
     row.out_dtype = target.dtype();
     ops.store_latent_row(row);
   });

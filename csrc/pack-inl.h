@@ -12,11 +12,9 @@
 namespace moejet {
 namespace MOEJET_ISA_NS {
 
-inline WI wide_magnitude(W v) { return (WI)v & 0x7fffffff; }
 inline W wide_min(W a, W b) { return b < a ? b : a; }  // keeps a NaN in a
 inline W wide_max(W a, W b) { return b > a ? b : a; }
 inline WI wide_max(WI a, WI b) { return b > a ? b : a; }
-inline WI wide_round(W v) { return (WI)(v + kRoundMagic) - 0x4b400000; }
 // As bf16_round_bits.
 inline WU wide_bf16(W v) {
   const WU bits = (WU)v;
@@ -87,9 +85,6 @@ inline const uint8_t* source_rows(const PanelSource& source, int64_t k0, uint8_t
   *row_bytes = kBytes;
   return buffer;
 }
-
-using WideU16 = uint16_t __attribute__((vector_size(2 * kWide)));
-using WideU8 = uint8_t __attribute__((vector_size(kWide)));
 
 // A 16-bit or 8-bit float as fp32: its magnitude, shifted so that exponent and mantissa lie where
 // fp32 has them, is rescaled by the difference of the biases; infinity and NaN, from `special` on,
@@ -336,10 +331,6 @@ inline bool pack_fp32(const PanelSource& source, uint8_t* dst, int64_t block_str
 
 // ---- fp8 ----
 
-// Blocks whose largest magnitude is below this become zero: their scale would not be a normal
-// number.
-constexpr float kFp8MinAmax = 1e-30f;
-constexpr float kFp8Max = 448.f;
 // A code for padding: 1.0, because the kernels are slower where they meet zeros.
 constexpr uint8_t kFp8Padding = 0x38;
 
@@ -360,16 +351,6 @@ inline bool fp8_block_scales(const PanelSource& source, float* scales) {
   return finite;
 }
 
-// e4m3 codes of v, |v| <= 448 (1 + 2^-20), to nearest even.
-inline WU fp8_codes(W v) {
-  const WI magnitude = wide_magnitude(v);
-  const WI rounded = (magnitude + 0x7ffff + ((magnitude >> 20) & 1)) >> 20;
-  const WI normal = rounded - (120 << 3);
-  const WI subnormal = wide_round((W)magnitude * 512.f);  // 8 becomes the smallest normal number
-  const WI code = (W)magnitude < 0x1p-6f ? subnormal : normal;
-  return (WU)code | (((WU)v >> 24) & 0x80u);
-}
-
 // One panel block quantised, [16][128], padding included.
 inline void fp8_quantize(const PanelSource& source, int64_t k0, float scale, uint8_t* codes) {
   std::memset(codes, kFp8Padding, kPanelRows * kFp8ScaleBlock);
@@ -378,8 +359,7 @@ inline void fp8_quantize(const PanelSource& source, int64_t k0, float scale, uin
     uint8_t* row = codes + r * kFp8ScaleBlock;
     for (int k = 0; k < valid; k += kWide) {
       const W v = load_wide(source, r, k0 + k);
-      const WU code = scale > 0.f ? fp8_codes(v / scale) : WU{};
-      const WideU8 bytes = __builtin_convertvector(__builtin_convertvector(code, WideU16), WideU8);
+      const WideU8 bytes = scale > 0.f ? fp8_codes(v / scale) : WideU8{};
       if (k + kWide <= valid) {
         store(row + k, bytes);
       } else {

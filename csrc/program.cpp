@@ -116,15 +116,18 @@ class RopeAndStore final : public RowOperation {
  public:
   const char* name() const override { return "rope_and_store"; }
   RopeAndStore(const OpKernels& ops, const Program::Latent& latent)
-      : RowOperation(latent.heads * latent.rope_dim + latent.rank), ops_(ops), l_(latent) {}
+      : RowOperation(latent.heads * latent.rope_dim + latent.rank),
+        ops_(ops),
+        l_(latent),
+        row_bytes_(
+            latent_layout(latent.rank, latent.rope_dim, dtype_bytes(latent.cache_dtype)).bytes) {}
   void row(int64_t t) override {
     const float* cos_sin = l_.cos_sin + step_->positions[t] * l_.rope_dim;
     float* q_pe = l_.q.row(t) + l_.head_dim - l_.rope_dim;
     ops_.rope_row(
         {cos_sin, l_.rope_dim, l_.interleave, l_.heads, q_pe, l_.head_dim, q_pe, l_.head_dim});
     const float* latent = l_.latent.row(t);
-    const int64_t slot = step_->slot_mapping[t] * (l_.rank + l_.rope_dim);
-    void* out = static_cast<uint8_t*>(l_.cache) + slot * dtype_bytes(l_.cache_dtype);
+    void* out = static_cast<uint8_t*>(l_.cache) + step_->slot_mapping[t] * row_bytes_;
     ops_.store_latent_row({latent, latent + l_.rank, l_.rank, l_.rope_dim, l_.norm_weight,
                            l_.norm_eps, cos_sin, l_.interleave, out, l_.cache_dtype});
   }
@@ -132,6 +135,7 @@ class RopeAndStore final : public RowOperation {
  private:
   const OpKernels& ops_;
   const Program::Latent l_;
+  const int64_t row_bytes_;
 };
 
 // Tasks that share their phases.

@@ -70,7 +70,7 @@ class Program final : public Task {
   };
   void linear(std::vector<Projection> projections);
   // Rotates the last rope_dim values of every head of q in place, and stores
-  // [norm(c_kv) | rotated k_pe] of latent [T, rank + rope_dim] in the cache.
+  // norm(c_kv) and rotated k_pe of latent [T, rank + rope_dim] in the cache.
   struct Latent {
     Rows q;
     int64_t heads, head_dim;
@@ -80,8 +80,8 @@ class Program final : public Task {
     const float* norm_weight;  // [rank]
     float norm_eps;
     const float* cos_sin;  // [positions, rope_dim]
-    void* cache;           // [slots, rank + rope_dim]
-    DType cache_dtype;
+    void* cache;           // [slots] rows of latent_layout.h
+    DType cache_dtype;     // fp32, bf16 or fp8
   };
   void rope_and_store(const Latent& latent);
   // bound: everything but the step's part.

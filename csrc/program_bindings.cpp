@@ -96,7 +96,7 @@ class BoundProgram {
     table.expect_contiguous();
     l.cos_sin = static_cast<const float*>(table.data());
     num_positions_ = table.dim(0);
-    const Tensor& rows_of_cache = latent_cache(cache, l.latent.cols);
+    const Tensor& rows_of_cache = latent_cache(cache, rank, l.rope_dim);
     l.cache = rows_of_cache.data();
     l.cache_dtype = rows_of_cache.dtype();
     program_.rope_and_store(l);
@@ -106,9 +106,8 @@ class BoundProgram {
                  const py::object& q, const py::object& cache, const py::object& out, float scale) {
     AttentionWeights w{matrices(w_uk_transposed), matrices(w_uk), matrices(w_uv), 0, scale};
     const Rows query = rows(q, "q", -1);
-    const Tensor& c = latent_cache(cache, -1);
-    w.rope = c.dim(2) - w.rank();
-    const int64_t heads = w.heads(), head_dim = w.nope() + w.rope;
+    const int64_t heads = w.heads(), head_dim = query.cols / heads;
+    w.rope = head_dim - w.nope();
     const bool fit = w.w_uk_transposed->num_matrices() == heads &&
                      w.w_uk_transposed->rows() == w.rank() &&
                      w.w_uk_transposed->cols() == w.nope() && w.w_uv->num_matrices() == heads &&
@@ -116,8 +115,9 @@ class BoundProgram {
     if (!fit) {
       throw py::value_error(
           "attention: w_uk_transposed [H, C, N], w_uk [H, N, C], w_uv [H, V, C], "
-          "q [T, H * (N + R)] and cache [blocks, block_size, C + R] do not agree");
+          "q [T, H * (N + R)] do not agree");
     }
+    const Tensor& c = latent_cache(cache, w.rank(), w.rope);
     const Rows result = rows(out, "out", heads * w.value());
     AttentionCall call{};
     call.q = query.data;
@@ -267,11 +267,9 @@ class BoundProgram {
     return static_cast<float*>(t.data());
   }
 
-  const Tensor& latent_cache(const py::object& object, int64_t width) {
+  const Tensor& latent_cache(const py::object& object, int64_t rank, int64_t rope) {
     const Tensor& t = hold(object, "cache");
-    t.expect_type({ElementType::kF32, ElementType::kBf16});
-    t.expect_shape({{"blocks", -1}, {"block_size", -1}, {"C + R", width}});
-    t.expect_contiguous();
+    check_latent_cache(t, rank, rope);
     num_slots_ = t.dim(0) * t.dim(1);
     block_size_ = t.dim(1);
     return t;

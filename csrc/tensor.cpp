@@ -316,4 +316,15 @@ std::string Tensor::shape_text() const {
   return text + "]";
 }
 
+int64_t check_latent_cache(const Tensor& cache, int64_t rank, int64_t rope) {
+  cache.expect_type({ElementType::kF32, ElementType::kBf16, ElementType::kU8});
+  const int64_t bytes = latent_layout(rank, rope, dtype_bytes(cache.dtype())).bytes;
+  const bool is_fp8 = cache.type() == ElementType::kU8;
+  cache.expect_shape({{"blocks", -1},
+                      {"block_size", -1},
+                      {is_fp8 ? "row bytes" : "C + R", is_fp8 ? bytes : rank + rope}});
+  cache.expect_contiguous();
+  return bytes;
+}
+
 }  // namespace moejet

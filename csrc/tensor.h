@@ -74,4 +74,8 @@ class Tensor {
   std::vector<int64_t> shape_, strides_;
 };
 
+// Of a cache [blocks, block_size, row] in the forms of latent_layout.h (fp8 as uint8); returns the
+// bytes of a row.
+int64_t check_latent_cache(const Tensor& cache, int64_t rank, int64_t rope);
+
 }  // namespace moejet

@@ -18,7 +18,7 @@
 //   kValueRows               values are read as rows, like keys; else set_values arranges them
 //   Scope                    lives while a task uses scores and mix (tile configuration)
 //   exp2(x)                  weights from scores
-//   copy(src, dtype, n, dst) n values to scalars
+//   copy(src, dtype, n, dst) n values, fp32 or bf16, to scalars
 //   pack_queries(staging, ld, elements, dst)   16 rows of fp32 to [element][16 rows]
 //   store_weights, finish_weights              weights of a key pair; of all keys
 //   scores, mix              the two products
@@ -29,6 +29,7 @@
 #error "attention-inl.h belongs into a file of isa/"
 #endif
 
+#include "latent-fp8-inl.h"
 #include "vec-inl.h"
 
 namespace moejet {
@@ -76,19 +77,6 @@ struct Sums {
   int64_t cols;
   bool first;  // nothing in data yet
 };
-
-inline void store_part(float* dst, Vec::V v, int64_t n) {
-  if (n >= Vec::kWidth) return Vec::store(dst, v);
-  float all[Vec::kWidth];
-  Vec::store(all, v);
-  for (int64_t i = 0; i < n; ++i) dst[i] = all[i];
-}
-inline Vec::V load_part(const float* src, int64_t n) {
-  if (n >= Vec::kWidth) return Vec::load(src);
-  float all[Vec::kWidth] = {};
-  for (int64_t i = 0; i < n; ++i) all[i] = src[i];
-  return Vec::load(all);
-}
 
 // ---- Online softmax ----
 
@@ -191,12 +179,31 @@ void copy_padded(const void* src, DType dtype, int64_t n, int64_t padded, typena
   for (int64_t i = n; i < padded; ++i) dst[i] = 0;
 }
 
+// The part of a latent row from k_pe on, up to `padded` scalars.
+template <class A>
+void copy_k_pe(const AttentionBatch& batch, const uint8_t* row, int64_t padded,
+               typename A::Scalar* dst) {
+  const DType dtype = batch.cache_dtype == DType::kFp8 ? DType::kBf16 : batch.cache_dtype;
+  copy_padded<A>(row + batch.latent.k_pe, dtype, batch.rope, padded, dst);
+}
+// A whole latent row.
+template <class A>
+void copy_latent(const AttentionBatch& batch, const uint8_t* row, int64_t padded,
+                 typename A::Scalar* dst) {
+  if (batch.cache_dtype == DType::kFp8) {
+    decode_latent(row, batch.latent, batch.rank, dst);
+    copy_k_pe<A>(batch, row, padded - batch.rank, dst + batch.rank);
+  } else {
+    copy_padded<A>(row, batch.cache_dtype, batch.rank + batch.rope, padded, dst);
+  }
+}
+
 // ---- Absorbed form ----
 
 // Pointers to the latent rows of keys [begin, begin + count).
 inline void latent_rows(const AttentionBatch& batch, const int64_t* blocks, int64_t begin,
                         int64_t count, const uint8_t** rows) {
-  const int64_t bytes = (batch.rank + batch.rope) * dtype_bytes(batch.cache_dtype);
+  const int64_t bytes = batch.latent.bytes;
   int64_t block = begin / batch.block_size, offset = begin % batch.block_size;
   for (int64_t t = 0; t < count; ++block, offset = 0) {
     const uint8_t* p = static_cast<const uint8_t*>(batch.cache) +
@@ -224,7 +231,7 @@ void set_latents(const AttentionBatch& batch, const uint8_t* const* source, int 
     for (int t = group; t < group + A::kGroup && t < count; ++t) {
       keys->rows[t] = in_place ? reinterpret_cast<const Elem*>(source[t]) : copies + t * elements;
       if (in_place) continue;
-      copy_padded<A>(source[t], batch.cache_dtype, dims, elements * A::kPair,
+      copy_latent<A>(batch, source[t], elements * A::kPair,
                      reinterpret_cast<typename A::Scalar*>(copies + t * elements));
     }
   }
@@ -320,7 +327,7 @@ void absorbed(const AttentionBatch& batch, const AbsorbedPart& part, int64_t gro
                           ? rows_ahead<A>(batch, part, key + count, end, source + count)
                           : rows_of_next_task<A>(batch, *worker, source + count);
     set_latents<A>(batch, source, count, count + ahead, elements, worker, &keys);
-    const int64_t bytes = (batch.rank + batch.rope) * dtype_bytes(batch.cache_dtype);
+    const int64_t bytes = batch.latent.bytes;
     const int64_t lines = ahead * ((bytes + 63) / 64);
     const int64_t steps = A::mix_steps(rows, cols, count);
     keys.ahead = {source + count, bytes, 0, lines, static_cast<int>((lines + steps - 1) / steps)};
@@ -415,8 +422,7 @@ void pack_expanded(const AttentionBatch& batch, const ExpandedBlock& block, int6
   for (int t = 0; t < count; ++t) {
     Scalar* dst = reinterpret_cast<Scalar*>(rows + t * elements);
     A::copy(keys + t * batch.heads * batch.nope, dtype, batch.nope, dst);
-    copy_padded<A>(latents[t] + batch.rank * dtype_bytes(batch.cache_dtype), batch.cache_dtype,
-                   batch.rope, elements * A::kPair - batch.nope, dst + batch.nope);
+    copy_k_pe<A>(batch, latents[t], elements * A::kPair - batch.nope, dst + batch.nope);
   }
 
   Elem* packed = packed_values<A>(batch, block, index);
@@ -509,8 +515,14 @@ void expanded(const AttentionBatch& batch, const ExpandedBlock& block, int64_t h
 }
 
 template <class A>
+void decode(const AttentionBatch& batch, const uint8_t* row, void* c_kv) {
+  decode_latent(row, batch.latent, batch.rank, static_cast<typename A::Scalar*>(c_kv));
+}
+
+template <class A>
 constexpr AttentionKernels attention_kernels() {
-  return {A::kPair, A::kDimStep, A::kKeyBlock, absorbed<A>, merge, pack_expanded<A>, expanded<A>};
+  return {A::kPair, A::kDimStep,      A::kKeyBlock, absorbed<A>,
+          merge,    pack_expanded<A>, expanded<A>,  decode<A>};
 }
 
 }  // namespace MOEJET_ISA_NS

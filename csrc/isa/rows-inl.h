@@ -107,28 +107,68 @@ inline void rope_row(const RopeRow& row) {
   }
 }
 
-inline void store_latent_row(const LatentRow& row) {
+// A group of a latent row to fp8 codes; returns their scale.
+inline float store_fp8_group(const float* src, int64_t n, uint8_t* codes) {
+  WI largest = {};
+  for_wide(src, n, 0.f, [&](W v, int64_t, int) { largest = larger(largest, wide_magnitude(v)); });
+  const int32_t max_bits = max_wide(largest);
+  float amax;
+  std::memcpy(&amax, &max_bits, sizeof(amax));
+  if (max_bits >= 0x7f800000 || amax < kFp8MinAmax) {
+    std::memset(codes, 0, static_cast<size_t>(n));
+    return max_bits >= 0x7f800000 ? __builtin_nanf("") : 0.f;
+  }
+  const float scale = amax / kFp8Max;
+  for_wide(src, n, 0.f, [&](W v, int64_t i, int count) {
+    const WideU8 bytes = fp8_codes(v / scale);
+    std::memcpy(codes + i, &bytes, static_cast<size_t>(count));
+  });
+  return scale;
+}
+
+// Values [begin, begin + n) of c_kv; begin is a multiple of kLatentGroup.
+inline void store_c_kv(const LatentRow& row, const LatentLayout& layout, const float* src,
+                       int64_t begin, int64_t n) {
   uint8_t* out = static_cast<uint8_t*>(row.out);
+  if (row.out_dtype != DType::kFp8) {
+    store_row(src, n, row.out_dtype, out + begin * dtype_bytes(row.out_dtype));
+    return;
+  }
+  for (int64_t i = 0; i < n; i += kLatentGroup) {
+    const int64_t first = begin + i;
+    const float scale = store_fp8_group(src + i, smaller(kLatentGroup, n - i), out + first);
+    std::memcpy(out + layout.scales + first / kLatentGroup * 4, &scale, sizeof(scale));
+  }
+}
+
+inline void store_latent_row(const LatentRow& row) {
+  const LatentLayout layout = latent_layout(row.rank, row.rope_dim, dtype_bytes(row.out_dtype));
+  uint8_t* out = static_cast<uint8_t*>(row.out);
+  const bool is_fp8 = row.out_dtype == DType::kFp8;
+  if (is_fp8) {  // what lies between the parts and behind them
+    std::memset(out + row.rank, 0, static_cast<size_t>(layout.bytes - row.rank));
+  }
   if (row.norm_weight == nullptr) {
-    store_row(row.c_kv, row.rank, row.out_dtype, out);
+    store_c_kv(row, layout, row.c_kv, 0, row.rank);
   } else {
     const float inverse = row_inverse_rms(row.c_kv, row.rank, row.eps);
-    constexpr int64_t kBlock = 256;
+    constexpr int64_t kBlock = 2 * kLatentGroup;
     float normed[kBlock];
     for (int64_t i = 0; i < row.rank; i += kBlock) {
       const int64_t n = row.rank - i < kBlock ? row.rank - i : kBlock;
       scale_row(row.norm_weight + i, n, inverse, row.c_kv + i, normed);
-      store_row(normed, n, row.out_dtype, out + i * dtype_bytes(row.out_dtype));
+      store_c_kv(row, layout, normed, i, n);
     }
   }
-  out += row.rank * dtype_bytes(row.out_dtype);
+  out += layout.k_pe;
+  const DType dtype = is_fp8 ? DType::kBf16 : row.out_dtype;
   if (row.cos_sin == nullptr) {
-    store_row(row.k_pe, row.rope_dim, row.out_dtype, out);
+    store_row(row.k_pe, row.rope_dim, dtype, out);
     return;
   }
   float rotated[kMaxRopeDim];
   rotate(row.cos_sin, row.rope_dim, row.interleave, row.k_pe, rotated);
-  store_row(rotated, row.rope_dim, row.out_dtype, out);
+  store_row(rotated, row.rope_dim, dtype, out);
 }
 
 }  // namespace MOEJET_ISA_NS

@@ -2,6 +2,7 @@
 // functions:
 //   V, kWidth                     the type and its lanes
 //   zero, broadcast, load, store, load_bf16, fma
+//   load_e4m3(p)                  kWidth codes as values / kE4m3Factor; none is NaN
 //   max(a, b)                     b if one of them is NaN
 //   select_greater(a, b, x, y)    a > b ? x : y in each lane
 //   exp2(x)                       2^x for x <= 0, to 1e-7; NaN stays NaN
@@ -37,3 +38,23 @@ inline void transpose16_by_element(const float* src, int64_t ld, float* dst) {
 #else
 #include "vec128-inl.h"
 #endif
+
+namespace moejet {
+namespace MOEJET_ISA_NS {
+
+// The first n of a vector's lanes; all of them if n is more.
+inline void store_part(float* dst, Vec::V v, int64_t n) {
+  if (n >= Vec::kWidth) return Vec::store(dst, v);
+  float all[Vec::kWidth];
+  Vec::store(all, v);
+  for (int64_t i = 0; i < n; ++i) dst[i] = all[i];
+}
+inline Vec::V load_part(const float* src, int64_t n) {
+  if (n >= Vec::kWidth) return Vec::load(src);
+  float all[Vec::kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) all[i] = src[i];
+  return Vec::load(all);
+}
+
+}  // namespace MOEJET_ISA_NS
+}  // namespace moejet

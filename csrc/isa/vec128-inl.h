@@ -20,6 +20,16 @@ struct Vec {
   static V load(const float* p) { return moejet::MOEJET_ISA_NS::load<V>(p); }
   static void store(float* p, V v) { moejet::MOEJET_ISA_NS::store(p, v); }
   static V load_bf16(const uint16_t* p) { return (V)(Bits{p[0], p[1], p[2], p[3]} << 16); }
+  static constexpr float kE4m3Factor = 1.f;
+  static V load_e4m3(const uint8_t* p) {
+    const Bits codes = {p[0], p[1], p[2], p[3]};
+    const Bits magnitude = codes & 0x7f;
+    // Without exponent bits m is m 2^-9; with them, exponent and mantissa are those of fp32, up to
+    // the bias.
+    const V small = __builtin_convertvector(magnitude, V) * 0x1p-9f;
+    const V value = magnitude < 8 ? small : (V)((magnitude << 20) + (120 << 23));
+    return (V)((Bits)value | ((codes & 0x80) << 24));
+  }
   static V fma(V a, V b, V c) { return a * b + c; }
   static V max(V a, V b) { return a > b ? a : b; }
   static void transpose16(const float* src, int64_t ld, float* dst) {

@@ -24,6 +24,14 @@ struct Vec {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
   }
+  // An e4m3 code reads as fp16, moved to its exponent and mantissa: they are of the same form but
+  // for the bias, numbers without exponent bits included.
+  static constexpr float kE4m3Factor = 256.f;
+  static V load_e4m3(const uint8_t* p) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i words = _mm_slli_epi16(_mm_cvtepi8_epi16(codes), 7);
+    return _mm256_cvtph_ps(_mm_and_si128(words, _mm_set1_epi16(static_cast<int16_t>(0xbf80))));
+  }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }  // b if one is NaN
   static void transpose16(const float* src, int64_t ld, float* dst) {

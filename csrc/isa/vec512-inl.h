@@ -24,6 +24,15 @@ struct Vec {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
+  // An e4m3 code reads as fp16, moved to its exponent and mantissa: they are of the same form but
+  // for the bias, numbers without exponent bits included.
+  static constexpr float kE4m3Factor = 256.f;
+  static V load_e4m3(const uint8_t* p) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m256i words = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
+    return _mm512_cvtph_ps(
+        _mm256_and_si256(words, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
+  }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }  // b if one is NaN
   static V select_greater(V a, V b, V yes, V no) {

@@ -238,11 +238,12 @@ def mla_attention(
     """Causal attention of each request's last query_lens[i] tokens over its context in the cache.
 
     w_uk_transposed [C, N], w_uk [N, C], w_uv [V, C], H matrices each · q [T, H, N + R] fp32, rope
-    part rotated, rows may be apart · latent_cache [blocks, block_size, C + R] fp32 or bf16 ·
+    part rotated, rows may be apart · latent_cache [blocks, block_size, C + R] fp32 or bf16, or
+    [blocks, block_size, bytes] uint8 for fp8 (csrc/latent_layout.h) ·
     block_tables [B, max_blocks] i64 · out [T, H, V] fp32. form: absorbed, expanded, or auto, which
     takes the cheaper one for each request; or invariant, which is absorbed and gives a query the
     same bits whatever is computed with it. Returns the instruction set used; thread counts do not
-    matter. fp32 caches are computed in fp32, bf16 caches in bf16 where the instruction set has it.
+    matter. fp32 caches are computed in fp32, the others in bf16 where the instruction set has it.
     """
 
 def moe_forward(
@@ -460,7 +461,8 @@ def store_latent(
 ) -> None:
     """cache[slots[t]] = [rms_norm(c_kv[t]) | rope(k_pe[t])]; without norm_weight or cos_sin, as it is.
 
-    c_kv [T, C] · k_pe [T, R] · cache [N, S, C + R] contiguous, fp32 or bf16 · slots [T] i32 or i64
+    c_kv [T, C] · k_pe [T, R] · cache [N, S, C + R] contiguous, fp32 or bf16, or uint8 for fp8 rows
+    (csrc/latent_layout.h) · slots [T] i32 or i64
     norm_weight [C] · cos_sin [T, R]
     """
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 ExpertFormat = Literal["auto", "native", "int4_g32", "int8", "fp8", "bf16", "fp32"]
 DenseFormat = Literal["int8", "int4_g32", "fp8", "bf16", "fp32"]
-CacheDtype = Literal["bf16", "fp32"]
+CacheDtype = Literal["fp8", "bf16", "fp32"]
 Arithmetic = Literal["bf16", "int8"]
 Quantization = Literal["fp8", "int4", "gguf"]
 # Packed formats; "auto" and "native" stand for one of them, by the checkpoint.
@@ -455,7 +455,7 @@ class EngineConfig:
     model: alias, directory, GGUF file or hub id
     expert_format: packed form of routed experts; "native": the checkpoint's own; "auto": its own where that has about
     4 bits, otherwise int4_g32
-    dense_format: packed form of all other matrices · cache_dtype: latent cache
+    dense_format: packed form of all other matrices · cache_dtype: latent cache; "fp8" takes 0.57 of bf16's bytes
     max_context: tokens per request (None: the model's, at most 32768) · max_num_requests: that run together
     max_batch_tokens: tokens per step, so also the prefill chunk · max_mixed_tokens: of these, how many may be prompts
     while other requests generate, which wait for them · block_size: tokens per cache block

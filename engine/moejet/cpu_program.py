@@ -48,7 +48,7 @@ class CpuProgram:
         isa: str,
         attention_form: str = "auto",
     ):
-        """latent_cache [layers, blocks, block_size, C + R], bf16 or fp32; isa: a name, not "auto"."""
+        """latent_cache [layers, blocks, block_size, row], see `moejet.latent_layout`; isa: a name, not "auto"."""
         self._native = load_extension().Program(pool, max_tokens, isa, attention_form)
         self._max_tokens = max_tokens
         self._config = model.config

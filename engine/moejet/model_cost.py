@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moejet.config import FORMAT_BITS, EngineConfig, ModelConfig
-
-_CACHE_BYTES = {"bf16": 2, "fp32": 4}
+from moejet.latent_layout import row_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,8 @@ class ModelCost:
     def latent_bytes(self) -> int:
         """One token in the cache, all layers."""
         c = self.config
-        return c.num_hidden_layers * c.latent_dim * _CACHE_BYTES[self.cache_dtype]
+        row = row_bytes(c.kv_lora_rank, c.qk_rope_head_dim, self.cache_dtype)
+        return c.num_hidden_layers * row
 
     def unique_experts(self, num_tokens: int) -> float:
         """Experts of one layer that num_tokens hit, on average with uniform routing."""

@@ -11,14 +11,14 @@ from moejet import huge_pages
 from moejet.batch import Batch
 from moejet.config import EngineConfig, ModelConfig, use_reference
 from moejet.cpu_program import CpuProgram
+from moejet.latent_layout import row_elements
 from moejet.layers.linear import DenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from moejet.ops.latent_rows import CACHE_TYPES
 
 
 class ModelRunner:
-    """The model and its cache [layers, blocks, block_size, C + R].
+    """The model and its cache [layers, blocks, block_size, row], rows as in `moejet.latent_layout`.
 
     A step is one native call, or goes through the torch layers with MOEJET_REF=1. native_seconds adds up the time spent
     in it, so that the rest of a step is known to be Python's.
@@ -40,10 +40,12 @@ class ModelRunner:
             model_config.num_hidden_layers,
             num_blocks,
             config.block_size,
-            model_config.latent_dim,
+            row_elements(
+                model_config.kv_lora_rank, model_config.qk_rope_head_dim, config.cache_dtype
+            ),
         )
         # Untouched pages cost nothing, and rows beyond a request's context are never read.
-        self.latent_cache = huge_pages.empty(*shape, dtype=DTYPES[config.cache_dtype])
+        self.latent_cache = huge_pages.empty(*shape, dtype=CACHE_TYPES[config.cache_dtype])
         self.native_seconds = 0.0
         self._program: CpuProgram | None = None
         if not use_reference():

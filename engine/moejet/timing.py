@@ -15,6 +15,7 @@ import torch
 
 from moejet.batch import Batch
 from moejet.engine import Engine
+from moejet.ops.latent_rows import encode_latents
 from moejet.request import Request, SamplingParams
 
 _OVERHEAD_STEPS = 16
@@ -72,17 +73,19 @@ def _requests(engine: Engine, num_tokens: int, depth: int, batch: int) -> Iterat
         if depth:
             needed = engine.block_pool.num_blocks_for(depth)
             blocks = [block for r in requests for block in r.block_table[:needed]]
-            fill_latents(engine.runner.latent_cache, blocks)
+            c = engine.model_config
+            fill_latents(engine.runner.latent_cache, blocks, c.kv_lora_rank, c.qk_rope_head_dim)
         for request in requests:
             request.num_computed_tokens = depth
         yield requests
 
 
-def fill_latents(latent_cache: torch.Tensor, blocks: list[int]) -> None:
+def fill_latents(latent_cache: torch.Tensor, blocks: list[int], rank: int, rope: int) -> None:
     """Random latents of unit size into these blocks, the same ones in each layer."""
-    _, _, block_size, width = latent_cache.shape
     generator = torch.Generator().manual_seed(1)
-    values = torch.randn(len(blocks), block_size, width, generator=generator).to(latent_cache.dtype)
+    shape = (len(blocks), latent_cache.shape[2], rank + rope)
+    drawn = torch.randn(shape, generator=generator)
+    values = encode_latents(drawn[..., :rank], drawn[..., rank:], latent_cache.dtype)
     for layer in latent_cache:
         layer[blocks] = values
 

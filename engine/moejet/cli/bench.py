@@ -93,6 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"of auto, native, {', '.join(EXPERT_FORMATS)}",
     )
     parser.add_argument("--dense-format", choices=DENSE_FORMATS, help="type of all other weights")
+    options.add_cache_option(parser)
     options.add_isa_option(parser)
     options.add_arithmetic_option(parser)
     parser.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md")
@@ -157,6 +158,7 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
                 "expert_format": weight_format,
                 "num_threads": num_threads,
                 "dense_format": args.dense_format,
+                "cache_dtype": args.cache_dtype,
                 "isa": args.isa,
                 "arithmetic": args.arithmetic,
                 **cache_options(tests),
@@ -265,6 +267,7 @@ def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
         "model_type": llm.model_config.model_type,
         "format": llm.config.expert_format,
         "dense": llm.config.dense_format,
+        "cache": llm.config.cache_dtype,
         "threads": experts.pool.num_threads,
         "isa": experts.isa,
         "arithmetic": llm.config.arithmetic,

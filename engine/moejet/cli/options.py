@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moejet.config import ARITHMETICS, DENSE_FORMATS, EXPERT_FORMATS, ISAS
+from moejet.config import ARITHMETICS, CACHE_DTYPES, DENSE_FORMATS, EXPERT_FORMATS, ISAS
 
 if TYPE_CHECKING:
     from moejet.llm import LLM
@@ -83,7 +83,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_format_options(group: argparse._ActionsContainer) -> None:
-    """Add the packed formats of weights."""
+    """Add the packed formats of weights and the type of the cache."""
     group.add_argument(
         "--expert-format",
         choices=("auto", "native", *EXPERT_FORMATS),
@@ -92,6 +92,16 @@ def add_format_options(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--dense-format", choices=DENSE_FORMATS, help="type of all other weights (default int8)"
+    )
+    add_cache_option(group)
+
+
+def add_cache_option(group: argparse._ActionsContainer) -> None:
+    """Add --cache-dtype."""
+    group.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="type of the latent cache (default bf16); fp8 takes 0.57 of its bytes",
     )
 
 
@@ -141,6 +151,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "expert_format",
         "dense_format",
+        "cache_dtype",
         "packed_cache",
         "prefix_disk_gib",
         "max_context",

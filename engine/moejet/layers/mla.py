@@ -75,7 +75,7 @@ class MLA:
         self.o_proj = Linear(heads * config.v_head_dim, hidden, dense=dense, bias=bias)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch) -> Tensor:
-        """x [T, D], cos_sin [T, R], this layer's latent_cache [N, S, C + R]. Returns [T, D]."""
+        """x [T, D], cos_sin [T, R], this layer's latent_cache [N, S, row]. Returns [T, D]."""
         config = self.config
         nope = config.qk_nope_head_dim
         latent_q = x if self.q_a_proj is None else self.q_a_norm(self.q_a_proj(x))

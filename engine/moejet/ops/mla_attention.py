@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moejet.config import use_reference
+from moejet.ops.latent_rows import decode_latents
 from moejet.ops.linear import PackedMatrices, linear_ref
 
 
@@ -44,7 +45,7 @@ def mla_attention(
     """Causal attention of each request's last query_lens[i] tokens over its context.
 
     Shapes: T query tokens of B requests, H heads, N nope, R rope, V value dims, C latent rank, blocks of S tokens.
-      q_nope [T, H, N], q_pe [T, H, R] fp32 · latent_cache [blocks, S, C + R], fp32 or bf16
+      q_nope [T, H, N], q_pe [T, H, R] fp32 · latent_cache [blocks, S, row], rows as in `moejet.latent_layout`
       block_tables [B, max_blocks] i64, -1 padded
     Returns [T, H, V] fp32.
     """
@@ -96,13 +97,13 @@ def mla_attention_ref(
     for i, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
         blocks = block_tables[i, : -(-context_len // block_size)]
         latent = latent_cache[blocks].flatten(0, 1)[:context_len]
-        c_kv, k_pe = latent[:, :rank], latent[:, rank:].double()
+        c_kv, k_pe = decode_latents(latent, rank, q_pe.shape[-1])
         # [S, H, N] and [S, H, V], also with one head
         keys = linear_ref(c_kv, up.w_uk).view(context_len, q_nope.shape[1], -1).double()
         values = linear_ref(c_kv, up.w_uv).view(context_len, q_nope.shape[1], -1).double()
         for end in range(context_len - query_len + 1, context_len + 1):
             scores = torch.einsum("hn,shn->hs", q_nope[token].double(), keys[:end])
-            scores = scores + q_pe[token].double() @ k_pe[:end].T
+            scores = scores + q_pe[token].double() @ k_pe[:end].double().T
             probs = torch.softmax(scores * scale, dim=-1)
             out[token] = torch.einsum("hs,shv->hv", probs, values[:end]).float()
             token += 1
