@@ -65,6 +65,19 @@ struct Case {
     std::fill(cache.begin(), cache.begin() + s.block_size * (s.rank + s.rope), NAN);
     for (int64_t i = 0; i < blocks; ++i) tables.push_back(blocks - i);
     for (const float value : cache) narrow_cache.push_back(testing::to_bf16(value));
+    const int64_t rows = (blocks + 1) * s.block_size;
+    const LatentLayout layout = latent_layout(s.rank, s.rope, 1);
+    fp8_cache.resize(static_cast<size_t>(rows * layout.bytes));
+    for (int64_t r = 0; r < rows; ++r) {
+      LatentRow row{};
+      row.c_kv = cache.data() + r * (s.rank + s.rope);
+      row.k_pe = row.c_kv + s.rank;
+      row.rank = s.rank;
+      row.rope_dim = s.rope;
+      row.out = fp8_cache.data() + r * layout.bytes;
+      row.out_dtype = DType::kFp8;
+      scalar::table.ops.store_latent_row(row);
+    }
     q = gaussian(tokens * s.heads * (s.nope + s.rope), 1.f, 32);
   }
 
@@ -132,8 +145,9 @@ struct Case {
     call.q = q.data();
     call.q_head_stride = shape.nope + shape.rope;
     call.q_stride = shape.heads * call.q_head_stride;
-    call.cache = cache_dtype == DType::kF32 ? static_cast<const void*>(cache.data())
-                                            : static_cast<const void*>(narrow_cache.data());
+    call.cache = cache_dtype == DType::kF32    ? static_cast<const void*>(cache.data())
+                 : cache_dtype == DType::kBf16 ? static_cast<const void*>(narrow_cache.data())
+                                               : static_cast<const void*>(fp8_cache.data());
     call.cache_dtype = cache_dtype;
     call.block_size = shape.block_size;
     call.out = out.data();
@@ -149,6 +163,7 @@ struct Case {
   int64_t tokens = 0, table_width = 0;
   std::vector<float> q, cache;
   std::vector<uint16_t> narrow_cache;
+  std::vector<uint8_t> fp8_cache;
 };
 
 void test_attention(const Shape& shape, const std::vector<Case>& cases) {
@@ -160,9 +175,9 @@ void test_attention(const Shape& shape, const std::vector<Case>& cases) {
     for (const KernelTable* table : usable_tables()) {
       for (const AttentionForm form :
            {AttentionForm::kAuto, AttentionForm::kAbsorbed, AttentionForm::kExpanded}) {
-        for (const DType dtype : {DType::kF32, DType::kBf16}) {
+        for (const DType dtype : {DType::kF32, DType::kBf16, DType::kFp8}) {
           const std::vector<float> got = c.run(projections, scale, form, dtype, &three, *table);
-          CHECK_OP(testing::relative_error(got, expected), <, 1e-2);
+          CHECK_OP(testing::relative_error(got, expected), <, dtype == DType::kFp8 ? 6e-2 : 1e-2);
           CHECK(got == c.run(projections, scale, form, dtype, &one, *table));
         }
       }

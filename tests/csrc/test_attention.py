@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from moejet import _C
+from moejet.ops.latent_rows import decode_latents, encode_latents
 
 FORMS = ("absorbed", "expanded")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.uint8)  # uint8: rows of fp8
 EXACT = ("scalar", "avx2", "avx512")  # fp32 products everywhere
 
 
@@ -62,7 +63,7 @@ def _pack(matrices: Tensor, pool: _C.ThreadPool) -> _C.LinearWeights:
 
 @dataclass
 class Case:
-    """A batch over a shuffled paged cache; blocks that no request owns hold NaN."""
+    """A batch over a shuffled paged cache; blocks that no request owns hold NaN, also as fp8: all bits are set."""
 
     shape: Shape
     query_lens: list[int]
@@ -85,7 +86,9 @@ class Case:
                 rows = min(shape.block, context - j * shape.block)
                 drawn = torch.randn(rows, shape.latent, generator=generator)
                 cache[self.tables[i, j], :rows] = drawn
-        self.cache = cache.to(self.dtype)
+        self.cache = encode_latents(cache[..., : shape.rank], cache[..., shape.rank :], self.dtype)
+        if self.dtype == torch.uint8:
+            self.cache[cache[..., 0].isnan()] = 0xFF
         self.q = torch.randn(
             sum(self.query_lens), shape.heads, shape.nope + shape.rope, generator=generator
         )
@@ -94,10 +97,23 @@ class Case:
     def scale(self) -> float:
         return float((self.shape.nope + self.shape.rope) ** -0.5)
 
-    def latents(self, request: int) -> Tensor:
+    def rows(self, request: int) -> Tensor:
+        """As the cache has them, [context, row]."""
         context = self.context_lens[request]
         blocks = self.tables[request, : -(-context // self.shape.block)]
         return self.cache[blocks].flatten(0, 1)[:context]
+
+    def latents(self, request: int) -> Tensor:
+        """Their values, [context, C + R]."""
+        return torch.cat(decode_latents(self.rows(request), self.shape.rank, self.shape.rope), -1)
+
+    def poison(self, block: int, row: int, column: int) -> None:
+        """NaN at this place of the cache; in the scale of its group, if that is fp8."""
+        if self.dtype != torch.uint8:
+            self.cache[block, row, column] = float("nan")
+            return
+        scale = -(-self.shape.rank // 4) * 4 + column // 128 * 4
+        self.cache[block, row, scale : scale + 4] = 0xFF
 
     def run(
         self, projections: Projections, pool: _C.ThreadPool, *, isa: str, form: str = "auto"
@@ -246,12 +262,13 @@ def test_block_size_and_place_do_not_change_bits(
     case = Case(shape, [2], [190], dtype)
     projections = Projections(shape, pool)
     expected = case.run(projections, pool, isa=isa, form=form)
-    latents = case.latents(0)
+    rows = case.rows(0)
     for block in (1, 5, 16, 48, 256):
         width = -(-190 // block)
         order = torch.randperm(width + 2, generator=torch.Generator().manual_seed(block))[:width]
-        cache = torch.full((width + 2, block, shape.latent), float("nan"), dtype=dtype)
-        padded = torch.nn.functional.pad(latents, (0, 0, 0, width * block - 190))
+        nothing = 0xFF if dtype == torch.uint8 else float("nan")
+        cache = torch.full((width + 2, block, rows.shape[1]), nothing, dtype=dtype)
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, width * block - 190))
         cache[order] = padded.view(width, block, -1)
         case.cache, case.tables, case.shape.block = cache, order[None], block
         assert torch.equal(case.run(projections, pool, isa=isa, form=form), expected), f"{block=}"
@@ -265,7 +282,7 @@ def test_nan_stays_in_its_request(
     case = Case(SMALL, [3, 4, 2], [90, 500, 20], dtype)
     projections = Projections(case.shape, pool)
     clean = case.run(projections, pool, isa=isa, form=form)
-    case.cache[case.tables[1, 20], 5, 3] = float("nan")
+    case.poison(int(case.tables[1, 20]), 5, 3)
     bad = case.run(projections, pool, isa=isa, form=form)
     assert bad[3:7].isnan().all()
     assert torch.equal(bad[:3], clean[:3])
@@ -288,6 +305,41 @@ def test_large_scores_do_not_overflow(
     projections = Projections(case.shape, pool)
     got = case.run(projections, pool, isa=isa, form=form)
     assert _error(got, case.expected(projections)) < 0.01
+
+
+@pytest.mark.parametrize("form", [*FORMS, "invariant"])
+@pytest.mark.parametrize("shape", [TINY, ODD, SMALL, LITE, WIDE, Shape(3, 24, 10, 160, 24, 5)])
+def test_fp8_rows_are_computed_as_the_values_they_stand_for(
+    isa: str, shape: Shape, form: str, pool: _C.ThreadPool
+) -> None:
+    """The same bits as over a cache of those values, rounded to what the instruction set computes in."""
+    if isa == "scalar" and shape is LITE:
+        pytest.skip("slow, and dimensions mean nothing to it")
+    case = Case(shape, [1, 7], [300, 20], torch.uint8)
+    projections = Projections(shape, pool)
+    got = case.run(projections, pool, isa=isa, form=form)
+    values = torch.cat(decode_latents(case.cache, shape.rank, shape.rope), -1)
+    case.cache = values if isa in EXACT else values.bfloat16()
+    assert torch.equal(got, case.run(projections, pool, isa=isa, form=form))
+
+
+@pytest.mark.parametrize("form", [*FORMS, "invariant"])
+def test_every_fp8_code(isa: str, form: str, pool: _C.ThreadPool) -> None:
+    """One key: attention returns its value, here W_UV = 1 times every code there is."""
+    shape = Shape(1, 16, 2, 256, 256)
+    one = torch.eye(256)[None]
+    projections = Projections(shape, pool)
+    projections.packed = (*projections.packed[:2], _pack(one.contiguous(), pool))
+    case = Case(shape, [1], [1], torch.uint8)
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[[0x7F, 0xFF]] = 0
+    row = case.cache[case.tables[0, 0], 0]
+    row[:256] = codes
+    row[256:264] = torch.tensor([1.0, 1.0]).view(torch.uint8)
+    got = case.run(projections, pool, isa=isa, form=form)[0, 0]
+    expected = codes.view(torch.float8_e4m3fn).float()
+    # Where scores are in bf16, the weight of a single key is 1 to 8e-5 only.
+    torch.testing.assert_close(got, expected, rtol=0.0 if isa in EXACT else 1e-4, atol=0.0)
 
 
 def test_strided_queries(isa: str, pool: _C.ThreadPool) -> None:
@@ -343,6 +395,7 @@ def _arguments(pool: _C.ThreadPool) -> dict[str, object]:
         ({"out": torch.zeros(2, 3, 15)}, "out has shape"),
         ({"latent_cache": torch.zeros(4, 4, 11)}, "latent_cache has block size 4 and rows of 11"),
         ({"latent_cache": torch.zeros(4, 18)}, "latent_cache has shape"),
+        ({"latent_cache": torch.zeros(4, 4, 16, dtype=torch.uint8)}, "row bytes=32"),
         ({"form": "both"}, "form='both'"),
         ({"w_uv": _C.LinearWeights(2, 14, 12, "bf16")}, "w_uv has 2 matrices"),
         ({"w_uk_transposed": _C.LinearWeights(3, 10, 12, "bf16")}, "w_uk_transposed has 3"),

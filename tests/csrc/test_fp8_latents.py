@@ -73,7 +73,8 @@ def test_zeros_tiny_and_huge_values(isa: str) -> None:
     rows = _store(c_kv, torch.zeros(6, 2), isa)
     assert torch.equal(rows, encode_latents(c_kv, torch.zeros(6, 2), torch.uint8))
     got, _ = decode_latents(rows, 256, 2)
-    assert got[:2].abs().max() == 0 and got[4].abs().max() == 0
+    assert got[:2].abs().max() == 0
+    assert got[4].abs().max() == 0
     torch.testing.assert_close(got[2:4], c_kv[2:4], rtol=1e-6, atol=0)
 
 
@@ -85,7 +86,8 @@ def test_a_group_with_nan_or_infinity_is_nan(isa: str, bad: float) -> None:
     rows = _store(c_kv, k_pe, isa)
     values, rope = decode_latents(rows, 300, 4)
     assert values[0, 128:256].isnan().all()
-    assert values[0, :128].isfinite().all() and values[0, 256:].isfinite().all()
+    assert values[0, :128].isfinite().all()
+    assert values[0, 256:].isfinite().all()
     assert values[1].isfinite().all()
     assert torch.equal(rope[1].isfinite(), torch.tensor([True, True, True, False]))
     assert not ((rows[:, :300] & 0x7F) == 0x7F).any()

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from moejet import _C
+from moejet.latent_layout import row_elements
+from moejet.ops.latent_rows import CACHE_TYPES, decode_latents
 
 MAX_TOKENS, VOCAB, HIDDEN, HEADS, NOPE, ROPE, RANK, VALUE = 40, 50, 48, 3, 8, 4, 20, 6
 BLOCKS, BLOCK_SIZE = 12, 4
@@ -13,7 +15,7 @@ BLOCKS, BLOCK_SIZE = 12, 4
 class Small:
     """embed, norm, q and latent projections, rope and cache, attention, output projection, norm, logits."""
 
-    def __init__(self, pool: _C.ThreadPool, isa: str) -> None:
+    def __init__(self, pool: _C.ThreadPool, isa: str, cache_dtype: str = "fp32") -> None:
         generator = torch.Generator().manual_seed(0)
         self.sources: dict[str, Tensor] = {}
 
@@ -27,7 +29,8 @@ class Small:
 
         self.table = torch.randn(VOCAB, HIDDEN, generator=generator)
         self.cos_sin = torch.randn(BLOCKS * BLOCK_SIZE, ROPE, generator=generator)
-        self.cache = torch.zeros(BLOCKS, BLOCK_SIZE, RANK + ROPE)
+        width = row_elements(RANK, ROPE, cache_dtype)
+        self.cache = torch.zeros(BLOCKS, BLOCK_SIZE, width, dtype=CACHE_TYPES[cache_dtype])
         self.h, x = torch.empty(MAX_TOKENS, HIDDEN), torch.empty(MAX_TOKENS, HIDDEN)
         # q and the latent share one wide buffer: operations take columns of it.
         wide = torch.empty(MAX_TOKENS, HEADS * (NOPE + ROPE) + RANK + ROPE)
@@ -120,6 +123,20 @@ def test_program_matches_torch(chunks: list[int], pool: _C.ThreadPool, isa: str)
         limit = 2e-2 if _C.min_tile_rows("bf16", isa) else 1e-4
         assert float((got.double() - expected[done : done + chunk]).abs().max()) < limit
         done += chunk
+
+
+@pytest.mark.parametrize("chunks", [[30], [13, 1, 16]])
+def test_program_over_an_fp8_cache(chunks: list[int], pool: _C.ThreadPool, isa: str) -> None:
+    """As over the fp32 cache, up to what fp8 costs; the cache holds that one's values, rounded."""
+    small, exact, done = Small(pool, isa, "fp8"), Small(pool, isa), 0
+    for chunk in chunks:
+        ids, wanted = IDS[done : done + chunk], list(range(chunk))
+        got, expected = (s.run(ids, done, TABLE, wanted) for s in (small, exact))
+        assert float((got - expected).norm() / expected.norm()) < 0.03
+        done += chunk
+    used = torch.tensor(TABLE[:7])
+    values = torch.cat(decode_latents(small.cache, RANK, ROPE), -1)[used]
+    torch.testing.assert_close(values, exact.cache[used], rtol=0.07, atol=0.02)
 
 
 def test_only_wanted_rows_are_computed(pool: _C.ThreadPool) -> None:

@@ -47,7 +47,9 @@ def decode_latents(rows: Tensor, rank: int, rope: int) -> tuple[Tensor, Tensor]:
 def _quantise(c_kv: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [..., C] as bytes and scales [..., groups] fp32."""
     rank = c_kv.shape[-1]
-    groups = F.pad(c_kv.float(), (0, -rank % GROUP)).view(*c_kv.shape[:-1], -(-rank // GROUP), GROUP)
+    groups = F.pad(c_kv.float(), (0, -rank % GROUP)).view(
+        *c_kv.shape[:-1], -(-rank // GROUP), GROUP
+    )
     largest = groups.abs().amax(dim=-1)
     scales = torch.where(largest < _MIN_AMAX, 0.0, largest / _MAX_CODE)
     scales = torch.where(largest.isfinite(), scales, torch.nan)
