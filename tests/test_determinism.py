@@ -45,8 +45,9 @@ def _logits(llm: LLM, ids: list[int], cuts: list[int], company: list[list[int]])
         {"expert_format": "int4_g32", "dense_format": "int8"},
         {"expert_format": "fp8", "dense_format": "bf16"},
         {"expert_format": "bf16", "dense_format": "fp32", "cache_dtype": "fp32"},
+        {"expert_format": "int8", "dense_format": "int8", "cache_dtype": "fp8"},
     ],
-    ids=["int", "fp8-bf16", "exact"],
+    ids=["int", "fp8-bf16", "exact", "fp8-cache"],
 )
 @pytest.mark.parametrize("isa", ["auto", "avx2"])
 def test_logits_do_not_depend_on_the_batch(path, formats, isa, usable_isa):
@@ -63,7 +64,8 @@ def test_logits_do_not_depend_on_the_batch(path, formats, isa, usable_isa):
             assert torch.equal(_logits(llm, ids, cuts, company), whole)
 
 
-def test_attention_over_several_splits():
+@pytest.mark.parametrize("cache_dtype", ["bf16", "fp8"])
+def test_attention_over_several_splits(cache_dtype):
     """More keys than one split takes: cut anywhere, each query's result has the same bits."""
     from dataclasses import replace
 
@@ -82,15 +84,16 @@ def test_attention_over_several_splits():
     rng = random.Random(5)
     ids = [rng.randrange(512) for _ in range(4200)]
     options = {"deterministic": True, "max_context": 8192, "cache_tokens": 16384, "block_size": 8}
-    with LLM.synthetic(shape, **options) as llm:
+    with LLM.synthetic(shape, cache_dtype=cache_dtype, **options) as llm:
         whole = _logits(llm, ids, [2000, 4000], [])
         assert torch.equal(_logits(llm, ids, [1999, 2047, 2048, 2049, 4090, 4097], [[1]]), whole)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_sampled_tokens_are_those_of_each_request_alone(path, seed):
-    """Prefix hits, chunks, preemption, forks and neighbours change nothing."""
+    """Prefix hits, chunks, preemption, forks and neighbours change nothing; half of the seeds with an fp8 cache."""
     rng = random.Random(seed)
+    options = {**OPTIONS, "cache_dtype": ("bf16", "fp8")[seed % 2]}
     trunk = [rng.randrange(10, 250) for _ in range(120)]
     prompts = [
         trunk[: rng.randint(1, 120)] + [rng.randrange(10, 250) for _ in range(rng.randint(0, 20))]
@@ -106,8 +109,8 @@ def test_sampled_tokens_are_those_of_each_request_alone(path, seed):
         )
         for i in range(16)
     ]
-    tight = {**OPTIONS, "max_context": 192, "cache_tokens": 320, "max_batch_tokens": 37}
-    with LLM(path, **OPTIONS, prefix_caching=False) as llm:
+    tight = {**options, "max_context": 192, "cache_tokens": 320, "max_batch_tokens": 37}
+    with LLM(path, **options, prefix_caching=False) as llm:
         alone = [llm.generate([p], q)[0] for p, q in zip(prompts, params, strict=True)]
     with LLM(path, **tight) as llm:
         together = llm.generate(prompts, params)

@@ -133,6 +133,10 @@ def test_formats_scale_the_bytes(weight_format):
     assert cost(cache_dtype="fp32").latent_bytes == 2 * some.latent_bytes == 3 * 160 * 4
 
 
+def test_a_token_of_the_published_shape_takes_656_bytes_in_fp8():
+    assert cost(PRESETS["deepseek-v3"], cache_dtype="fp8").latent_bytes == 61 * 656
+
+
 def test_down_projections_may_have_a_format_of_their_own():
     mixed = ModelCost(TINY, (("q4_k", "q6_k"), ("q4_k", "q4_k")), "bf16", "bf16")
     assert mixed.expert_bytes == EXPERT / 3 * (2 * 4.5 + (6.625 + 4.5) / 2) / 8

@@ -20,10 +20,11 @@ def plan_of(model: ModelConfig = V3, *, cache_tokens: int = 32768, machine=None,
 
 
 @pytest.mark.parametrize("expert_format", ["int4_g32", "int8", "fp8", "bf16"])
-@pytest.mark.parametrize("dense_format", ["int8", "bf16"])
-def test_weights_and_cache_are_those_of_the_engine(expert_format, dense_format):
+@pytest.mark.parametrize(("dense_format", "cache_dtype"), [("int8", "bf16"), ("bf16", "fp8")])
+def test_weights_and_cache_are_those_of_the_engine(expert_format, dense_format, cache_dtype):
     shape = replace(PRESETS["deepseek-v2-lite"], num_hidden_layers=2, num_experts=8)
     options = {"expert_format": expert_format, "dense_format": dense_format, "max_context": 512}
+    options["cache_dtype"] = cache_dtype
     with LLM.synthetic(shape, cache_tokens=4096, **options) as llm:
         held = 0
         for value in llm.engine.runner.model.state().values():
@@ -67,6 +68,7 @@ def test_unknown_machine_gives_sizes_only():
         (400, {"expert_format": "int8"}, ("expert_format='int4_g32'",)),
         (355, {"dense_format": "int8"}, ("dense_format='int4_g32'",)),
         (363, {"dense_format": "int4_g32", "cache_tokens": 163840}, ("max_context",)),
+        (363, {"dense_format": "int4_g32", "cache_tokens": 163840}, ("cache_dtype='fp8'",)),
         (300, {}, ("GiB more RAM", "or a smaller model")),
     ],
 )
@@ -80,6 +82,9 @@ def test_advice_makes_it_fit(ram, options, words):
         assert word in text
     if "expert_format" in words[0]:
         better = {**options, "expert_format": words[0].split("'")[1]}
+        assert plan_of(machine=Machine(ram * GIB), cache_tokens=cache_tokens, **better).fits
+    if "cache_dtype" in words[0]:
+        better = {**options, "cache_dtype": "fp8"}
         assert plan_of(machine=Machine(ram * GIB), cache_tokens=cache_tokens, **better).fits
     if words[0] == "max_context":
         tokens = int(text.split("of ")[-1])

@@ -11,11 +11,12 @@ from moejet.presets import PRESETS
 SHAPE = replace(PRESETS["deepseek-v2-lite"], num_hidden_layers=2, vocab_size=500, hidden_size=256)
 
 
-@pytest.fixture
-def engine():
+@pytest.fixture(params=["bf16", "fp8"])
+def engine(request):
     options = {"max_context": 128, "max_batch_tokens": 16, "cache_tokens": 512}
-    with LLM.synthetic(SHAPE, **options) as llm:
-        llm.engine.runner.latent_cache.fill_(float("nan"))
+    with LLM.synthetic(SHAPE, cache_dtype=request.param, **options) as llm:
+        # As fp8, all bits set are scales that are NaN.
+        llm.engine.runner.latent_cache.fill_(255 if request.param == "fp8" else float("nan"))
         yield llm.engine
 
 

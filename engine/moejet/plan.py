@@ -214,6 +214,8 @@ def _advice(plan: Plan, model_config: ModelConfig, config: EngineConfig) -> tupl
         plan, model_config, config, dense_format="int4_g32"
     ):
         found.append("dense_format='int4_g32'")
+    if config.cache_dtype != "fp8" and _would_fit(plan, model_config, config, cache_dtype="fp8"):
+        found.append("cache_dtype='fp8'")
     place = "RAM" if plan.machine.vram_bytes is None else "VRAM"
     limit = plan.machine.ram_bytes if place == "RAM" else plan.machine.vram_bytes
     if limit is not None:

@@ -27,9 +27,11 @@ class FakeLLM:
             expert_format=engine_options.get("expert_format", "int4_g32"),
             dense_format="bf16",
             arithmetic=engine_options.get("arithmetic", "bf16"),
+            cache_dtype=engine_options.get("cache_dtype", "bf16"),
         )
         self.model_config = SHAPE
         formats = {"expert_format": self.config.expert_format, "dense_format": "bf16"}
+        formats["cache_dtype"] = self.config.cache_dtype
         self.cost = ModelCost.of(SHAPE, EngineConfig(model="x", **formats))
         pool = SimpleNamespace(num_threads=engine_options.get("num_threads", 2))
         layer = SimpleNamespace(experts=SimpleNamespace(isa="avx2", pool=pool))

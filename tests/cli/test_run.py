@@ -147,7 +147,7 @@ def test_every_option_reaches_the_engine(moejet, llm):
     words += ["--stop", "A", "--stop", "B", "--ignore-eos", "--stop-in-reasoning"]
     words += ["-n", "2", "--json", "--logprobs", "3", "--expert-format", "int8"]
     words += ["--dense-format", "fp32", "--max-context", "512", "--threads", "2", "--isa", "avx2"]
-    words += ["--arithmetic", "int8"]
+    words += ["--arithmetic", "int8", "--cache-dtype", "fp8"]
     assert moejet("run", "x", *words).code == 0
     assert llm.calls[0][2] == SamplingParams(
         **sampling,
@@ -163,6 +163,7 @@ def test_every_option_reaches_the_engine(moejet, llm):
         "num_threads": 2,
         "isa": "avx2",
         "arithmetic": "int8",
+        "cache_dtype": "fp8",
     }
 
 

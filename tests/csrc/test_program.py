@@ -139,6 +139,20 @@ def test_program_over_an_fp8_cache(chunks: list[int], pool: _C.ThreadPool, isa: 
     torch.testing.assert_close(values, exact.cache[used], rtol=0.07, atol=0.02)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_latents_reach_the_logits(bad: float, pool: _C.ThreadPool, isa: str) -> None:
+    """Not as finite numbers: neither with the token that brought them nor with later ones that see it."""
+    small = Small(pool, isa, "fp8")
+    clean = small.run(IDS[:20], 0, TABLE, [19])
+    small.table[IDS[5], 3] = bad
+    later = [token for token in IDS[6:20] if token != IDS[5]]
+    assert small.run(IDS[:6], 0, TABLE, [5]).isnan().all()
+    assert small.run(later, 6, TABLE, list(range(len(later)))).isnan().all()
+    small.table[IDS[5], 3] = 1.0
+    assert small.run(IDS[:20], 0, TABLE, [19]).isfinite().all()
+    assert clean.isfinite().all()
+
+
 def test_only_wanted_rows_are_computed(pool: _C.ThreadPool) -> None:
     small = Small(pool, "auto")
     everything = small.run(IDS, 0, TABLE, list(range(30)))
