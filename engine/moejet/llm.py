@@ -196,7 +196,7 @@ class LLM:
             tokens = self.tokenizer.encode(text, add_special_tokens=False)
         else:
             tokens = self._tokenise(conversation)[1]
-        with self._exclusive() as engine:
+        with self.exclusive() as engine:
             if not self.config.prefix_caching:
                 raise ValueError("sessions need prefix_caching=True")
             self._run_all([(None, tokens)], SamplingParams(temperature=0.0, max_tokens=1))
@@ -207,7 +207,7 @@ class LLM:
 
         Raises ValueError, naming what differs, if it was saved with another model or other settings, or is damaged.
         """
-        with self._exclusive() as engine:
+        with self.exclusive() as engine:
             return session.load(engine, Path(path))
 
     @property
@@ -241,7 +241,7 @@ class LLM:
 
     def hand_over(self) -> Engine:
         """Gives the engine to another owner, who closes it; this object is closed."""
-        with self._exclusive() as engine:
+        with self.exclusive() as engine:
             if engine.has_work:
                 raise ValueError("this LLM has open streams: close them first")
             self._closed = True
