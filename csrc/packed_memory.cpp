@@ -1,6 +1,7 @@
 #include "packed_memory.h"
 
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -74,6 +75,14 @@ PackedMemory::PackedMemory(int64_t count, int64_t bytes_each, const char* what, 
 
 void PackedMemory::map_file(int fd, int64_t offset) {
   if (bytes_ == 0) return;
+  struct stat info{};
+  if (fstat(fd, &info) != 0) {
+    throw std::system_error(errno, std::generic_category(), "cannot map packed weights");
+  }
+  if (offset < 0 || offset > info.st_size - bytes_) {
+    throw std::system_error(EINVAL, std::generic_category(),
+                            "cannot map packed weights: the file is too short");
+  }
   unpoison(mapping_, static_cast<int64_t>(mapping_bytes_));
   const void* view = mmap(data_, static_cast<size_t>(bytes_), PROT_READ | PROT_WRITE,
                           MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, offset);

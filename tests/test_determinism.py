@@ -129,3 +129,77 @@ def test_instruction_sets_that_choose_by_rows_are_refused():
         EngineConfig(model="x", deterministic=True, isa="amx")
     with pytest.raises(ValueError, match="deterministic='yes' must be True or False"):
         EngineConfig(model="x", deterministic="yes")
+
+
+def test_a_step_that_fails_changes_nothing(path, monkeypatch):
+    """Forks lose none of their copies, whatever point of a step an interruption hits."""
+    params = SamplingParams(temperature=1.0, seed=4, n=4, max_tokens=12, ignore_eos=True)
+    prompt = list(range(20, 41))
+    with LLM(path, **OPTIONS) as llm:
+        expected = [o.token_ids for o in llm.generate([prompt], params)[0].outputs]
+        engine = llm.engine
+        execute, advance = engine.runner.execute, engine.scheduler.advance
+        for place in ("execute", "advance"):
+            failures = iter([False, True, False, True, True, False])
+
+            def fail(batch, original=execute if place == "execute" else advance, plan=failures):
+                if next(plan, False):
+                    raise KeyboardInterrupt
+                return original(batch)
+
+            owner = engine.runner if place == "execute" else engine.scheduler
+            monkeypatch.setattr(owner, place, fail)
+            name = engine.add_request(prompt, params)
+            output = None
+            while output is None:
+                try:
+                    deltas = engine.step()
+                except KeyboardInterrupt:
+                    continue
+                output = next((d.output for d in deltas if d.output is not None), None)
+            monkeypatch.undo()
+            assert output.request_id == name
+            assert [o.token_ids for o in output.outputs] == expected
+
+
+def test_a_request_that_breaks_spares_its_neighbours(path, monkeypatch):
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    with LLM(path, **OPTIONS) as llm:
+        expected = llm.generate([[30, 31, 32]], params)[0].outputs[0].token_ids
+        engine = llm.engine
+        engine.add_request([40, 41, 42], params, request_id="broken")
+        engine.add_request([30, 31, 32], params, request_id="sound")
+        assembler = engine._groups["broken"].assemblers[0]
+        monkeypatch.setattr(assembler, "push", lambda token_id: 1 // 0)
+        seen = []
+        while engine.has_work:
+            seen += engine.step()
+        [broken] = [d for d in seen if d.request_id == "broken"]
+        assert isinstance(broken.error, ZeroDivisionError)
+        [sound] = [d.output for d in seen if d.output is not None]
+        assert sound.outputs[0].token_ids == expected
+        engine.scheduler.check_integrity()
+        assert engine.block_pool.num_free == engine.block_pool.num_blocks
+
+
+def test_aborting_inside_a_step_keeps_what_the_others_computed(path, monkeypatch):
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    with LLM(path, **OPTIONS) as llm:
+        expected = llm.generate([[30, 31, 32]], params)[0].outputs[0].token_ids
+        engine = llm.engine
+        engine.add_request([40, 41, 42], params, request_id="gone")
+        engine.add_request([30, 31, 32], params, request_id="stays")
+        execute = engine.runner.execute
+
+        def execute_and_abort(batch):
+            engine.abort("gone")
+            return execute(batch)
+
+        monkeypatch.setattr(engine.runner, "execute", execute_and_abort)
+        steps = 0
+        output = None
+        while output is None:
+            output = next((d.output for d in engine.step() if d.output is not None), None)
+            steps += 1
+        assert output.outputs[0].token_ids == expected
+        assert steps == 6

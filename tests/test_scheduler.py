@@ -192,6 +192,7 @@ class Cache:
         for source, target in batch.block_copies:
             for i in range(self.size):
                 self.slots[target * self.size + i] = self.slots[source * self.size + i]
+        batch.block_copies.clear()
         row = 0
         for request, query_len, end in zip(
             batch.requests, batch.query_lens, batch.context_lens, strict=True

@@ -11,7 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
@@ -44,6 +44,17 @@ def replace_atomically(path: Path) -> Iterator[int]:
         if not done:
             temporary.unlink(missing_ok=True)
         os.close(fd)
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a writer of this file lives."""
+    for file in path.parent.glob(f"{path.name}.*{TEMPORARY}"):
+        with suppress(OSError), file.open("rb") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
 
 
 def reserve(fd: int, num_bytes: int, *, keep_free: int = 0) -> None:

@@ -18,7 +18,7 @@ class Batch:
     query_lens, context_lens: per request, context including the query tokens
     block_tables [B, max_blocks] i64, -1 padded · logits_indices [L] i64: rows of T whose logits are wanted
     sampled: the requests whose last row is among those, in order
-    block_copies: (from, to) blocks of the cache, to be copied before anything is computed
+    block_copies: (from, to) blocks of the cache, to be copied before anything is computed; emptied once that is done
     """
 
     requests: list[Request]

@@ -7,6 +7,7 @@ commits: appends the tokens, applies the stop rules, and reports what each sampl
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -39,6 +40,8 @@ from moejet.sample_state import PolicyFailure, SampleState
 from moejet.sampler import BadLogitsError, SampledToken, derive_seed, sample
 from moejet.scheduler import Scheduler
 from moejet.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -304,6 +307,12 @@ class Engine:
                 failed = self.abort(request.request_id)
                 deltas += [replace(delta, error=failure.error) for delta in failed]
                 continue
+            except Exception as error:
+                # Its neighbours have been computed and must get their tokens.
+                logger.exception("request %s is broken and ends", request.request_id)
+                self.discard(request.request_id)
+                deltas.append(_broken(request, error))
+                continue
             deltas.append(self._delta(group, request, gained))
         return deltas
 
@@ -446,3 +455,17 @@ class Engine:
 def _samples(request: Request) -> bool:
     """Whether more tokens are wanted; of a branch, perhaps only the latents of those it has."""
     return len(request.token_ids) < request.max_total_tokens
+
+
+def _broken(request: Request, error: Exception) -> StreamDelta:
+    """The end of a request whose output cannot be built."""
+    return StreamDelta(
+        request.request_id,
+        request.index,
+        text="",
+        reasoning="",
+        content="",
+        token_ids=(),
+        finish_reason="abort",
+        error=error,
+    )

@@ -99,8 +99,10 @@ def _load(engine: Engine, path: Path, checkpoint: Checkpoint | None) -> None:
         close_pool = engine.on_close
 
         def finish() -> None:
-            writer.finish()
-            close_pool()
+            try:
+                writer.finish()
+            finally:
+                close_pool()
 
         engine.on_close = finish
 

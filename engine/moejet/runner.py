@@ -64,6 +64,7 @@ class ModelRunner:
         try:
             for source, target in batch.block_copies:
                 self.latent_cache[:, target] = self.latent_cache[:, source]
+            batch.block_copies.clear()
             if self._program is not None:
                 return self._program.run(batch)
             with torch.inference_mode():

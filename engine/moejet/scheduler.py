@@ -85,6 +85,8 @@ class Scheduler:
         self.held: list[Request] = []  # branches that do not run, those longest idle first
         self.num_preemptions = 0
         self.num_found_tokens = 0
+        # Block copies that have not been made yet; whoever makes them empties the list.
+        self.copies: list[tuple[int, int]] = []
         self.store: BlockStore | None = None
         self._reads: dict[Request, _Read] = {}
         self._seconds_per_token = 0.0  # of prompts; 0: not known yet
@@ -136,21 +138,24 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """Chooses this step's tokens; None if there is nothing to do."""
-        step = _Step(self.max_batch_tokens, self.max_mixed_tokens)
+        step = _Step(self.max_batch_tokens, self.max_mixed_tokens, others_wait=bool(self.waiting))
         for request in sorted(self.running, key=_tokens_missing):
             if request.state is not RequestState.RUNNING:
                 continue
+            if _tokens_missing(request) == 0:  # an earlier step was cut off behind `advance`
+                self.rewind(request)
             if not self._read(request, step):
                 continue
             query_len = step.share(_tokens_missing(request))
             if query_len == 0 or not self._make_room(request, query_len, step):
                 continue
             step.take(request, query_len)
+        step.others_wait = False
         self._admit(step)
         if not step.requests:
             return None
         batch = Batch.build(step.requests, step.query_lens, block_size=self.pool.block_size)
-        batch.block_copies = step.copies
+        batch.block_copies = self.copies
         self._scheduled_s = time.perf_counter()
         return batch
 
@@ -161,6 +166,8 @@ class Scheduler:
             seconds = (time.perf_counter() - self._scheduled_s) / batch.num_tokens
             self._seconds_per_token = 0.5 * (seconds + (self._seconds_per_token or seconds))
         for request, query_len in zip(batch.requests, batch.query_lens, strict=True):
+            if request.state is not RequestState.RUNNING:  # aborted while the step ran
+                continue
             first = request.num_computed_tokens // size
             request.num_computed_tokens += query_len
             if self.root is None:
@@ -180,6 +187,8 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         self._reads.pop(request, None)
+        if not request.is_branch:
+            self._drop_copies(request)
         if request.is_branch:
             self.held.append(request)
         else:
@@ -305,7 +314,7 @@ class Scheduler:
         if read is None:
             return True
         assert self.store is not None
-        if step.copies:
+        if self.copies:
             return (
                 False  # a block to be copied later in this step could be the one that is read into
             )
@@ -361,7 +370,7 @@ class Scheduler:
         copy = self.pool.replace_shared(request.block_table, index)
         if copy is None:
             return False
-        step.copies.append(copy)
+        self.copies.append(copy)
         return True
 
     def _until_free(self, request: Request, step: _Step, attempt: Callable[[], bool]) -> bool:
@@ -372,7 +381,7 @@ class Scheduler:
             if victim is request and step.requests:
                 return False  # what is scheduled will free its blocks; the work done so far is kept
             assert victim is not request or len(self.running) > 1, "one request exceeds the cache"
-            step.drop_copies(victim)
+            self._drop_copies(victim)
             self._preempt(victim)
             if victim is request:
                 return False
@@ -398,6 +407,11 @@ class Scheduler:
                 return True
         return False
 
+    def _drop_copies(self, request: Request) -> None:
+        """Forgets copies into blocks that a request is about to lose."""
+        # In place: a batch may hold the list.
+        self.copies[:] = [copy for copy in self.copies if copy[1] not in request.block_table]
+
     def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
         self.running.remove(request)
@@ -411,12 +425,12 @@ class Scheduler:
 class _Step:
     """What one step computes, while it is put together."""
 
-    def __init__(self, max_tokens: int, max_mixed_tokens: int):
+    def __init__(self, max_tokens: int, max_mixed_tokens: int, *, others_wait: bool):
         self.budget = max_tokens
         self.max_mixed_tokens = max_mixed_tokens
         self.requests: list[Request] = []
         self.query_lens: list[int] = []
-        self.copies: list[tuple[int, int]] = []
+        self.others_wait = others_wait
         self._num_decoding = 0
         self._num_prompt_tokens = 0
 
@@ -427,11 +441,9 @@ class _Step:
         left = self.budget
         if self._num_decoding:
             left = min(left, self.max_mixed_tokens - self._num_prompt_tokens)
+        if self.others_wait:
+            left -= left // 2  # a long prompt must not keep a short one from beginning
         return max(0, min(missing, left))
-
-    def drop_copies(self, request: Request) -> None:
-        """Forgets copies into blocks that a request is about to lose."""
-        self.copies = [copy for copy in self.copies if copy[1] not in request.block_table]
 
     def take(self, request: Request, query_len: int) -> None:
         if _tokens_missing(request) == 1:

@@ -168,14 +168,24 @@ def test_damaged_files_are_written_again(
     assert used.mapped()
 
 
+def flip_bit(file: Path, part: float) -> None:
+    """In the middle of a blob that lies at this part of the file."""
+    with file.open("rb+") as stream:
+        blobs = packed_cache.read_header(stream.fileno()).blobs
+        blob = blobs[int(part * len(blobs))]
+        position = blob.offset + blob.nbytes // 2
+        stream.seek(position)
+        [byte] = stream.read(1)
+        stream.seek(position)
+        stream.write(bytes([byte ^ 1]))
+
+
 def test_verify_finds_one_flipped_bit(model: Path, directory: Path, used: Used) -> None:
     expected = tokens(model)
     [name] = files(directory)
     file = directory / name
     for part in (0.3, 0.9):
-        raw = bytearray(file.read_bytes())
-        raw[int(part * len(raw))] ^= 1
-        file.write_bytes(raw)
+        flip_bit(file, part)
         used.mapped()
         assert tokens(model, packed_cache="verify") == expected
         assert any("is damaged: its checksum differs" in line for line in used.lines)
@@ -202,6 +212,29 @@ def test_checksum_sees_every_bit_and_position() -> None:
         _C.checksum(data[::2])
 
 
+def test_models_that_agree_in_all_but_their_weights(model: Path, tmp_path: Path) -> None:
+    """Same names, sizes, times and configuration, as a reproducible image would have them."""
+    answers = []
+    for seed in (0, 1):
+        path = tiny_checkpoint(tmp_path / str(seed) / "model", "deepseek_v3", seed=seed)
+        os.utime(path / "model.safetensors", ns=(1, 1))
+        answers.append((tokens(path), tokens(path, packed_cache="off")))
+    assert answers[0][0] == answers[0][1] != answers[1][0] == answers[1][1]
+
+
+def test_another_writer_is_not_repeated(tmp_path: Path) -> None:
+    import fcntl
+
+    pool = create_pool(1)
+    weights = PackedMatrices(1, 40, 64, format="int8", pool=pool)
+    file = CacheFile(tmp_path, "m", {"a": 1})
+    with (tmp_path / f"{file.path.name}.7-7.tmp").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert not file.write({"w": weights})
+    assert not file.path.exists()
+    pool.close()
+
+
 def test_mapped_weights_may_still_be_written_to(tmp_path: Path) -> None:
     pool = create_pool(1)
     first = PackedMatrices(2, 40, 64, format="int8", pool=pool)
@@ -219,6 +252,8 @@ def test_mapped_weights_may_still_be_written_to(tmp_path: Path) -> None:
     assert file.path.read_bytes() == before
     with pytest.raises(OSError, match="cannot map"):
         second.weights.map_file(-1, [0])
+    with file.path.open("rb") as stream, pytest.raises(OSError, match="the file is too short"):
+        second.weights.map_file(stream.fileno(), [file.path.stat().st_size // 4096 * 4096])
     with pytest.raises(ValueError, match="2 were given for 1 buffers"):
         second.weights.map_file(0, [0, 0])
     pool.close()
@@ -355,9 +390,7 @@ def test_cache_command(
     assert "freed 0.00 GiB" in capsys.readouterr().out
     assert len(files(directory)) == 2
     file = Path(entries[0]["file"])
-    raw = bytearray(file.read_bytes())
-    raw[-5000] ^= 1
-    file.write_bytes(raw)
+    flip_bit(file, 0.6)
     assert main(["cache", "verify"]) == 1
     assert "is damaged" in capsys.readouterr().err
     assert files(directory) == [Path(entries[1]["file"]).name]

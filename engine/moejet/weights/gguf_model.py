@@ -192,6 +192,8 @@ def _expert_formats(files: GgufFiles, config: ModelConfig) -> tuple[tuple[str, s
             formats.add("bf16" if kind in ("F32", "F16", "BF16") else own)
             if own == "int8" and "bf16" not in formats:
                 converted.add(kind)
+        if len(formats) > 1:
+            converted.update(sorted(formats - {"bf16"}))
         return formats.pop() if len(formats) == 1 else "int8"
 
     result = []

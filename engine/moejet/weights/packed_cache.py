@@ -5,12 +5,12 @@ One file holds a model in the very bytes that the kernels read:
     0      "moejet-packed\\n\\0\\0"            16 bytes
     16     length of the header, its checksum  2 x 8 bytes, little-endian
     32     header: JSON {"key": ..., "blobs": [{"name", "offset", "nbytes", "checksum"}, ...], "file_bytes", ...}
-    ...    blobs, each at a multiple of 4096
+    ...    blobs, each at a multiple of 65536
 
-The key says what the file was made from and for: sizes and times of the source files, the model's configuration,
-formats, number of memory nodes, version of the packed layout. A file whose key differs in anything is not used. Files
-appear complete or not at all: they are written under a temporary name, synced, and renamed. Temporary files are locked
-while their writer lives; those of dead writers are swept.
+The key says what the file was made from and for: sizes, times and samples of the source files, the model's
+configuration, formats, number of memory nodes, version of the packed layout. A file whose key differs in anything is
+not used. Files appear complete or not at all: they are written under a temporary name, synced, and renamed. Temporary
+files are locked while their writer lives; those of dead writers are swept.
 
 Mapped pages are shared between processes and come from the page cache at the first touch. They are small pages where
 the kernel has no huge ones for files, which costs decoding about 4 %.
@@ -30,6 +30,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,9 +50,11 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".packed"
 _MAGIC = b"moejet-packed\n\0\0"
 _PREFIX = struct.Struct("<16sQQ")
-_ALIGNMENT = 4096
+_ALIGNMENT = 1 << 16  # of the largest pages that a kernel maps files with
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _MAX_HEADER_BYTES = 64 << 20
 _WRITE_BYTES = 64 << 20
+_READ_AHEAD_BYTES = 2 << 20
 # Weights that are read and packed in less time than a file is worth.
 MIN_BYTES = 256 << 20
 FREE_BYTES = 1 << 30  # of the disk, that stay free
@@ -120,14 +123,14 @@ class CacheFile:
             if verify:
                 verify_blobs(fd, header)
             _fill(fd, state, blobs)
-            # Reading ahead is advice; without it pages come one by one, as they are touched.
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-            os.utime(self.path)
         except (ValueError, OSError) as error:
             logger.warning("%s is not used, and will be written again: %s", self.path, error)
             return False
         finally:
             os.close(fd)
+        with suppress(OSError):  # somebody else's file, or a file system that is read only
+            os.utime(self.path)
+        threading.Thread(target=_read_ahead, args=(self.path,), daemon=True).start()
         return True
 
     def write(self, state: State, stop: threading.Event | None = None) -> bool:
@@ -137,6 +140,9 @@ class CacheFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             sweep(self.path.parent)
+            if atomic_file.is_being_written(self.path):
+                logger.info("another process caches the packed weights")
+                return False
             with replace_atomically(self.path) as fd:
                 num_bytes = self._write(fd, state, stop)
                 if num_bytes == 0:
@@ -211,7 +217,7 @@ class BackgroundWriter:
     def finish(self) -> None:
         """Waits for the end of it; Ctrl-C ends it at once, and nothing is left of the file."""
         if self._thread.is_alive():
-            logger.info("waiting until the packed weights are cached")
+            logger.warning("writing the packed weights for the next start; Ctrl-C leaves that out")
         try:
             self._thread.join()
         except KeyboardInterrupt:
@@ -226,8 +232,11 @@ def cache_key(
     """What decides about the packed bytes; JSON values only."""
     files = list_shards(root) if root.is_file() else sorted(root.iterdir())
     weights = [f for f in files if f.suffix in (".safetensors", ".gguf")]
-    stats = [(file.name, file.stat()) for file in weights]
-    sources: list[Any] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    stats = [(file, file.stat()) for file in weights if file.exists()]
+    sources: list[Any] = [
+        [file.name, stat.st_size, stat.st_mtime_ns, _sample(file, stat.st_size)]
+        for file, stat in stats
+    ]
     return weights_key(sources, config, model_config, num_nodes)
 
 
@@ -351,6 +360,24 @@ def _read_into(fd: int, target: NDArray[Any], blob: Blob) -> None:
         read_all(fd, target.data, blob.offset)
     except ValueError as error:
         raise ValueError(f"{blob.name}: {error}") from error
+
+
+def _sample(file: Path, size: int) -> str:
+    """A hash of some places of a file: two models may agree in names, sizes and times."""
+    digest = hashlib.blake2b(digest_size=8)
+    with file.open("rb", buffering=0) as stream:
+        for i in range(_SAMPLES):
+            stream.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _read_ahead(path: Path) -> None:
+    """Asks for all pages of a file, a piece at a time: the kernel cuts large requests short."""
+    with suppress(OSError), path.open("rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        for offset in range(0, size, _READ_AHEAD_BYTES):
+            os.posix_fadvise(stream.fileno(), offset, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _aligned(offset: int) -> int:

@@ -55,7 +55,13 @@ def resolve_config(model: str, revision: str | None = None) -> ModelConfig:
     if _HUB_ID.fullmatch(model) and not Path(model).expanduser().exists():
         from moejet.hub import pull_config
 
-        return ModelConfig.from_hf(pull_config(model, revision))
+        path = pull_config(model, revision)
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"model={model!r} has no config.json; if it holds GGUF files, `moejet pull` one and "
+                "give its path"
+            )
+        return ModelConfig.from_hf(path)
     path = resolve_model(model, revision)
     return GgufCheckpoint.open(path).config if path.is_file() else ModelConfig.from_hf(path)
 
@@ -98,7 +104,8 @@ def _local(path: Path) -> Path:
 
 def _gguf_models(root: Path) -> list[Path]:
     """The GGUF files of a directory, of split ones the first shard; no vision projectors."""
-    files = [f for f in sorted(root.glob("*.gguf")) if not f.name.startswith("mmproj")]
+    found = sorted(root.glob("*.gguf")) or sorted(root.glob("*/*.gguf"))
+    files = [f for f in found if not f.name.startswith("mmproj")]
     return list(dict.fromkeys(list_shards(file)[0] for file in files))
 
 
@@ -112,4 +119,4 @@ def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Pat
     from moejet.hub import pull_or_local
     from moejet.hub.progress import LineReporter
 
-    return pull_or_local(repo_id, revision, cache_dir, LineReporter())
+    return _local(pull_or_local(repo_id, revision, cache_dir, LineReporter()))
