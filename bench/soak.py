@@ -109,7 +109,7 @@ class Soak:
                 outcome = await self._request(rng)
             except QueueFullError:
                 outcome = "refused"
-                await asyncio.sleep(rng.uniform(0.0, 0.2))
+                await asyncio.sleep(rng.uniform(0.1, 0.5))
             except Exception as error:
                 outcome = "errors"
                 self._note(f"{type(error).__name__}: {error}")
@@ -185,7 +185,7 @@ def resident_bytes() -> int:
 def run(args: argparse.Namespace) -> dict[str, object]:
     with LLM(**ENGINE) as alone:
         cases = make_cases(alone, args.cases, args.seed)
-    llm = AsyncLLM(**ENGINE, max_queued_requests=args.clients // 4 or 1)
+    llm = AsyncLLM(**ENGINE, max_queued_requests=args.clients // 3 or 1)
     soak = Soak(llm, cases, args.seed)
     seconds = args.minutes * 60
     resident = {"start": resident_bytes()}
