@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import itertools
 import logging
 import os
 import queue
@@ -30,10 +29,10 @@ from moejet.engine_counters import EngineCounters
 from moejet.request import Request, SamplingParams, StreamDelta
 from moejet.sampler import BadLogitsError
 from moejet.ticket import (
+    Admission,
     EngineClosedError,
     EngineDeadError,
     EngineStepError,
-    QueueFullError,
     Ticket,
 )
 
@@ -42,7 +41,6 @@ logger = logging.getLogger(__name__)
 _STALL_WAIT_S = 0.002  # before asking again, when requests wait and none could be scheduled
 _CLOSE_WAIT_S = 60.0  # for the step that runs while everything is being aborted
 _EXIT_WAIT_S = 10.0  # the same, at the interpreter's exit
-_DEFAULT_RETRY_S = 5.0
 
 State = Literal["running", "draining", "closed", "dead"]
 Command = tuple[Literal["add", "abort", "abort_all", "stop"], Ticket | None]
@@ -65,19 +63,16 @@ class EngineThread:
         step_timeout_s: float | None,
     ):
         self.engine = engine
-        self.max_queued_requests = max_queued_requests
-        self.max_queued_tokens = max_queued_tokens
         self.step_timeout_s = step_timeout_s
         self.counters = EngineCounters()
         # Its put() may interrupt itself, so finalisers may call it wherever they happen to run.
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._pid = os.getpid()
         self._changed = threading.Condition(threading.Lock())  # guards everything below
-        self._tickets: dict[str, Ticket] = {}
-        self._ids = itertools.count()
-        self._queued_requests = 0
-        self._queued_tokens = 0
-        self._spare_slots = engine.config.max_num_requests
+        self._admission = Admission(
+            max_queued_requests, max_queued_tokens, engine.config.max_num_requests, self.counters
+        )
+        self._tickets = self._admission.tickets
         self._state: State = "running"
         self._cause: BaseException | None = None
         self._is_stuck = False
@@ -114,17 +109,7 @@ class EngineThread:
         self.check_process()
         with self._changed:
             self._check_accepting()
-            if request_id is None:
-                request_id = next(
-                    name for i in self._ids if (name := f"request-{i}") not in self._tickets
-                )
-            elif request_id in self._tickets:
-                raise ValueError(f"request_id={request_id!r} is already running; choose another")
-            if self._queued_requests >= self.max_queued_requests + self._spare_slots:
-                raise self._queue_full(f"{self._queued_requests} requests are waiting")
-            ticket = self._tickets[request_id] = Ticket(request_id, priority)
-            self._queued_requests += 1
-        return ticket
+            return self._admission.admit(request_id, priority)
 
     def enqueue(
         self, ticket: Ticket, prompt: str | None, token_ids: list[int], params: SamplingParams
@@ -133,13 +118,8 @@ class EngineThread:
         with self._changed:
             if ticket.ended.done():
                 raise ticket.mailbox.error() or EngineClosedError("the engine was closed")
-            if self._queued_tokens and self._queued_tokens + len(token_ids) > (
-                self.max_queued_tokens
-            ):
-                waiting = f"{self._queued_tokens} prompt tokens are waiting"
-                raise self._queue_full(f"{waiting}, and this prompt has {len(token_ids)}")
+            self._admission.count_tokens(ticket, len(token_ids))
             ticket.prompt, ticket.token_ids, ticket.params = prompt, token_ids, params
-            self._queued_tokens += len(token_ids)
             self.counters.accepted_requests += 1
             self.inbox.put(("add", ticket))
 
@@ -195,10 +175,10 @@ class EngineThread:
                 "running": len(scheduler.running),
                 "waiting": len(scheduler.waiting),
                 "requests": len(self._tickets),
-                "queued_requests": self._queued_requests,
-                "max_queued_requests": self.max_queued_requests,
-                "queued_tokens": self._queued_tokens,
-                "max_queued_tokens": self.max_queued_tokens,
+                "queued_requests": self._admission.queued_requests,
+                "max_queued_requests": self._admission.max_queued_requests,
+                "queued_tokens": self._admission.queued_tokens,
+                "max_queued_tokens": self._admission.max_queued_tokens,
                 "free_blocks": self.engine.block_pool.num_free,
                 "total_blocks": self.engine.block_pool.num_blocks,
                 "generated_tokens_per_s": self.counters.generated_tokens_rate.per_s(now),
@@ -226,14 +206,6 @@ class EngineThread:
         if self._is_stuck:
             raise self._stuck_error()
 
-    def _queue_full(self, what: str) -> QueueFullError:
-        self.counters.rejected_requests += 1
-        per_s = self.counters.starts.per_s()
-        # Half of the queue: late enough to find room, early enough that the queue does not run dry.
-        wait_s = max(1, self._queued_requests) / 2 / per_s if per_s > 0 else _DEFAULT_RETRY_S
-        limits = f"{self.max_queued_requests} requests, {self.max_queued_tokens} tokens"
-        return QueueFullError(f"the queue is full ({limits}): {what}", min(max(wait_s, 1.0), 600.0))
-
     def _dead_error(self) -> EngineDeadError:
         assert self._cause is not None, f"{self._state=}"
         error = EngineDeadError(
@@ -253,8 +225,7 @@ class EngineThread:
     ) -> asyncio.Future[None] | None:
         if ticket.ended.done():
             return None
-        del self._tickets[ticket.request_id]
-        self._leave_queue(ticket)
+        self._admission.remove(ticket)
         if error is not None:
             self.counters.finished_samples["error"] += ticket.params.n if ticket.params else 1
         ticket.ended.set_result(None)
@@ -262,16 +233,10 @@ class EngineThread:
             self._changed.notify_all()
         return ticket.mailbox.end(error)
 
-    def _leave_queue(self, ticket: Ticket) -> None:
-        if ticket.is_queued:
-            ticket.is_queued = False
-            self._queued_requests -= 1
-            self._queued_tokens -= len(ticket.token_ids)
-
     def _count_spare_slots(self) -> None:
         scheduler = self.engine.scheduler
         room = self.engine.config.max_num_requests - len(scheduler.running)
-        self._spare_slots = 0 if scheduler.waiting else max(0, room)
+        self._admission.spare_slots = 0 if scheduler.waiting else max(0, room)
 
     # The engine's thread.
 
@@ -387,7 +352,7 @@ class EngineThread:
                 num_prompt_tokens += min(query_len, max(0, left))
                 ticket = self._tickets.get(request.request_id)
                 if ticket is not None and ticket.is_queued:
-                    self._leave_queue(ticket)
+                    self._admission.leave_queue(ticket)
                     self.counters.starts.add(1, now)
                     self.counters.queue_time.observe(now - ticket.arrival_s)
                     self.counters.prompt_tokens += request.num_prompt_tokens

@@ -1,13 +1,17 @@
-"""A request as callers of a running engine know it, and the errors that they meet."""
+"""A request as callers of a running engine know it, who is let in, and the errors that they meet."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from moejet.engine_counters import EngineCounters
 from moejet.mailbox import Mailbox
 from moejet.request import SamplingParams
+
+_DEFAULT_RETRY_S = 5.0
 
 
 class QueueFullError(RuntimeError):
@@ -49,3 +53,65 @@ class Ticket:
     is_queued: bool = True
     is_aborted: bool = False
     is_in_engine: bool = False
+
+
+class Admission:
+    """The tickets of a running engine, and how many of them may wait. Not thread-safe: its owner holds a lock.
+
+    spare_slots: requests that the engine could start at once; as many are welcome beyond max_queued_requests
+    """
+
+    def __init__(
+        self,
+        max_queued_requests: int,
+        max_queued_tokens: int,
+        spare_slots: int,
+        counters: EngineCounters,
+    ):
+        self.max_queued_requests = max_queued_requests
+        self.max_queued_tokens = max_queued_tokens
+        self.spare_slots = spare_slots
+        self.tickets: dict[str, Ticket] = {}
+        self.queued_requests = 0
+        self.queued_tokens = 0
+        self._counters = counters
+        self._ids = itertools.count()
+
+    def admit(self, request_id: str | None, priority: int) -> Ticket:
+        """A ticket for a new request, under an id of its own if none is given."""
+        if request_id is None:
+            names = (f"request-{number}" for number in self._ids)
+            request_id = next(name for name in names if name not in self.tickets)
+        elif request_id in self.tickets:
+            raise ValueError(f"request_id={request_id!r} is already running; choose another")
+        if self.queued_requests >= self.max_queued_requests + self.spare_slots:
+            raise self._full(f"{self.queued_requests} requests are waiting")
+        ticket = self.tickets[request_id] = Ticket(request_id, priority)
+        self.queued_requests += 1
+        return ticket
+
+    def count_tokens(self, ticket: Ticket, num_tokens: int) -> None:
+        """Adds a prompt to the queue, as long as it likes if no other waits; the ticket is to get that many tokens."""
+        assert not ticket.token_ids, f"{ticket.request_id=} has its prompt"
+        if self.queued_tokens and self.queued_tokens + num_tokens > self.max_queued_tokens:
+            waiting = f"{self.queued_tokens} prompt tokens are waiting"
+            raise self._full(f"{waiting}, and this prompt has {num_tokens}")
+        self.queued_tokens += num_tokens
+
+    def leave_queue(self, ticket: Ticket) -> None:
+        if ticket.is_queued:
+            ticket.is_queued = False
+            self.queued_requests -= 1
+            self.queued_tokens -= len(ticket.token_ids)
+
+    def remove(self, ticket: Ticket) -> None:
+        self.leave_queue(ticket)
+        del self.tickets[ticket.request_id]
+
+    def _full(self, what: str) -> QueueFullError:
+        self._counters.rejected_requests += 1
+        per_s = self._counters.starts.per_s()
+        # Half of the queue: late enough to find room, early enough that the queue does not run dry.
+        wait_s = max(1, self.queued_requests) / 2 / per_s if per_s > 0 else _DEFAULT_RETRY_S
+        limits = f"{self.max_queued_requests} requests, {self.max_queued_tokens} tokens"
+        return QueueFullError(f"the queue is full ({limits}): {what}", min(max(wait_s, 1.0), 600.0))
