@@ -23,6 +23,7 @@ from moejet import (
     SamplingParams,
 )
 from moejet.output import OutputAssembler
+from moejet.policy import TokenPolicy
 from moejet.presets import PRESETS
 from moejet.testing.checkpoints import tiny_checkpoint
 
@@ -517,6 +518,33 @@ def test_broken_logits_end_their_request_only(make, expected):
     asyncio.run(main())
     assert llm.counters()["step_errors"] == 1
     assert llm.counters()["finished_samples"]["error"] == 1
+    assert_nothing_leaked(llm)
+
+
+def test_a_mistake_in_a_policy_reaches_its_owner_only(make, expected):
+    llm = make()
+
+    class Mistaken(TokenPolicy):
+        seen = 0
+
+        def on_append(self, state, token_id):
+            self.seen += 1
+            if self.seen == 4:
+                raise LookupError("a mistake")
+
+    async def main() -> None:
+        good = asyncio.ensure_future(_tokens(llm.generate(PROMPTS[0], SHORT)))
+        stream = llm.generate(PROMPTS[1], replace(SHORT, policy=Mistaken))
+        got = []
+        with pytest.raises(LookupError, match="a mistake"):
+            while True:
+                got += (await stream.get()).token_ids
+        assert 0 < len(got) <= 4
+        assert tuple(got) == expected[PROMPTS[1]][: len(got)]
+        assert await good == expected[PROMPTS[0]]
+
+    asyncio.run(main())
+    assert llm.counters()["step_errors"] == 0
     assert_nothing_leaked(llm)
 
 

@@ -93,14 +93,21 @@ class RequestStream(AsyncIterator[StreamDelta]):
         return self
 
     async def get(self, timeout_s: float | None = None) -> StreamDelta | None:
-        """The next delta, None after the last. Raises TimeoutError if there is none in time: the request goes on."""
+        """The next delta, None after the last.
+
+        Raises TimeoutError if there is none in time, and the request goes on; what a policy of the request raised; and
+        EngineStepError, EngineDeadError or EngineClosedError where the engine could not finish it.
+        """
         await self.start()
         assert self._ticket is not None
         try:
-            return await self._ticket.mailbox.get(timeout_s)
+            delta = await self._ticket.mailbox.get(timeout_s)
         except asyncio.CancelledError:
             self.close()
             raise
+        if delta is not None and delta.error is not None:
+            raise delta.error
+        return delta
 
     async def result(self) -> RequestOutput:
         """Reads on to the end and returns the whole; finish_reason is "abort" if somebody ended it."""

@@ -62,7 +62,7 @@ class Histogram:
         return {"buckets": buckets, "count": total, "sum": self.sum}
 
 
-class EngineCounters:
+class TrafficCounters:
     """Totals since the start. Written by one thread at a time, read by any."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ import torch
 
 from moejet.batch import Batch
 from moejet.engine import Engine
-from moejet.engine_counters import EngineCounters
+from moejet.engine_counters import TrafficCounters
 from moejet.request import Request, SamplingParams, StreamDelta
 from moejet.sampler import BadLogitsError
 from moejet.ticket import (
@@ -64,7 +64,7 @@ class EngineThread:
     ):
         self.engine = engine
         self.step_timeout_s = step_timeout_s
-        self.counters = EngineCounters()
+        self.counters = TrafficCounters()
         # Its put() may interrupt itself, so finalisers may call it wherever they happen to run.
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._pid = os.getpid()

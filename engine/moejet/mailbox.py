@@ -45,7 +45,7 @@ class _Run:
         self.has_content = bool(delta.content)
 
     def fits(self, delta: StreamDelta) -> bool:
-        return not (
+        return delta.error is None and not (
             (self.has_content and delta.reasoning) or (self.has_reasoning and delta.content)
         )
 

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from moejet.engine_counters import EngineCounters
+from moejet.engine_counters import TrafficCounters
 from moejet.mailbox import Mailbox
 from moejet.request import SamplingParams
 
@@ -66,7 +66,7 @@ class Admission:
         max_queued_requests: int,
         max_queued_tokens: int,
         spare_slots: int,
-        counters: EngineCounters,
+        counters: TrafficCounters,
     ):
         self.max_queued_requests = max_queued_requests
         self.max_queued_tokens = max_queued_tokens
