@@ -86,25 +86,25 @@ def _scores_of(logits: Tensor, token_ids: list[int]) -> list[TokenScores]:
     vocab_size = logits.shape[1]
     top, _, log_sums = top_logits(logits, min(_NUM_TOP, vocab_size))
     logprobs = logits - torch.tensor(log_sums, dtype=torch.float32).unsqueeze(1)
-    # A token that cannot come (-inf) has no share in any mean.
-    is_possible = torch.isfinite(logprobs)
-    if not bool(is_possible.all()):
+    probs = torch.exp(logprobs)
+    counts = [vocab_size] * len(token_ids)
+    if math.isinf(float(logits.amin())):
+        # A token that cannot come (-inf) has no share in any mean.
+        is_possible = torch.isfinite(logprobs)
         logprobs = logprobs.masked_fill(~is_possible, 0.0)
-        probs = torch.exp(logprobs).masked_fill(~is_possible, 0.0)
-    else:
-        probs = torch.exp(logprobs)
-    entropies = -torch.linalg.vecdot(probs, logprobs)
-    means = logprobs.sum(dim=1) / is_possible.sum(dim=1)
+        counts = is_possible.sum(dim=1).tolist()
+    entropies = (-torch.linalg.vecdot(probs, logprobs)).tolist()
+    sums = logprobs.sum(dim=1).tolist()
     result = []
     for row, token_id in enumerate(token_ids):
         best = [value - log_sums[row] for value in top[row].tolist() if math.isfinite(value)]
         result.append(
             TokenScores(
                 logprob=float(logits[row, token_id]) - log_sums[row],
-                entropy=max(0.0, float(entropies[row])),
+                entropy=max(0.0, entropies[row]),
                 gap=best[0] - best[1] if len(best) > 1 else 0.0,
                 confidence=-sum(best) / len(best),
-                self_certainty=-float(means[row]) - math.log(int(is_possible[row].sum())),
+                self_certainty=-sums[row] / counts[row] - math.log(counts[row]),
             )
         )
     return result
