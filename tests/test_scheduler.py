@@ -397,6 +397,39 @@ def test_random_sharing_with_a_disk_behind_the_pool(seed, tmp_path):
     assert num_read > 0
 
 
+def test_nothing_is_read_before_copies_are_made(tmp_path):
+    """A block freed in a step may still be the source of that step's copies, so it must not be read into."""
+    tokens = tuple(range(500, 521))
+    for start in range(2):
+        scheduler = _scheduler(num_blocks=64, budget=100)
+        cache = Cache(scheduler)
+        tier = cache.store_in(tmp_path, scheduler, 1 << 24)
+        stored = _request("stored", 0, limit=23, tokens=tokens)
+        if start == 0:
+            scheduler.add(stored)
+            _drive(scheduler, cache)
+            tier.close()
+    parent = _request("parent", 0, limit=40, tokens=tuple(range(30)))
+    scheduler.add(parent)
+    _drive(scheduler, cache, until=lambda: len(parent.token_ids) > 30)
+    child = _request("child", 0, limit=40, tokens=tuple(range(30)))
+    scheduler.fork(parent, child)
+    child.token_ids.append(1000)
+    scheduler.add(stored)
+    batch = scheduler.schedule()
+    assert len(batch.block_copies) == 1
+    assert batch.requests == [parent, child]
+    assert (stored.state, stored.num_computed_tokens) == (RequestState.RUNNING, 0)
+    scheduler.check_integrity()
+    cache.run(batch)
+    scheduler.advance(batch)
+    for request in batch.sampled:
+        request.token_ids.append(5)
+    _drive(scheduler, cache)
+    assert stored.num_cached_tokens == 20
+    tier.close()
+
+
 def _spoil(rng, directory):
     """Something happens to a file of the store."""
     files = sorted(directory.glob("*/*.blocks"))
