@@ -81,7 +81,7 @@ def expected(model: Path) -> dict[int, list[int]]:
         return {seed: run(llm, prompt(seed))[0] for seed in range(12)}
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8"])
 def test_a_new_start_reads_what_the_last_one_computed(
     dtype: str, model: Path, disk: dict[str, object]
 ) -> None:
