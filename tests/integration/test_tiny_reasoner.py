@@ -54,6 +54,12 @@ def test_answers_most_held_out_problems(llm):
     assert all(o.reasoning and o.content for o in outputs)
 
 
+def test_fp8_cache_answers_as_well():
+    with LLM(cache_dtype="fp8") as llm:
+        outputs = [r.outputs[0] for r in llm.chat([_ask(q) for _, q in PROBLEMS], GREEDY)]
+    assert _num_right([o.text for o in outputs]) >= 0.75 * len(PROBLEMS)
+
+
 def test_forced_check_keeps_right_answers(llm):
     """Right working, then "Wait": it goes through its steps by the inverse operation and stays with the answer."""
     prompts = []
