@@ -76,7 +76,7 @@ def run_phase(args: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(0)
     prompts = [[rng.randrange(50) for _ in range(args.tokens)] for _ in range(args.repeats)]
     with open_llm(args.shape, args.directory, args.tokens) as llm:
-        llm.generate([[1] * 64])  # pages and threads
+        first_token_s(llm, [1] * 64)  # pages and threads
         result: dict[str, Any] = {"first": [first_token_s(llm, p) for p in prompts]}
         if args.phase == "cold":
             return result
