@@ -55,8 +55,8 @@ def test_error_in_units_of_what_bf16_costs(family, isa, checkpoint, usable_isa):
     assert error < 4 * float((theirs - exact).abs().mean())
 
 
-def test_costs_nothing_beside_int4_experts(checkpoint):
-    """In the default formats: 0.43 either way."""
+def test_costs_little_beside_int4_experts(checkpoint):
+    """In the default formats: 0.43 and 0.42 here, in other families up to a fifth more."""
     path, ids = checkpoint("deepseek_v3"), _prompt(200, 6)
     exact = _logprobs(reference_logits(path, ids), ids)
     errors = [
