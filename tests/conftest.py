@@ -1,6 +1,7 @@
 """Options and fixtures shared by all tests."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import settings
 
 from moejet.testing.hub import StandInHub
 
+# A job in the background inherits that Ctrl-C is ignored, and so would the programs that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Packed weights are kept only where a test asks for it.
 os.environ["MOEJET_CACHE"] = "off"
 # A loaded machine makes any example slow; in CI the same examples come every time.

@@ -611,7 +611,7 @@ def test_an_engine_that_keeps_failing_is_dead(make):
     assert not llm._thread.engine._groups
 
 
-def test_output_that_cannot_be_built_ends_its_step_only(make, expected, monkeypatch):
+def test_output_that_cannot_be_built_ends_its_request_only(make, expected, monkeypatch):
     llm = make()
     push = OutputAssembler.push
 
@@ -620,7 +620,7 @@ def test_output_that_cannot_be_built_ends_its_step_only(make, expected, monkeypa
         raise IndexError("no such character")
 
     monkeypatch.setattr(OutputAssembler, "push", fail)
-    with pytest.raises(EngineStepError, match="no such character"):
+    with pytest.raises(IndexError, match="no such character"):
         asyncio.run(llm.complete("abc", SHORT))
     assert_nothing_leaked(llm)
     assert asyncio.run(llm.complete(PROMPTS[1], SHORT)).outputs[0].token_ids == expected[PROMPTS[1]]

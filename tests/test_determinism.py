@@ -176,7 +176,8 @@ def test_a_request_that_breaks_spares_its_neighbours(path, monkeypatch):
             seen += engine.step()
         [broken] = [d for d in seen if d.request_id == "broken"]
         assert isinstance(broken.error, ZeroDivisionError)
-        [sound] = [d.output for d in seen if d.output is not None]
+        assert broken.output.outputs[0].finish_reason == "abort"
+        [sound] = [d.output for d in seen if d.output is not None and d.error is None]
         assert sound.outputs[0].token_ids == expected
         engine.scheduler.check_integrity()
         assert engine.block_pool.num_free == engine.block_pool.num_blocks

@@ -310,11 +310,35 @@ class Engine:
             except Exception as error:
                 # Its neighbours have been computed and must get their tokens.
                 logger.exception("request %s is broken and ends", request.request_id)
-                self.discard(request.request_id)
-                deltas.append(_broken(request, error))
+                deltas.append(self._end_broken(group, request, error))
                 continue
             deltas.append(self._delta(group, request, gained))
         return deltas
+
+    def _end_broken(self, group: _Group, request: Request, error: Exception) -> StreamDelta:
+        """Ends a request whose text cannot be built; its output has the tokens only."""
+        self.discard(request.request_id)
+        for sample_ in group.samples:
+            output = CompletionOutput(
+                index=sample_.index,
+                text="",
+                reasoning=None,
+                content="",
+                token_ids=tuple(sample_.output_token_ids),
+                finish_reason="abort",
+            )
+            group.outputs.setdefault(sample_.index, output)
+        return StreamDelta(
+            request.request_id,
+            request.index,
+            text="",
+            reasoning="",
+            content="",
+            token_ids=(),
+            finish_reason="abort",
+            output=self._request_output(group),
+            error=error,
+        )
 
     def _delta(self, group: _Group, request: Request, gained: Gained) -> StreamDelta:
         pieces, token_ids = (gained.reasoning, gained.content), tuple(gained.token_ids)
@@ -455,17 +479,3 @@ class Engine:
 def _samples(request: Request) -> bool:
     """Whether more tokens are wanted; of a branch, perhaps only the latents of those it has."""
     return len(request.token_ids) < request.max_total_tokens
-
-
-def _broken(request: Request, error: Exception) -> StreamDelta:
-    """The end of a request whose output cannot be built."""
-    return StreamDelta(
-        request.request_id,
-        request.index,
-        text="",
-        reasoning="",
-        content="",
-        token_ids=(),
-        finish_reason="abort",
-        error=error,
-    )
