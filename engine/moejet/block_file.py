@@ -1,9 +1,7 @@
-"""Blocks of the latent cache in a file, of the prefix store or of a saved session:
+"""Blocks of the latent cache in a file, of the prefix store or of a saved session, framed as `framed_file` says:
 
-    0      "moejet-blocks\\n\\0\\0"            16 bytes
-    16     length of the header, its checksum  2 x 8 bytes, little-endian
-    32     header: JSON {"fingerprint", "block_bytes", "digests", "checksums", ...}, one hash and checksum per block
-    ...    the blocks one after another, from a multiple of 4096 on
+    header  {"fingerprint", "block_bytes", "digests", "checksums", ...}, one hash and checksum per block
+    data    the blocks one after another, from a multiple of 4096 on
 
 A block is [layers, block_size, C + R] in the dtype of the cache; its digest is the hash of all tokens up to its end.
 Files are written once, atomically, and never changed.
@@ -22,16 +20,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moejet import framed_file
 from moejet.atomic_file import read_all, replace_atomically, reserve, write_all
 from moejet.block_pool import DIGEST_BYTES
 from moejet.extension import load_extension
 
 Bytes = NDArray[np.uint8]
 _MAGIC = b"moejet-blocks\n\0\0"
-_PREFIX = struct.Struct("<16sQQ")
 _ALIGNMENT = 4096
-_MAX_HEADER_BYTES = 64 << 20
-_FIRST_READ_BYTES = 16 << 10  # holds the header of most files
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +62,8 @@ def write_blocks(
     """
     checksum = load_extension().checksum
     checksums = [0] * len(digests)
-    offset = _aligned(
-        _PREFIX.size + len(_pack_header(fingerprint, block_bytes, digests, checksums, info))
-    )
+    text = _pack_header(fingerprint, block_bytes, digests, checksums, info)
+    offset = framed_file.data_offset(text, _ALIGNMENT)
     with replace_atomically(path) as fd:
         reserve(fd, offset + len(digests) * block_bytes, keep_free=keep_free)
         for i, block in enumerate(blocks):
@@ -76,26 +71,14 @@ def write_blocks(
             checksums[i] = checksum(block)
             write_all(fd, block.reshape(-1).data, offset + i * block_bytes)
         text = _pack_header(fingerprint, block_bytes, digests, checksums, info)
-        # The header comes last: without it the file is nothing, whatever a crash leaves.
-        os.fsync(fd)
-        write_all(fd, memoryview(_PREFIX.pack(_MAGIC, len(text), checksum(text)) + text), 0)
+        framed_file.write_header(fd, _MAGIC, text)
     return BlockHeader(fingerprint, block_bytes, tuple(digests), tuple(checksums), offset, info)
 
 
 def read_header(fd: int) -> BlockHeader:
     """Reads and checks a header; ValueError if anything in it does not fit the file."""
     size = os.fstat(fd).st_size
-    start = os.pread(fd, _FIRST_READ_BYTES, 0)
-    if len(start) < _PREFIX.size or not start.startswith(_MAGIC):
-        raise ValueError("it is no complete file of cached blocks")
-    _, length, expected = _PREFIX.unpack_from(start)
-    if length > min(_MAX_HEADER_BYTES, size - _PREFIX.size):
-        raise ValueError(f"its header claims {length} bytes")
-    text = start[_PREFIX.size : _PREFIX.size + length]
-    if len(text) < length:
-        text = os.pread(fd, length, _PREFIX.size)
-    if load_extension().checksum(text) != expected:
-        raise ValueError("its header is damaged")
+    text = framed_file.read_header(fd, _MAGIC, "cached blocks")
     try:
         raw = json.loads(text)
         digests, checksums = bytes.fromhex(raw["digests"]), bytes.fromhex(raw["checksums"])
@@ -106,7 +89,7 @@ def read_header(fd: int) -> BlockHeader:
                 digests[i : i + DIGEST_BYTES] for i in range(0, len(digests), DIGEST_BYTES)
             ),
             checksums=struct.unpack(f"<{len(checksums) // 8}Q", checksums),
-            data_offset=_aligned(_PREFIX.size + length),
+            data_offset=framed_file.data_offset(text, _ALIGNMENT),
             info=dict(raw["info"]),
         )
     except (KeyError, TypeError, ValueError, struct.error) as error:
@@ -153,7 +136,3 @@ def _pack_header(
         "info": info,
     }
     return json.dumps(fields, separators=(",", ":")).encode()
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // _ALIGNMENT) * _ALIGNMENT

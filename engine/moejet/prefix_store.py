@@ -12,8 +12,6 @@ gone is a miss. The segments that were used least recently go when the size limi
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import logging
 import os
 import re
@@ -24,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -41,12 +38,6 @@ _SEGMENT_BYTES = 64 << 20
 _SEGMENT_BLOCKS = 256
 # Directories change their time in ticks: two changes within one look like one.
 _TICK_NS = 50_000_000
-
-
-def fingerprint_of(key: dict[str, Any]) -> str:
-    """20 hex digits that stand for a key of JSON values."""
-    text = json.dumps(key, sort_keys=True, separators=(",", ":")).encode()
-    return hashlib.blake2b(text, digest_size=10).hexdigest()
 
 
 @dataclass(slots=True)

@@ -25,7 +25,8 @@ from moejet import __version__
 from moejet.block_file import Bytes
 from moejet.block_pool import BlockPool
 from moejet.config import EngineConfig, env_cache_dir, use_reference
-from moejet.prefix_store import PrefixStore, fingerprint_of
+from moejet.framed_file import fingerprint_of
+from moejet.prefix_store import PrefixStore
 
 if TYPE_CHECKING:
     from moejet.engine import Engine

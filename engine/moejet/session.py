@@ -19,7 +19,7 @@ import numpy as np
 from moejet.block_file import BlockHeader, Bytes, read_block, read_header, write_blocks
 from moejet.block_pool import extend_hashes
 from moejet.engine import Engine
-from moejet.prefix_store import fingerprint_of
+from moejet.framed_file import fingerprint_of
 from moejet.prefix_tier import block_bytes, cache_bytes
 
 

@@ -1,11 +1,9 @@
 """Packed weights on disk: written after the first load, mapped into memory by every later one.
 
-One file holds a model in the very bytes that the kernels read:
+One file holds a model in the very bytes that the kernels read, framed as `framed_file` says:
 
-    0      "moejet-packed\\n\\0\\0"            16 bytes
-    16     length of the header, its checksum  2 x 8 bytes, little-endian
-    32     header: JSON {"key": ..., "blobs": [{"name", "offset", "nbytes", "checksum"}, ...], "file_bytes", ...}
-    ...    blobs, each at a multiple of 65536
+    header  {"key": ..., "blobs": [{"name", "offset", "nbytes", "checksum"}, ...], "file_bytes", ...}
+    data    blobs, each at a multiple of 65536
 
 The key says what the file was made from and for: sizes, times and samples of the source files, the model's
 configuration, formats, number of memory nodes, version of the packed layout. A file whose key differs in anything is
@@ -26,7 +24,6 @@ import logging
 import mmap
 import os
 import re
-import struct
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -39,7 +36,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moejet import atomic_file
+from moejet import atomic_file, framed_file
 from moejet.atomic_file import Abandoned, read_all, replace_atomically, reserve, write_all
 from moejet.config import EngineConfig, ModelConfig, env_cache_dir
 from moejet.extension import load_extension
@@ -49,10 +46,8 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".packed"
 _MAGIC = b"moejet-packed\n\0\0"
-_PREFIX = struct.Struct("<16sQQ")
 _ALIGNMENT = 1 << 16  # of the largest pages that a kernel maps files with
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
-_MAX_HEADER_BYTES = 64 << 20
 _WRITE_BYTES = 64 << 20
 _READ_AHEAD_BYTES = 2 << 20
 # Weights that are read and packed in less time than a file is worth.
@@ -95,7 +90,7 @@ class CacheFile:
     """The place of one model's packed weights in the cache directory; the file may not exist."""
 
     def __init__(self, directory: Path, model: str, key: dict[str, Any]):
-        digest = hashlib.blake2b(_canonical(key), digest_size=10).hexdigest()
+        digest = framed_file.fingerprint_of(key)
         slug = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
         self.model, self.key = model, key
         self.path = directory / f"{slug[:60]}-{digest}{SUFFIX}"
@@ -163,10 +158,10 @@ class CacheFile:
         """The size of the file, or 0 if it was stopped."""
         parts = list(_parts(state))
         blobs = [Blob(name, 0, part.nbytes, "0" * 16) for name, part in parts]
-        offset = _aligned(_PREFIX.size + len(self._header(blobs, 2**62)))
+        offset = framed_file.data_offset(self._header(blobs, 2**62), _ALIGNMENT)
         for i, blob in enumerate(blobs):
             blobs[i] = dataclasses.replace(blob, offset=offset)
-            offset = _aligned(offset + blob.nbytes)
+            offset = framed_file.aligned(offset + blob.nbytes, _ALIGNMENT)
         reserve(fd, offset, keep_free=FREE_BYTES)
         checksum = load_extension().checksum
         for i, (_, part) in enumerate(parts):
@@ -176,10 +171,7 @@ class CacheFile:
                     return 0
                 write_all(fd, view[begin : begin + _WRITE_BYTES], blobs[i].offset + begin)
             blobs[i] = dataclasses.replace(blobs[i], checksum=f"{checksum(part):016x}")
-        os.fsync(fd)
-        # The header comes last: without it the file is nothing, whatever a crash leaves.
-        header = self._header(blobs, offset)
-        write_all(fd, memoryview(_PREFIX.pack(_MAGIC, len(header), checksum(header)) + header), 0)
+        framed_file.write_header(fd, _MAGIC, self._header(blobs, offset))
         return offset
 
     def _header(self, blobs: list[Blob], file_bytes: int) -> bytes:
@@ -193,7 +185,7 @@ class CacheFile:
             }
             for blob in blobs
         ]
-        return _canonical(
+        return framed_file.canonical(
             {
                 "key": self.key,
                 "blobs": entries,
@@ -252,22 +244,14 @@ def weights_key(
         "dense_format": config.dense_format,
         "memory_nodes": num_nodes,
     }
-    parsed: dict[str, Any] = json.loads(_canonical(key))
+    parsed: dict[str, Any] = json.loads(framed_file.canonical(key))
     return parsed
 
 
 def read_header(fd: int) -> Header:
     """Reads and checks a header; ValueError if anything in it does not fit the file."""
     size = os.fstat(fd).st_size
-    prefix = os.pread(fd, _PREFIX.size, 0)
-    if len(prefix) < _PREFIX.size or not prefix.startswith(_MAGIC):
-        raise ValueError("it is no complete file of packed weights")
-    _, length, expected = _PREFIX.unpack(prefix)
-    if length > min(_MAX_HEADER_BYTES, size - _PREFIX.size):
-        raise ValueError(f"its header claims {length} bytes")
-    text = os.pread(fd, length, _PREFIX.size)
-    if load_extension().checksum(text) != expected:
-        raise ValueError("its header is damaged")
+    text = framed_file.read_header(fd, _MAGIC, "packed weights")
     try:
         raw = json.loads(text)
         blobs = tuple(
@@ -378,11 +362,3 @@ def _read_ahead(path: Path) -> None:
         size = os.fstat(stream.fileno()).st_size
         for offset in range(0, size, _READ_AHEAD_BYTES):
             os.posix_fadvise(stream.fileno(), offset, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // _ALIGNMENT) * _ALIGNMENT
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
