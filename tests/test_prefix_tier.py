@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from moejet import LLM, SamplingParams, block_file, prefix_tier
+from moejet import LLM, SamplingParams, block_file, framed_file, prefix_tier
 from moejet.block_pool import BlockPool
 from moejet.cli.main import main
 from moejet.config import EngineConfig
@@ -212,7 +212,7 @@ def test_damage_is_noticed_and_computed_again(
         assert run(llm, prompt(0)) == (expected[0], 192)
     for file, _, _ in segments(directory):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(block_file, "_FIRST_READ_BYTES", 64)
+            patch.setattr(framed_file, "_FIRST_READ_BYTES", 64)
             fd = os.open(file, os.O_RDONLY)
             assert block_file.read_header(fd).digests  # a header longer than the first read
             os.close(fd)
