@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f -not -path 'csrc/tests/*' 2>/dev/null)
 PROMPT ?= Start with 17, add 25, then multiply by 3.
 
-.PHONY: run test sanitize gpu-check lint format bench install clean
+.PHONY: run test sanitize gpu-build gpu-check lint format bench install clean
 
 install: $(VENV)/.installed
 
@@ -38,9 +38,19 @@ $(VENV)/.cmake:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cmake ninja
 	touch $@
 
-# On a machine with a CUDA device: the tests that need one.
-gpu-check: install
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+# On a machine with a CUDA device and no network: builds with the Python that has torch there, runs the tests that need
+# the device, then the kernels' benchmark. Results: $(GPU_RESULTS).
+GPU_PYTHON ?= python3
+GPU_RESULTS ?= bench/results/gpu.jsonl
+GPU_TESTS = $(shell grep -rl 'mark\.gpu' tests --include='*.py')
+gpu-build:
+	cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(shell command -v $(GPU_PYTHON)) \
+		-Dpybind11_DIR=$$($(GPU_PYTHON) -m pybind11 --cmakedir) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/engine/moejet
+	cmake --build build/gpu
+
+gpu-check: gpu-build
+	PYTHONPATH=engine $(GPU_PYTHON) -m pytest -m gpu --require gpu $(GPU_TESTS) $(PYTEST_ARGS)
+	PYTHONPATH=engine $(GPU_PYTHON) -m moejet bench gpu --json $(GPU_RESULTS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

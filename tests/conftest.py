@@ -24,16 +24,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="ISA",
-        help="fail instead of skip where this instruction set cannot run (repeatable)",
+        help="fail instead of skip where this instruction set, or 'gpu', cannot run (repeatable)",
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests:
         import torch
 
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and "gpu" not in config.getoption("--require"):
             for item in gpu_tests:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

@@ -600,10 +600,8 @@ def test_an_engine_that_keeps_failing_is_dead(make):
         await _until(lambda: llm.health()["state"] == "dead")
         assert not llm.is_healthy
         assert llm.health()["error"] == "OSError: the card is gone"
-        begin = time.monotonic()
         with pytest.raises(EngineDeadError, match="the card is gone") as error:
             await llm.complete("abc", SHORT)
-        assert time.monotonic() - begin < 1
         assert isinstance(error.value.__cause__, OSError)
         await llm.close()
 

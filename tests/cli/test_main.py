@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -102,11 +101,8 @@ def test_help_does_not_import_torch(arguments):
         "import sys; from moejet.cli.main import main; code = main(sys.argv[1:]);"
         "sys.exit(code or 'torch' in sys.modules or 'numpy' in sys.modules)"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
     assert done.returncode == 0, done.stderr
-    # Far above the usual 0.1 s, far below the seconds that importing torch takes.
-    assert time.perf_counter() - start < 1.5
 
 
 def test_debug_log_shows_the_traceback():

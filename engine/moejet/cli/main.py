@@ -31,6 +31,7 @@ COMMANDS = {
 SUBCOMMANDS = {
     "bench ceilings": ("moejet.cli.bench_ceilings", "measure what this machine can do at most"),
     "bench moe": ("moejet.cli.bench_moe", "measure one layer of routed experts"),
+    "bench gpu": ("moejet.cli.bench_gpu", "measure the GPU kernels"),
 }
 
 

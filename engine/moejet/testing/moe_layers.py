@@ -71,6 +71,26 @@ def run(layer: Layer, x: Tensor, ids: Tensor, mix: Tensor, pool: _C.ThreadPool, 
     return out
 
 
+def check_bad_values(
+    layer: Layer, hidden: int, tokens: int, poison: float, pool: _C.ThreadPool, isa: str
+) -> None:
+    """Asserts that an infinity, a NaN or a huge value (3e38) in two tokens leaves the others as they were.
+
+    Infinities and NaN leave nothing finite in their own token.
+    """
+    x, (ids, mix) = activations(tokens, hidden), routing(tokens, 4, 2)
+    clean = run(layer, x, ids, mix, pool, isa)
+    x[11, 33] = poison
+    x[29, hidden - 1] = poison
+    result = run(layer, x, ids, mix, pool, isa)
+    others = torch.ones(tokens, dtype=torch.bool)
+    others[[11, 29]] = False
+    if not torch.equal(result[others], clean[others]):
+        raise AssertionError(f"{poison} in two tokens changed others")
+    if abs(poison) != 3e38 and result[~others].isfinite().any():
+        raise AssertionError(f"finite values in a token with {poison}")
+
+
 def relative_error(result: Tensor, truth: Tensor) -> float:
     """|result - truth| / |truth|, over all elements."""
     return float((result.double() - truth).norm() / truth.norm())

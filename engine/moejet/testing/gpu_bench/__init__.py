@@ -1,0 +1,1 @@
+"""What `moejet bench gpu` measures: one module per kernel, each with its cases."""
