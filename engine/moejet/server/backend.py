@@ -1,0 +1,103 @@
+"""What the server asks of an engine, whether it runs in this process (`LocalBackend`) or in one of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moejet.async_llm import AsyncLLM
+from moejet.request import SamplingParams, StreamDelta
+from moejet.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the server must know of the model to check and render requests without asking the engine.
+
+    tokenizer: None for a synthetic model, which serves token ids only
+    """
+
+    name: str
+    max_context: int
+    vocab_size: int
+    default_sampling: SamplingParams
+    tokenizer: Tokenizer | None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request for the engine: tokens in, deltas out. params without a policy, so that it can be sent."""
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    prompt: str | None = None  # the text behind token_ids, which tells whether the thinking is open
+    priority: int = 0
+
+
+class Stream(Protocol):
+    """A running request. Dropping or closing it ends the request within one step."""
+
+    async def get(self, timeout_s: float | None = None) -> StreamDelta | None:
+        """The next delta, None after the last; TimeoutError if there is none in time."""
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """Raises ValueError for wrong input, QueueFullError, EngineDeadError, EngineClosedError, EngineStepError."""
+
+    card: ModelCard
+
+    async def start(self, job: Job) -> Stream:
+        """Queues the request; returns once it has been accepted."""
+
+    async def score(self, token_ids: list[int]) -> list[float]:
+        """Log-probability of every token after the first, given those before it."""
+
+    async def end_thinking(self, request_id: str) -> bool:
+        """Makes a request answer now; False if there is none of that id that thinks."""
+
+    async def abort(self, request_id: str) -> bool: ...
+
+    def health(self) -> dict[str, Any]: ...
+
+    def counters(self) -> dict[str, Any]: ...
+
+    async def close(self) -> None: ...
+
+
+class LocalBackend:
+    """An `AsyncLLM` in this process. It stays its owner's: close() leaves it open."""
+
+    def __init__(self, llm: AsyncLLM, *, name: str):
+        try:
+            tokenizer: Tokenizer | None = llm.tokenizer
+        except ValueError:
+            tokenizer = None
+        self._llm = llm
+        self.card = ModelCard(
+            name=name,
+            max_context=llm.max_context,
+            vocab_size=llm.model_config.vocab_size,
+            default_sampling=llm.default_sampling(),
+            tokenizer=tokenizer,
+        )
+
+    async def start(self, job: Job) -> Stream:
+        stream = self._llm.generate(
+            job.token_ids, job.params, request_id=job.request_id, priority=job.priority
+        )
+        return await stream.start()
+
+    async def abort(self, request_id: str) -> bool:
+        return await self._llm.abort(request_id)
+
+    def health(self) -> dict[str, Any]:
+        return self._llm.health()
+
+    def counters(self) -> dict[str, Any]:
+        return self._llm.counters()
+
+    async def close(self) -> None:
+        pass
