@@ -21,7 +21,7 @@ class ServerConfig:
     max_body_bytes, max_header_bytes, max_header_count, max_json_depth: of one request
     header_timeout_s: for a request's headers · body_timeout_s: for its body
     max_n: parallel samples · max_stop: stop strings · max_prompts: prompts of one completion request
-    keep_alive_s: silence in a stream after which a comment is sent · progress: send prompt progress where it is asked for
+    keep_alive_s: silence in a stream after which a comment is sent
     reasoning_field: under which name thinking is returned; clients disagree, so both is the default
     trust_request_template: accept a chat template in a request (never do so for strangers)
     log_prompts: write prompts and answers to the log
