@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 ExpertFormat = Literal["auto", "native", "int4_g32", "int8", "fp8", "bf16", "fp32"]
-DenseFormat = Literal["int8", "int4_g32", "fp8", "bf16", "fp32"]
+DenseFormat = Literal["auto", "native", "int8", "int4_g32", "fp8", "bf16", "fp32"]
 CacheDtype = Literal["fp8", "bf16", "fp32"]
 Arithmetic = Literal["bf16", "int8"]
 Quantization = Literal["fp8", "int4", "gguf"]
@@ -28,7 +28,9 @@ _NATIVE_FORMATS: dict[Quantization | None, ExpertFormat] = {
     "fp8": "fp8",
     "int4": "int4_g32",
 }
-DENSE_FORMATS: tuple[str, ...] = get_args(DenseFormat)
+DENSE_FORMATS: tuple[str, ...] = get_args(DenseFormat)[2:]
+# int4 checkpoints leave their dense matrices in bf16.
+_NATIVE_DENSE: dict[Quantization | None, DenseFormat] = {None: "bf16", "fp8": "fp8", "int4": "bf16"}
 # Blocks of GGUF files, packed without another quantisation; no engine option.
 GGUF_FORMATS = ("q4_0", "q8_0", "q4_k", "q5_k", "q6_k")
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
@@ -139,6 +141,8 @@ class ModelConfig:
     quantization: Quantization | None = None
     # GGUF files mix formats: (gate and up, down) of every MoE layer.
     expert_formats: tuple[tuple[str, str], ...] = ()
+    # (name, format) of the dense matrices: `moejet.weights.gguf_formats`.
+    dense_formats: tuple[tuple[str, str], ...] = ()
 
     @property
     def qk_head_dim(self) -> int:
@@ -455,7 +459,8 @@ class EngineConfig:
     model: alias, directory, GGUF file or hub id
     expert_format: packed form of routed experts; "native": the checkpoint's own; "auto": its own where that has about
     4 bits, otherwise int4_g32
-    dense_format: packed form of all other matrices · cache_dtype: latent cache; "fp8" takes 0.57 of bf16's bytes
+    dense_format: packed form of all other matrices; "native": the checkpoint's own; "auto": for quantised GGUF files
+    their own, otherwise int8 · cache_dtype: latent cache; "fp8" takes 0.57 of bf16's bytes
     max_context: tokens per request (None: the model's, at most 32768) · max_num_requests: that run together
     max_batch_tokens: tokens per step, so also the prefill chunk · max_mixed_tokens: of these, how many may be prompts
     while other requests generate, which wait for them · block_size: tokens per cache block
@@ -478,7 +483,7 @@ class EngineConfig:
     model: str
     revision: str | None = None
     expert_format: ExpertFormat = "auto"
-    dense_format: DenseFormat = "int8"
+    dense_format: DenseFormat = "auto"
     cache_dtype: CacheDtype = "bf16"
     max_context: int | None = None
     max_num_requests: int = 64
@@ -499,25 +504,38 @@ class EngineConfig:
     show_progress: bool | None = None
 
     def for_model(self, model: ModelConfig) -> EngineConfig:
-        """This configuration with the packed format that "auto" or "native" means for a checkpoint.
+        """This configuration with the packed formats that "auto" and "native" mean for a checkpoint.
 
-        "native" stays for GGUF files: their layers have formats of their own (`expert_formats_of`).
+        "native" stays for GGUF files: their matrices have formats of their own (`expert_formats_of`,
+        `dense_formats_of`).
         """
-        if self.expert_format not in ("auto", "native"):
-            return self
+        experts, dense = self.expert_format, self.dense_format
         if model.quantization == "gguf":
-            is_quantised = any("bf16" not in formats for formats in model.expert_formats)
-            native: ExpertFormat = "native" if is_quantised else "bf16"
-            keeps = is_quantised or self.expert_format == "native"
+            experts_quantised = any("bf16" not in formats for formats in model.expert_formats)
+            dense_quantised = any(format != "bf16" for _, format in model.dense_formats)
+            native: ExpertFormat = "native" if experts_quantised else "bf16"
+            native_dense: DenseFormat = "native" if dense_quantised else "bf16"
         else:
-            native, keeps = _NATIVE_FORMATS[model.quantization], self.expert_format == "native"
-        return replace(self, expert_format=native if keeps else "int4_g32")
+            experts_quantised = dense_quantised = False
+            native = _NATIVE_FORMATS[model.quantization]
+            native_dense = _NATIVE_DENSE[model.quantization]
+        if experts in ("auto", "native"):
+            experts = native if experts_quantised or experts == "native" else "int4_g32"
+        if dense in ("auto", "native"):
+            dense = native_dense if dense_quantised or dense == "native" else "int8"
+        return replace(self, expert_format=experts, dense_format=dense)
 
     def expert_formats_of(self, model: ModelConfig) -> tuple[tuple[str, str], ...]:
         """(gate and up, down) of every MoE layer, once `for_model` has decided."""
         if self.expert_format == "native":
             return model.expert_formats
         return ((self.expert_format, self.expert_format),) * model.num_moe_layers
+
+    def dense_formats_of(self, model: ModelConfig) -> tuple[str, dict[str, str]]:
+        """(the format of dense matrices, that of those with one of their own by name), once `for_model` has decided."""
+        if self.dense_format == "native":
+            return "int8", dict(model.dense_formats)
+        return self.dense_format, {}
 
     @classmethod
     def create(cls, **options: Any) -> EngineConfig:
@@ -534,7 +552,7 @@ class EngineConfig:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model={self.model!r} must be an alias, a directory or a hub id")
         _require_choice("expert_format", self.expert_format, get_args(ExpertFormat))
-        _require_choice("dense_format", self.dense_format, DENSE_FORMATS)
+        _require_choice("dense_format", self.dense_format, get_args(DenseFormat))
         _require_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         _require_choice("packed_cache", self.packed_cache, get_args(PackedCache))
         _require_choice("arithmetic", self.arithmetic, ARITHMETICS)

@@ -61,6 +61,8 @@ def load_engine(config: EngineConfig) -> Engine:
             model_config.vocab_size,
         )
     config = config.for_model(model_config)
+    if checkpoint is not None:
+        checkpoint.log_conversions(config)
     engine = _create_engine(config, model_config, tokenizer)
     try:
         _load(engine, path, checkpoint)
@@ -155,7 +157,8 @@ def _create_engine(
     isa = resolve_isa(config.isa)
     if config.deterministic and isa not in INVARIANT_ISAS:
         isa = resolve_isa(INVARIANT_ISAS[-1])
-    dense = DenseWeights(config.dense_format, pool, isa, config.arithmetic)
+    dense_format, own = config.dense_formats_of(model_config)
+    dense = DenseWeights(dense_format, pool, isa, config.arithmetic, own)
     formats = config.expert_formats_of(model_config)
     model = DeepseekForCausalLM(
         model_config,

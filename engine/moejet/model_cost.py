@@ -9,7 +9,8 @@ counts in the cheaper of its two forms (`moejet.ops.mla_attention`):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from moejet.config import FORMAT_BITS, EngineConfig, ModelConfig
 from moejet.latent_layout import row_bytes
@@ -23,13 +24,16 @@ class ModelCost:
     expert_formats: tuple[tuple[str, str], ...]  # of every MoE layer: gate and up, down
     dense_format: str
     cache_dtype: str
+    # Dense matrices with another format than dense_format, by name.
+    dense_formats: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: ModelConfig, engine: EngineConfig) -> ModelCost:
         """In the formats of an engine."""
         engine = engine.for_model(config)
         formats = engine.expert_formats_of(config)
-        return cls(config, formats, engine.dense_format, engine.cache_dtype)
+        dense_format, own = engine.dense_formats_of(config)
+        return cls(config, formats, dense_format, engine.cache_dtype, own)
 
     @property
     def expert_bytes(self) -> float:
@@ -47,11 +51,8 @@ class ModelCost:
 
     @property
     def packed_bytes(self) -> float:
-        """Attention, shared experts, dense layers and output projection, as they are held."""
-        c = self.config
-        # Attention holds W_UK in both orientations.
-        w_uk = c.num_hidden_layers * c.num_attention_heads * c.qk_nope_head_dim * c.kv_lora_rank
-        return (self._packed_parameters + w_uk) * FORMAT_BITS[self.dense_format] / 8
+        """Attention (with W_UK in both directions), shared experts, dense layers and output projection, as held."""
+        return sum(num_bytes for _, num_bytes in self._dense_matrix_bytes())
 
     @property
     def dense_bytes(self) -> float:
@@ -80,8 +81,9 @@ class ModelCost:
 
     def decode_bytes(self, context: float, batch: int = 1) -> float:
         """What one step of `batch` sequences reads, each `context` tokens long."""
-        bits = FORMAT_BITS[self.dense_format]
-        dense = self._packed_parameters * bits / 8 + 4 * self._router_parameters
+        dense = 4.0 * self._router_parameters
+        # One direction of W_UK is for expanded attention.
+        dense += sum(size for name, size in self._dense_matrix_bytes() if not name.endswith("w_uk"))
         routed = self.config.num_moe_layers * self.unique_experts(batch) * self.expert_bytes
         return dense + routed + batch * context * self.latent_bytes
 
@@ -98,6 +100,39 @@ class ModelCost:
         expanded += pairs * self._expanded_per_pair
         linear = 2.0 * (num_tokens * self._linear_parameters + self._output_parameters)
         return linear + min(absorbed, expanded)
+
+    def _dense_matrix_bytes(self) -> Iterator[tuple[str, float]]:
+        for name, parameters in self._dense_matrices():
+            yield (
+                name,
+                parameters * FORMAT_BITS[self.dense_formats.get(name, self.dense_format)] / 8,
+            )
+
+    def _dense_matrices(self) -> Iterator[tuple[str, int]]:
+        """(name, parameters) of all packed matrices but routed experts, named as `moejet.layers` do."""
+        c = self.config
+        hidden, heads, rank = c.hidden_size, c.num_attention_heads, c.kv_lora_rank
+        q_rank, q_size = c.q_lora_rank, heads * c.qk_head_dim
+        w_uk = heads * c.qk_nope_head_dim * rank
+        attention = {
+            **({"q_proj": hidden * q_size} if q_rank is None else {}),
+            **({"q_a_proj": hidden * q_rank, "q_b_proj": q_rank * q_size} if q_rank else {}),
+            "kv_a_proj_with_mqa": hidden * c.latent_dim,
+            "kv_b_proj.w_uk": w_uk,
+            "kv_b_proj.w_uk_transposed": w_uk,
+            "kv_b_proj.w_uv": heads * c.v_head_dim * rank,
+            "o_proj": heads * c.v_head_dim * hidden,
+        }
+        for layer in range(c.num_hidden_layers):
+            prefix = f"model.layers.{layer}"
+            for name, parameters in attention.items():
+                yield f"{prefix}.self_attn.{name}", parameters
+            mlp, width = f"{prefix}.mlp", c.intermediate_size
+            if c.is_moe_layer(layer):
+                mlp, width = f"{mlp}.shared_experts", c.num_shared_experts * c.moe_intermediate_size
+            yield f"{mlp}.gate_proj", 2 * hidden * width
+            yield f"{mlp}.down_proj", hidden * width
+        yield "lm_head", self._output_parameters
 
     @property
     def _output_parameters(self) -> int:

@@ -92,7 +92,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="F,..",
         help=f"of auto, native, {', '.join(EXPERT_FORMATS)}",
     )
-    parser.add_argument("--dense-format", choices=DENSE_FORMATS, help="type of all other weights")
+    parser.add_argument(
+        "--dense-format",
+        choices=("auto", "native", *DENSE_FORMATS),
+        help="type of all other weights",
+    )
     options.add_cache_option(parser)
     options.add_isa_option(parser)
     options.add_arithmetic_option(parser)

@@ -91,7 +91,9 @@ def add_format_options(group: argparse._ActionsContainer) -> None:
         "format, native, if that has about 4 bits)",
     )
     group.add_argument(
-        "--dense-format", choices=DENSE_FORMATS, help="type of all other weights (default int8)"
+        "--dense-format",
+        choices=("auto", "native", *DENSE_FORMATS),
+        help="type of all other weights (default auto: int8, or native for quantised GGUF files)",
     )
     add_cache_option(group)
 

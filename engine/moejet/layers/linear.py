@@ -5,7 +5,8 @@ Matrices live packed (`DenseWeights.format`) and are computed by our kernels; ac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from moejet.ops.linear import PackedMatrices, linear
 from moejet.ops.rms_norm import rms_norm
 from moejet.weights.packed_cache import Packed
 from moejet.weights.spec import TensorSpec
+from moejet.weights.stored import StoredWeight
 
 if TYPE_CHECKING:
     from moejet._C import ThreadPool
@@ -26,20 +28,30 @@ if TYPE_CHECKING:
 class DenseWeights:
     """How a model's dense matrices are held: packed in `format`, computed by the pool's workers.
 
-    arithmetic: see `CpuExperts`.
+    arithmetic: see `CpuExperts` · own: formats of the matrices that have another, by name · prefix: where the names
+    that are asked for begin, see `within`.
     """
 
     format: str
     pool: ThreadPool
     isa: str = "auto"
     arithmetic: str = "bf16"
+    own: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
 
-    def matrices(self, num: int, rows: int, cols: int) -> PackedMatrices:
+    def within(self, part: str) -> DenseWeights:
+        """The same for a part of the model, in which names are relative to it."""
+        return replace(self, prefix=f"{self.prefix}{part}.")
+
+    def format_of(self, name: str) -> str:
+        return self.own.get(self.prefix + name, self.format)
+
+    def matrices(self, name: str, num: int, rows: int, cols: int) -> PackedMatrices:
         return PackedMatrices(
             num,
             rows,
             cols,
-            format=self.format,
+            format=self.format_of(name),
             pool=self.pool,
             isa=self.isa,
             arithmetic=self.arithmetic,
@@ -50,11 +62,17 @@ class Linear:
     """y = x W^T + b with W [out, in]; x [T, in] to y [T, out], both fp32."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, dense: DenseWeights, bias: bool = False
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        dense: DenseWeights,
+        bias: bool = False,
     ):
         self.shape = (out_features, in_features)
         self.bias = torch.empty(out_features) if bias else None
-        self.packed = dense.matrices(1, out_features, in_features)
+        self.packed = dense.matrices(name, 1, out_features, in_features)
 
     def __call__(self, x: Tensor) -> Tensor:
         out = linear(x, self.packed)
@@ -63,9 +81,12 @@ class Linear:
     def load(self, weight: Tensor) -> None:
         self.packed.set(0, weight)
 
+    def load_stored(self, weight: StoredWeight) -> None:
+        self.packed.set_stored(0, weight)
+
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
-        stored = partial(self.packed.set_stored, 0)
-        specs = {f"{prefix}.weight": TensorSpec(self.shape, self.load, load_stored=stored)}
+        spec = TensorSpec(self.shape, self.load, load_stored=self.load_stored)
+        specs = {f"{prefix}.weight": spec}
         if self.bias is not None:
             specs[f"{prefix}.bias"] = TensorSpec.copy_into(self.bias)
         return specs
@@ -112,7 +133,8 @@ class Embedding:
 class GatedMLP:
     """down(silu(gate(x)) * up(x)): dense layers and shared experts. x [T, D] fp32 to [T, D].
 
-    It is the expert kernel with one expert that every token goes to: one call for all three matrices.
+    It is the expert kernel with one expert that every token goes to: one call for all three matrices. Gate and up have
+    one format, named after gate.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, dense: DenseWeights):
@@ -121,7 +143,8 @@ class GatedMLP:
             1,
             hidden_size,
             intermediate_size,
-            format=dense.format,
+            format=dense.format_of("gate_proj"),
+            down_format=dense.format_of("down_proj"),
             pool=dense.pool,
             isa=dense.isa,
             arithmetic=dense.arithmetic,

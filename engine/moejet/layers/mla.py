@@ -16,6 +16,7 @@ from moejet.ops.rope import apply_rope
 from moejet.ops.store_latent import store_latent
 from moejet.weights.packed_cache import Packed
 from moejet.weights.spec import TensorSpec
+from moejet.weights.stored import StoredWeight
 
 # The latent norms use this epsilon whatever rms_norm_eps says, as the published models do.
 _LATENT_NORM_EPS = 1e-6
@@ -25,22 +26,53 @@ class LatentUp:
     """W_UK [H, N, C] and W_UV [H, V, C], packed. W_UK is held twice, because both of its sides serve as inputs.
 
     Shapes: H heads, N nope, V value dims, C latent rank.
+    Of W_UK quantised in the checkpoint, the direction in which it is stored keeps its bits where the format allows.
     """
 
     def __init__(self, config: ModelConfig, dense: DenseWeights):
         self.heads, self.nope = config.num_attention_heads, config.qk_nope_head_dim
-        rank = config.kv_lora_rank
-        self.w_uk = dense.matrices(self.heads, self.nope, rank)
-        self.w_uk_transposed = dense.matrices(self.heads, rank, self.nope)
-        self.w_uv = dense.matrices(self.heads, config.v_head_dim, rank)
+        self.rank, self.value = config.kv_lora_rank, config.v_head_dim
+        dense = dense.within("kv_b_proj")
+        self.w_uk = dense.matrices("w_uk", self.heads, self.nope, self.rank)
+        self.w_uk_transposed = dense.matrices("w_uk_transposed", self.heads, self.rank, self.nope)
+        self.w_uv = dense.matrices("w_uv", self.heads, self.value, self.rank)
 
     def load(self, kv_b: Tensor) -> None:
         """kv_b [H * (N + V), C] as the checkpoint has it."""
-        w_uk, w_uv = _split_heads(kv_b, self.heads, self.nope)
+        self.load_kv_b(StoredWeight.plain(kv_b))
+
+    def load_kv_b(self, kv_b: StoredWeight) -> None:
+        parts = kv_b.split_rows(self.nope, self.value)
         for head in range(self.heads):
-            self.w_uk.set(head, w_uk[head])
-            self.w_uk_transposed.set(head, w_uk[head].T.contiguous())
-            self.w_uv.set(head, w_uv[head])
+            w_uk, w_uv = parts[2 * head : 2 * head + 2]
+            self.w_uk.set_stored(head, w_uk)
+            self.w_uk_transposed.set(head, w_uk.dequantize().T.contiguous())
+            self.w_uv.set_stored(head, w_uv)
+
+    def load_k_b(self, k_b: StoredWeight) -> None:
+        """W_UK as [H, C, N]."""
+        for head, part in enumerate(k_b.split_rows(self.rank)):
+            self.w_uk_transposed.set_stored(head, part)
+            self.w_uk.set(head, part.dequantize().T.contiguous())
+
+    def load_v_b(self, v_b: StoredWeight) -> None:
+        """W_UV [H, V, C]."""
+        for head, part in enumerate(v_b.split_rows(self.value)):
+            self.w_uv.set_stored(head, part)
+
+    def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
+        """kv_b_proj, or in its place k_b_proj and v_b_proj as GGUF files have them."""
+        halves = {
+            f"{prefix}.k_b_proj.weight": TensorSpec.stored(
+                (self.heads, self.rank, self.nope), self.load_k_b
+            ),
+            f"{prefix}.v_b_proj.weight": TensorSpec.stored(
+                (self.heads, self.value, self.rank), self.load_v_b
+            ),
+        }
+        shape = (self.heads * (self.nope + self.value), self.rank)
+        whole = TensorSpec.stored(shape, self.load_kv_b, parts=halves)
+        return {f"{prefix}.kv_b_proj.weight": whole}
 
     def state(self, prefix: str) -> dict[str, Tensor | Packed]:
         return {
@@ -48,11 +80,6 @@ class LatentUp:
             f"{prefix}.w_uk_transposed": self.w_uk_transposed,
             f"{prefix}.w_uv": self.w_uv,
         }
-
-
-def _split_heads(kv_b: Tensor, heads: int, nope: int) -> tuple[Tensor, Tensor]:
-    per_head = kv_b.view(heads, -1, kv_b.shape[1])
-    return per_head[:, :nope], per_head[:, nope:]
 
 
 class MLA:
@@ -64,15 +91,19 @@ class MLA:
         rank, bias = config.kv_lora_rank, config.attention_bias
         self.q_a_proj: Linear | None = None
         if config.q_lora_rank is None:
-            self.q_proj = Linear(hidden, heads * config.qk_head_dim, dense=dense)
+            self.q_proj = Linear("q_proj", hidden, heads * config.qk_head_dim, dense=dense)
         else:
-            self.q_a_proj = Linear(hidden, config.q_lora_rank, dense=dense, bias=bias)
+            self.q_a_proj = Linear("q_a_proj", hidden, config.q_lora_rank, dense=dense, bias=bias)
             self.q_a_norm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS)
-            self.q_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, dense=dense)
-        self.kv_a_proj = Linear(hidden, config.latent_dim, dense=dense, bias=bias)
+            self.q_proj = Linear(
+                "q_b_proj", config.q_lora_rank, heads * config.qk_head_dim, dense=dense
+            )
+        self.kv_a_proj = Linear(
+            "kv_a_proj_with_mqa", hidden, config.latent_dim, dense=dense, bias=bias
+        )
         self.kv_a_norm = RMSNorm(rank, _LATENT_NORM_EPS)
         self.up = LatentUp(config, dense)
-        self.o_proj = Linear(heads * config.v_head_dim, hidden, dense=dense, bias=bias)
+        self.o_proj = Linear("o_proj", heads * config.v_head_dim, hidden, dense=dense, bias=bias)
 
     def __call__(self, x: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch) -> Tensor:
         """x [T, D], cos_sin [T, R], this layer's latent_cache [N, S, row]. Returns [T, D]."""
@@ -99,7 +130,6 @@ class MLA:
         return self.o_proj(mixed.flatten(1))
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
-        config = self.config
         specs: dict[str, TensorSpec] = {}
         if self.q_a_proj is None:
             specs |= self.q_proj.tensor_specs(f"{prefix}.q_proj")
@@ -109,8 +139,7 @@ class MLA:
             specs |= self.q_proj.tensor_specs(f"{prefix}.q_b_proj")
         specs |= self.kv_a_proj.tensor_specs(f"{prefix}.kv_a_proj_with_mqa")
         specs |= self.kv_a_norm.tensor_specs(f"{prefix}.kv_a_layernorm")
-        rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
-        specs[f"{prefix}.kv_b_proj.weight"] = TensorSpec((rows, config.kv_lora_rank), self.up.load)
+        specs |= self.up.tensor_specs(prefix)
         return specs | self.o_proj.tensor_specs(f"{prefix}.o_proj")
 
     def state(self, prefix: str) -> dict[str, Tensor | Packed]:

@@ -55,7 +55,9 @@ class MoE:
         self.shared_experts: GatedMLP | None = None
         if config.num_shared_experts:
             width = config.num_shared_experts * config.moe_intermediate_size
-            self.shared_experts = GatedMLP(config.hidden_size, width, dense=dense)
+            self.shared_experts = GatedMLP(
+                config.hidden_size, width, dense=dense.within("shared_experts")
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         topk_ids, topk_weights = self.router(x)

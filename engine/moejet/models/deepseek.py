@@ -22,6 +22,7 @@ from moejet.layers.moe import MoE
 from moejet.ops.rope import rope_table
 from moejet.weights.packed_cache import Packed
 from moejet.weights.spec import TensorSpec
+from moejet.weights.stored import StoredWeight
 
 
 class DecoderLayer:
@@ -36,14 +37,17 @@ class DecoderLayer:
         dense: DenseWeights,
     ):
         hidden, eps = config.hidden_size, config.rms_norm_eps
+        dense = dense.within(f"model.layers.{layer}")
+        mlp_dense = dense.within("mlp")
         self.input_norm = RMSNorm(hidden, eps)
-        self.attention = MLA(config, dense=dense)
+        self.attention = MLA(config, dense=dense.within("self_attn"))
         self.post_attention_norm = RMSNorm(hidden, eps)
         self.mlp: MoE | GatedMLP
         if config.is_moe_layer(layer):
-            self.mlp = MoE(config, make_experts(layer - config.first_k_dense_replace), dense=dense)
+            experts = make_experts(layer - config.first_k_dense_replace)
+            self.mlp = MoE(config, experts, dense=mlp_dense)
         else:
-            self.mlp = GatedMLP(hidden, config.intermediate_size, dense=dense)
+            self.mlp = GatedMLP(hidden, config.intermediate_size, dense=mlp_dense)
 
     def __call__(
         self, hidden: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch
@@ -93,7 +97,7 @@ class DeepseekForCausalLM:
             for layer in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, dense=dense)
+        self.lm_head = Linear("lm_head", config.hidden_size, config.vocab_size, dense=dense)
         self.rope = rope_table(config.rope, config.qk_rope_head_dim, max_context)
 
     @property
@@ -123,11 +127,11 @@ class DeepseekForCausalLM:
             return specs | self.lm_head.tensor_specs("lm_head")
         [(name, spec)] = embedding.items()
 
-        def load_both(weight: Tensor) -> None:
-            spec.load(weight)
-            self.lm_head.load(weight)
+        def load_both(weight: StoredWeight) -> None:
+            spec.take(weight)
+            self.lm_head.load_stored(weight)
 
-        return specs | {name: TensorSpec(spec.shape, load_both)}
+        return specs | {name: TensorSpec.stored(spec.shape, load_both)}
 
     def state(self) -> dict[str, Tensor | Packed]:
         """All that is loaded, in the form in which it is held."""

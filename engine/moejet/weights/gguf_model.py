@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from moejet.config import GGUF_FORMATS, ModelConfig
+from moejet.config import EngineConfig, ModelConfig
 from moejet.presets import PRESETS
 from moejet.weights.checkpoint import Checkpoint, TensorInfo
 from moejet.weights.gguf import GgufFiles
+from moejet.weights.gguf_formats import GgufFormats
 from moejet.weights.gguf_types import SUPPORTED_TYPES, is_supported
 from moejet.weights.spec import TensorSpec
 
@@ -98,10 +97,17 @@ class GgufCheckpoint(Checkpoint):
     described_in = "metadata"
 
     def __init__(
-        self, root: Path, tensors: dict[str, TensorInfo], *, config: ModelConfig, files: GgufFiles
+        self,
+        root: Path,
+        tensors: dict[str, TensorInfo],
+        *,
+        config: ModelConfig,
+        formats: GgufFormats,
+        files: GgufFiles,
     ):
         super().__init__(root, tensors)
         self.config = config
+        self.formats = formats
         self.metadata = files.metadata
 
     @classmethod
@@ -115,13 +121,17 @@ class GgufCheckpoint(Checkpoint):
         files = GgufFiles.open(root)
         try:
             config = ModelConfig.from_hf(hf_config(files.metadata, files.tensors))
-            config = dataclasses.replace(
-                config, quantization="gguf", expert_formats=_expert_formats(files, config)
-            )
             tensors = dict(_hf_tensors(files, config))
+            formats = GgufFormats.of(tensors, config)
+            config = dataclasses.replace(
+                config,
+                quantization="gguf",
+                expert_formats=formats.experts,
+                dense_formats=formats.dense,
+            )
         except ValueError as error:
             raise ValueError(f"{root.name} cannot be loaded: {error}") from error
-        return cls(root, tensors, config=config, files=files)
+        return cls(root, tensors, config=config, formats=formats, files=files)
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -132,80 +142,20 @@ class GgufCheckpoint(Checkpoint):
         }
 
     def adapt(self, specs: dict[str, TensorSpec]) -> dict[str, TensorSpec]:
-        """Where the file has k_b and v_b, wants both in place of kv_b and puts them together."""
+        """Wants k_b and v_b in place of kv_b where the file has those."""
         adapted: dict[str, TensorSpec] = {}
         for name, spec in specs.items():
-            prefix = name.removesuffix("kv_b_proj.weight")
-            if name == prefix or name in self.tensors:
-                adapted[name] = spec
-            else:
-                adapted |= _KeyValueUp(self.config, spec).tensor_specs(prefix)
+            adapted |= {name: spec} if spec.parts is None or name in self.tensors else spec.parts
         return adapted
 
-
-class _KeyValueUp:
-    """kv_b_proj from its two halves, whichever comes first."""
-
-    def __init__(self, config: ModelConfig, spec: TensorSpec):
-        self.heads, self.rank = config.num_attention_heads, config.kv_lora_rank
-        self.nope, self.value = config.qk_nope_head_dim, config.v_head_dim
-        self.spec = spec
-        self.halves: dict[str, Tensor] = {}
-
-    def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
-        shapes = {
-            "k_b": (self.heads, self.rank, self.nope),
-            "v_b": (self.heads, self.value, self.rank),
-        }
-        return {
-            f"{prefix}{half}_proj.weight": TensorSpec(shape, self._loader(half), self.spec.optional)
-            for half, shape in shapes.items()
-        }
-
-    def _loader(self, half: str) -> Any:
-        def load(tensor: Tensor) -> None:
-            self.halves[half] = tensor.float().clone()
-            if len(self.halves) == 2:
-                k_b, v_b = self.halves["k_b"].transpose(1, 2), self.halves["v_b"]
-                self.halves = {}
-                self.spec.load(torch.cat((k_b, v_b), 1).reshape(-1, self.rank))
-
-        return load
-
-
-def _expert_formats(files: GgufFiles, config: ModelConfig) -> tuple[tuple[str, str], ...]:
-    """The packed formats (gate and up, down) of every MoE layer that are the file's own or nearest to it.
-
-    Types without kernels of their own become int8, unquantised ones bf16. A layer's formats must take the same
-    activations, so int8 stands in for bf16 beside a quantised one.
-    """
-    converted: set[str] = set()
-
-    def format_of(layer: int, names: tuple[str, ...]) -> str:
-        formats = set()
-        for name in names:
-            info = files.tensors.get(f"blk.{layer}.{name}.weight")
-            if info is None:
-                continue
-            kind = info.dtype.removeprefix("GGUF:")
-            own = kind.lower() if kind.lower() in GGUF_FORMATS else "int8"
-            formats.add("bf16" if kind in ("F32", "F16", "BF16") else own)
-            if own == "int8" and "bf16" not in formats:
-                converted.add(kind)
-        if len(formats) > 1:
-            converted.update(sorted(formats - {"bf16"}))
-        return formats.pop() if len(formats) == 1 else "int8"
-
-    result = []
-    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
-        gate_up = format_of(layer, ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"))
-        down = format_of(layer, ("ffn_down_exps",))
-        if (gate_up == "bf16") != (down == "bf16"):
-            gate_up, down = (f if f != "bf16" else "int8" for f in (gate_up, down))
-        result.append((gate_up, down))
-    if converted:
-        logger.info("experts of type %s are packed as int8", ", ".join(sorted(converted)))
-    return tuple(result)
+    def log_conversions(self, config: EngineConfig) -> None:
+        """Says what does not keep the bits that it has in the file. config: with its formats decided."""
+        if config.expert_format == "native" and self.formats.converted_experts:
+            kinds = ", ".join(self.formats.converted_experts)
+            logger.info("experts of type %s are packed as int8", kinds)
+        if config.dense_format == "native" and self.formats.converted_dense:
+            kinds = ", ".join(self.formats.converted_dense)
+            logger.info("dense matrices of type %s are packed as int8", kinds)
 
 
 def _hf_tensors(files: GgufFiles, config: ModelConfig) -> Iterator[tuple[str, TensorInfo]]:

@@ -30,7 +30,7 @@ class StoredWeight:
     """One tensor of a checkpoint in memory, of logical shape `shape`.
 
     data: plain: that shape, F32, F16 or BF16 · fp8: uint8 [rows, cols] · int4: uint8 [rows, cols / 2], the code of the
-    smaller index in the low half of each byte · gguf: the blocks of `ggml_type`, uint8 [1, bytes].
+    smaller index in the low half of each byte · gguf: the blocks of `ggml_type`, uint8, row after row.
     scale: fp8: fp32 [ceil(rows / 128), ceil(cols / 128)] · int4: bf16, fp16 or fp32 [rows, cols / 32].
     """
 
@@ -39,6 +39,27 @@ class StoredWeight:
     encoding: Encoding = "plain"
     scale: Tensor | None = None
     ggml_type: str | None = None
+
+    @classmethod
+    def plain(cls, values: Tensor) -> StoredWeight:
+        return cls(tuple(values.shape), values)
+
+    def split_rows(self, *sizes: int) -> list[StoredWeight]:
+        """Matrices of so many rows each, the sizes repeated until the end; leading dimensions count as rows.
+
+        Plain weights and GGUF's blocks stay as they are. Others are dequantised, because blocks of fp8 span rows.
+        """
+        if self.encoding in ("fp8", "int4"):
+            return StoredWeight.plain(self.dequantize()).split_rows(*sizes)
+        num_rows, columns = math.prod(self.shape[:-1]), self.shape[-1]
+        repeats, rest = divmod(num_rows, sum(sizes))
+        if rest:
+            raise ValueError(f"{num_rows} rows cannot be divided into parts of {list(sizes)}")
+        parts = torch.split(self.data.view(num_rows, -1), sizes * repeats)
+        return [
+            StoredWeight((len(part), columns), part, self.encoding, ggml_type=self.ggml_type)
+            for part in parts
+        ]
 
     def dequantize(self) -> Tensor:
         """The values: plain tensors as they are, others in fp32."""
