@@ -1,6 +1,7 @@
 """ModelConfig reads real-world config.json spellings and refuses what it would compute wrongly."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -128,6 +129,31 @@ def test_expert_format_by_checkpoint(quantization, auto, native):
         for asked, expected in (("auto", auto), ("native", native), ("int8", "int8")):
             config = EngineConfig(model="x", expert_format=asked)
             assert config.for_model(model).expert_format == expected
+
+
+@pytest.mark.parametrize(
+    ("quantization", "native"), [(None, "bf16"), (FP8, "fp8"), (_int4(), "bf16")]
+)
+def test_dense_format_by_checkpoint(quantization, native):
+    model = ModelConfig.from_hf({**V3, "quantization_config": quantization})
+    for asked, expected in (("auto", "int8"), ("native", native), ("fp32", "fp32")):
+        config = EngineConfig(model="x", dense_format=asked).for_model(model)
+        assert config.dense_formats_of(model) == (expected, {})
+        assert config.for_model(model) == config
+
+
+@pytest.mark.parametrize(
+    ("own", "auto", "native"),
+    [("q4_k", "native", "native"), ("int8", "native", "native"), ("bf16", "int8", "bf16")],
+)
+def test_dense_format_of_gguf_files(own, auto, native):
+    formats = (("lm_head", own), ("model.layers.0.self_attn.o_proj", "bf16"))
+    model = replace(ModelConfig.from_hf(V3), quantization="gguf", dense_formats=formats)
+    for asked, expected in (("auto", auto), ("native", native), ("int4_g32", "int4_g32")):
+        config = EngineConfig(model="x", dense_format=asked).for_model(model)
+        assert config.dense_format == expected
+        decided = ("int8", dict(formats)) if expected == "native" else (expected, {})
+        assert config.dense_formats_of(model) == decided
 
 
 @pytest.mark.parametrize(

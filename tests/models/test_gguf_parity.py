@@ -210,7 +210,11 @@ def test_unquantised_files_are_quantised_like_others(tmp_path: Path, usable_isa)
 
 
 @pytest.mark.parametrize(
-    "options", [{"expert_format": "int4_g32"}, {"expert_format": "bf16", "dense_format": "bf16"}]
+    "options",
+    [
+        {"expert_format": "int4_g32", "dense_format": "int8"},
+        {"expert_format": "bf16", "dense_format": "bf16"},
+    ],
 )
 def test_other_formats_load(options: dict[str, str], tmp_path: Path) -> None:
     """Dequantised weights go through every packing."""

@@ -55,7 +55,7 @@ class StoredWeight:
         repeats, rest = divmod(num_rows, sum(sizes))
         if rest:
             raise ValueError(f"{num_rows} rows cannot be divided into parts of {list(sizes)}")
-        parts = torch.split(self.data.view(num_rows, -1), sizes * repeats)
+        parts = torch.split(self.data.view(num_rows, -1), list(sizes) * repeats)
         return [
             StoredWeight((len(part), columns), part, self.encoding, ggml_type=self.ggml_type)
             for part in parts
