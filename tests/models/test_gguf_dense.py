@@ -257,7 +257,10 @@ def test_the_plan_counts_the_bytes_that_are_held(
         "num_hidden_layers": 2,
         "n_routed_experts": 4,
     }
-    root = tiny_checkpoint(tmp_path / "hf", "moonlight", **sizes)
+    family = "deepseek_v3" if split_kv_b else "moonlight"
+    if split_kv_b:
+        sizes |= {"q_lora_rank": 256, "n_group": 1, "topk_group": 1}
+    root = tiny_checkpoint(tmp_path / "hf", family, **sizes)
     file = write_gguf(root, tmp_path / "model.gguf", kind, split_kv_b=split_kv_b)
     planned = GgufCheckpoint.open(file).config
     for dense_format in ("auto", "int8"):

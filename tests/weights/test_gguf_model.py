@@ -16,6 +16,9 @@ from gguf import GGUFValueType
 from torch import Tensor
 
 from moejet.config import ModelConfig
+from moejet.experts.cpu_experts import CpuExperts, create_pool
+from moejet.layers.linear import DenseWeights
+from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.presets import PRESETS
 from moejet.testing.checkpoints import FAMILIES, tiny_checkpoint
 from moejet.testing.gguf_files import dequantized_checkpoint, write_gguf
@@ -24,6 +27,7 @@ from moejet.weights.gguf import GgufFiles
 from moejet.weights.gguf_model import GgufCheckpoint, hf_config
 from moejet.weights.resolve import resolve_config
 
+KV_B = "kv_b_proj.weight"
 SIZES = {"moe_intermediate_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}
 
 
@@ -33,7 +37,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Target:
-    """Wants every tensor of a Hugging Face checkpoint and keeps what it gets."""
+    """Wants every tensor of a Hugging Face checkpoint and keeps what it gets, kv_b_proj also in two halves."""
 
     def __init__(self, root: Path):
         self.got: dict[str, Tensor] = {}
@@ -41,6 +45,18 @@ class Target:
             info.name: TensorSpec(info.shape, self._loader(info.name))
             for info in Checkpoint.open(root)
         }
+        self.heads = ModelConfig.from_hf(root).num_attention_heads
+        nope = ModelConfig.from_hf(root).qk_nope_head_dim
+        for name, spec in self.specs.items():
+            if not name.endswith(KV_B):
+                continue
+            (rows, rank), halves = spec.shape, {}
+            per_head = rows // self.heads
+            for half, shape in (("k", (rank, nope)), ("v", (per_head - nope, rank))):
+                half_name = name.replace("kv_b", f"{half}_b")
+                loader = self._loader(half_name)
+                halves[half_name] = TensorSpec((self.heads, *shape), loader)
+            self.specs[name] = dataclasses.replace(spec, parts=halves)
 
     def _loader(self, name: str) -> Callable[[Tensor], object]:
         def load(tensor: Tensor) -> None:
@@ -52,6 +68,11 @@ class Target:
 
     def check(self, truth: Path) -> None:
         checkpoint = Checkpoint.open(truth)
+        for name in [name for name in self.got if name.endswith("k_b_proj.weight")]:
+            k_b = self.got.pop(name).transpose(1, 2)
+            v_b = self.got.pop(name.replace("k_b", "v_b"))
+            whole = torch.cat((k_b, v_b), 1).flatten(0, 1)
+            self.got[name.replace("k_b", "kv_b")] = whole
         assert set(self.got) == set(checkpoint.tensors)
         for name, tensor in self.got.items():
             assert torch.equal(tensor.float(), checkpoint.read(name)), name
@@ -84,9 +105,33 @@ def edit_file(
 
 
 def from_gguf(config: ModelConfig, **changes: str) -> ModelConfig:
-    """What the configuration of an unquantised file says in addition."""
+    """What the configuration of an unquantised file says in addition, but for dense_formats."""
     formats = (("bf16", "bf16"),) * config.num_moe_layers
     return dataclasses.replace(config, quantization="gguf", expert_formats=formats, **changes)
+
+
+class Asked(dict[str, str]):
+    """Formats of no matrix, and the names that were asked for."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return default
+
+
+def names_in_layers(config: ModelConfig) -> set[str]:
+    """Of all matrices whose format the model's layers look up."""
+    pool, asked = create_pool(1), Asked()
+    DeepseekForCausalLM(
+        config,
+        make_experts=lambda layer: CpuExperts(1, 32, 32, format="int8", pool=pool),
+        dense=DenseWeights("int8", pool, own=asked),
+        max_context=8,
+    )
+    pool.close()
+    return asked.names
 
 
 @pytest.mark.parametrize("split_kv_b", [False, True])
@@ -98,7 +143,9 @@ def test_every_family(family: str, split_kv_b: bool, tmp_path: Path) -> None:
     expected = ModelConfig.from_hf(root)
     # One architecture, three names for it.
     kind = "deepseek_v2" if family.startswith("deepseek_v2") else "deepseek_v3"
-    assert checkpoint.config == from_gguf(expected, model_type=kind)
+    config = dataclasses.replace(checkpoint.config, dense_formats=())
+    assert config == from_gguf(expected, model_type=kind)
+    assert dict(checkpoint.config.dense_formats) == dict.fromkeys(names_in_layers(config), "bf16")
     target = Target(root)
     report = load_weights(checkpoint, target.specs, show_progress=False)
     assert report.ignored == report.absent == ()
@@ -119,7 +166,9 @@ def test_quantised_tensors_arrive_dequantised(
 def test_the_configuration_alone(plain: Path, tmp_path: Path) -> None:
     file = write_gguf(plain, tmp_path / "m.gguf", shard_tensors=15)
     expected = from_gguf(ModelConfig.from_hf(plain))
-    assert resolve_config(str(file)) == resolve_config(str(tmp_path)) == expected
+    config = resolve_config(str(file))
+    assert config == resolve_config(str(tmp_path))
+    assert dataclasses.replace(config, dense_formats=()) == expected
 
 
 def test_large_tables_are_decoded_to_bf16(
