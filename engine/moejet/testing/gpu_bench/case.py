@@ -33,7 +33,7 @@ class Case:
 # Largest relative difference (Frobenius norm) between our answer and the peer's in bf16; a kernel that is wrong
 # differs by far more.
 MAX_DIFFERENCE = 0.05
-KERNELS = ("rms_norm",)
+KERNELS = ("rms_norm", "mla_prefill", "gather_latent")
 
 
 def cases_of(kernel: str, card: Card) -> list[Case]:
