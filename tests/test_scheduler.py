@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from moejet.block_pool import BlockPool
+from moejet.block_pool import BlockPool, extend_hashes
 from moejet.prefix_store import PrefixStore
 from moejet.prefix_tier import PrefixTier
 from moejet.request import Request, RequestState, SamplingParams
@@ -261,17 +261,17 @@ def test_prompts_that_arrive_together_wait_for_the_first_of_them():
     assert cache.num_computed == 43 + 4 * 3
 
 
-def test_idle_blocks_are_evicted_oldest_first_and_reported():
+def test_idle_blocks_are_evicted_oldest_first():
     scheduler = _scheduler(num_blocks=6, block_size=4, budget=100)
     cache = Cache(scheduler)
-    evicted = []
-    scheduler.pool.on_evict = lambda block, digest: evicted.append(cache.slots[block * 4 + 3])
     for start in (0, 100, 200):
         scheduler.add(_request("r", 0, limit=10, tokens=tuple(range(start, start + 9))))
         _drive(scheduler, cache)
-    assert scheduler.pool.num_evictions == len(evicted) == 1
+    assert scheduler.pool.num_evictions == 1
     # The end of the oldest context goes first.
-    assert evicted[0] == tuple(range(8))
+    begin, end = extend_hashes([], b"", range(8), 4)
+    assert scheduler.pool.find(end) is None
+    assert cache.slots[scheduler.pool.find(begin) * 4 + 3] == tuple(range(4))
 
 
 def test_without_root_nothing_is_found_again():

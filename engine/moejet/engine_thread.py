@@ -4,8 +4,9 @@ Callers, on any thread, put commands into an inbox; the engine's thread takes th
 puts what it yields into the mailbox of each request. With nothing to do it sleeps in the inbox. A request counts as
 queued from the moment a caller asked for it until its first step.
 
-A step that raises ends the requests that were running; if a small forward pass works afterwards the others go on,
-otherwise the engine is dead and says so to everyone. A second thread watches how long a step takes.
+The engine ends requests that it cannot compute by itself. A step that raises all the same ends those that were running;
+if a small forward pass works afterwards the others go on, otherwise the engine is dead and says so to everyone. A
+second thread watches how long a step takes.
 """
 
 from __future__ import annotations
@@ -19,15 +20,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
-
-import torch
 
 from moejet.batch import Batch
 from moejet.engine import Engine
 from moejet.engine_counters import TrafficCounters
 from moejet.request import Request, SamplingParams, StreamDelta
-from moejet.sampler import BadLogitsError
 from moejet.ticket import (
     Admission,
     EngineClosedError,
@@ -112,9 +112,16 @@ class EngineThread:
             return self._admission.admit(request_id, priority)
 
     def enqueue(
-        self, ticket: Ticket, prompt: str | None, token_ids: list[int], params: SamplingParams
+        self,
+        ticket: Ticket,
+        prompt: str | None,
+        token_ids: list[int],
+        params: SamplingParams | None,
     ) -> None:
-        """Hands a reserved request to the engine. The prompt must have passed `Engine.check_prompt`."""
+        """Hands a reserved request to the engine, to be scored if there are no params.
+
+        The prompt must have passed `Engine.check_prompt` or `check_scoring`.
+        """
         with self._changed:
             if ticket.ended.done():
                 raise ticket.mailbox.error() or EngineClosedError("the engine was closed")
@@ -189,8 +196,7 @@ class EngineThread:
         """See AsyncLLM.counters."""
         self.check_process()
         with self._changed:
-            preemptions = self.engine.scheduler.num_preemptions
-            return {**self.counters.as_dict(), "preemptions": preemptions}
+            return {**asdict(self.engine.counters), **self.counters.as_dict()}
 
     # The lock is held.
 
@@ -284,12 +290,15 @@ class EngineThread:
     def _add(self, ticket: Ticket) -> None:
         if ticket.ended.done():
             return
-        assert ticket.params is not None, f"{ticket.request_id=}"
+        add = (
+            partial(self.engine.add_scoring, ticket.token_ids)
+            if ticket.params is None
+            else partial(
+                self.engine.add_request, ticket.token_ids, ticket.params, prompt=ticket.prompt
+            )
+        )
         try:
-            self.engine.add_request(
-                ticket.token_ids,
-                ticket.params,
-                prompt=ticket.prompt,
+            add(
                 request_id=ticket.request_id,
                 priority=ticket.priority,
                 arrival_s=ticket.arrival_s,
@@ -327,16 +336,12 @@ class EngineThread:
         deltas: list[StreamDelta] = []
         try:
             deltas = self.engine.step()
-        except BadLogitsError as error:
-            # The engine has ended the broken ones; the next step computes the others' tokens again.
-            self._fail_step([self._tickets.get(i) for i in error.request_ids], error)
         except Exception as error:
             self._recover(error)
         finally:
             with self._changed:
                 self._step_started_s, self._is_stuck = None, False
                 self._last_step_s = time.perf_counter()
-                self.counters.steps += bool(self._batch_requests)
         self._deliver(deltas)
         if not self._batch_requests and self.engine.has_work:
             time.sleep(_STALL_WAIT_S)
@@ -355,8 +360,6 @@ class EngineThread:
                     self._admission.leave_queue(ticket)
                     self.counters.starts.add(1, now)
                     self.counters.queue_time.observe(now - ticket.arrival_s)
-                    self.counters.prompt_tokens += request.num_prompt_tokens
-                    self.counters.cached_tokens += request.num_cached_tokens
             self.counters.computed_prompt_tokens_rate.add(num_prompt_tokens, now)
             self._count_spare_slots()
 
@@ -369,6 +372,11 @@ class EngineThread:
                 ticket = self._tickets.get(delta.request_id)
                 if ticket is None:  # was failed by the watchdog
                     continue
+                if delta.error is not None and delta.is_step_error:
+                    self.counters.step_errors += 1
+                    ticket.is_in_engine = False
+                    wakes.append(self._end(ticket, _step_error(delta.error)))
+                    continue
                 if delta.finish_reason is not None:
                     self.counters.finished_samples[delta.finish_reason] += 1
                 waiter = ticket.mailbox.put(delta)
@@ -376,7 +384,6 @@ class EngineThread:
                     ticket.is_in_engine = False
                     waiter = self._end(ticket) or waiter
                 wakes.append(waiter)
-            self.counters.generated_tokens += num_tokens
             self.counters.generated_tokens_rate.add(num_tokens)
             self._count_spare_slots()
         self._wake(wakes)
@@ -392,34 +399,25 @@ class EngineThread:
 
     def _fail_step(self, tickets: Iterable[Ticket | None], error: Exception) -> None:
         self.counters.step_errors += 1
-        # What its traceback refers to would live as long as somebody keeps the exception.
-        error = error.with_traceback(None)
-        message = f"the step that computed this request failed: {_describe(error)}"
         known = [ticket for ticket in tickets if ticket is not None]
-        self._fail(known, lambda: _with_cause(EngineStepError(message), error))
+        self._fail(known, lambda: _step_error(error))
 
     def _recover(self, error: Exception) -> None:
         """After a step that raised: ends who took part, and makes sure that the engine still works."""
         logger.error("a step of the engine failed; the running requests end", exc_info=error)
-        running = [*self.engine.scheduler.running, *self._batch_requests]
+        scheduler = self.engine.scheduler
+        # With none of them it is one of the waiting that breaks the schedule: every failure ends one at least.
+        running = [*scheduler.running, *self._batch_requests] or scheduler.waiting[:1]
         victims = dict.fromkeys(request.request_id for request in running)
         for request_id in victims:
             self.engine.discard(request_id)
         self._fail_step([self._tickets.get(request_id) for request_id in victims], error)
         try:
-            self._probe()
+            scheduler.check_integrity()
+            self.engine.probe()
         except Exception as probe_error:
             logger.error("the engine does not work any more", exc_info=probe_error)
             raise error from None
-
-    def _probe(self) -> None:
-        """One forward pass of one token outside the schedule, and a look at the scheduler's books."""
-        self.engine.scheduler.check_integrity()
-        with self.engine.scratch_request([0]) as request:
-            batch = Batch.build([request], [1], block_size=self.engine.config.block_size)
-            logits = self.engine.runner.execute(batch)
-        if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError("the probe's logits are not finite")
 
     def _die(self, error: BaseException) -> None:
         logger.critical("the engine is dead", exc_info=error)
@@ -481,8 +479,10 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _with_cause(error: Exception, cause: BaseException) -> Exception:
-    error.__cause__ = cause
+def _step_error(cause: Exception) -> EngineStepError:
+    error = EngineStepError(f"the step that computed this request failed: {_describe(cause)}")
+    # What its traceback refers to would live as long as somebody keeps the exception.
+    error.__cause__ = cause.with_traceback(None)
     return error
 
 

@@ -84,7 +84,6 @@ class Scheduler:
         self.running: list[Request] = []  # by admission
         self.held: list[Request] = []  # branches that do not run, those longest idle first
         self.num_preemptions = 0
-        self.num_found_tokens = 0
         # Block copies that have not been made yet; whoever makes them empties the list.
         self.copies: list[tuple[int, int]] = []
         self.store: BlockStore | None = None
@@ -120,7 +119,7 @@ class Scheduler:
     def drop(self, request: Request) -> None:
         """Forgets a held branch and frees its blocks."""
         self.held.remove(request)
-        self.pool.release(request.block_table)
+        self._take_blocks(request)
 
     def rewind(self, request: Request) -> None:
         """Lets the last token count as not computed: its logits are wanted once more."""
@@ -170,10 +169,10 @@ class Scheduler:
                 continue
             first = request.num_computed_tokens // size
             request.num_computed_tokens += query_len
-            if self.root is None:
-                continue
-            for index in range(first, request.num_computed_tokens // size):
-                self.pool.register(request.block_table[index], self._hashes(request)[index])
+            end = request.num_computed_tokens // size
+            hashes = self._hashes(request)[first:end]
+            for block, digest in zip(request.block_table[first:], hashes, strict=False):
+                self.pool.register(block, digest)
             self._offer(request)
 
     def finish(
@@ -187,21 +186,15 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         self._reads.pop(request, None)
-        if not request.is_branch:
-            self._drop_copies(request)
         if request.is_branch:
             self.held.append(request)
         else:
-            self.pool.release(request.block_table)
+            self._take_blocks(request)
         request.finish(reason, stop_reason)
 
     def check_integrity(self) -> None:
         requests = (*self.running, *self.waiting, *self.held)
         self.pool.check_integrity([r.block_table for r in requests])
-
-    def cached_tokens(self, request: Request) -> int:
-        """Tokens of a request without blocks that it would find in the cache."""
-        return len(self._find_prefix(request)) * self.pool.block_size
 
     def _admit(self, step: _Step) -> None:
         being_computed = self._being_computed() if self.waiting else set()
@@ -231,7 +224,6 @@ class Scheduler:
             if found:
                 request.block_table = found
                 request.num_computed_tokens = len(found) * self.pool.block_size
-                self.num_found_tokens += request.num_computed_tokens
                 if not request.first_scheduled_s:
                     request.num_cached_tokens = request.num_computed_tokens
             self.waiting.remove(request)
@@ -244,14 +236,11 @@ class Scheduler:
                 has_room = self._make_room(request, query_len, step)
                 assert has_room, f"{request.request_id=} {query_len=}"
                 step.take(request, query_len)
-            if self.root is not None:
-                size = self.pool.block_size
-                being_computed.update(self._hashes(request)[request.num_computed_tokens // size :])
+            first = request.num_computed_tokens // self.pool.block_size
+            being_computed.update(self._hashes(request)[first:])
 
     def _find_prefix(self, request: Request) -> list[int]:
         """Blocks that hold the beginning of its tokens; one token is left to compute, whose logits are wanted."""
-        if self.root is None:
-            return []
         found = []
         for digest in self._hashes(request)[: (len(request.token_ids) - 1) // self.pool.block_size]:
             block = self.pool.find(digest)
@@ -261,13 +250,11 @@ class Scheduler:
         return found
 
     def _next_hash(self, request: Request, found: list[int]) -> bytes | None:
-        hashes = self._hashes(request) if self.root is not None else []
+        hashes = self._hashes(request)
         return hashes[len(found)] if len(found) < len(hashes) else None
 
     def _being_computed(self) -> set[bytes]:
         """Hashes of the full blocks that running requests have tokens for but have not computed."""
-        if self.root is None:
-            return set()
         size = self.pool.block_size
         return {
             digest
@@ -277,8 +264,12 @@ class Scheduler:
         }
 
     def _hashes(self, request: Request) -> list[bytes]:
-        """Of every full block of its tokens: a chain, each one covers all tokens before it."""
-        assert self.root is not None, "prefix reuse is off"
+        """Of every full block of its tokens: a chain, each one covers all tokens before it.
+
+        [] where nothing is reused: every token of a prompt that is scored has to be computed.
+        """
+        if self.root is None or request.scores is not None:
+            return []
         return extend_hashes(
             request.block_hashes, self.root, request.token_ids, self.pool.block_size
         )
@@ -288,15 +279,15 @@ class Scheduler:
         if self.store is None or request.num_computed_tokens < self.store.min_tokens:
             return
         first, end = request.num_offered_blocks, request.num_computed_tokens // self.pool.block_size
-        if first < end:
-            blocks, hashes = request.block_table[first:end], self._hashes(request)[first:end]
-            self.store.offer(blocks, hashes)
+        hashes = self._hashes(request)[first:end]
+        if hashes:
+            self.store.offer(request.block_table[first:end], hashes)
             request.num_offered_blocks = end
 
     def _plan_read(self, request: Request) -> None:
         """Decides how many blocks to read behind those that were found; one token is left to compute."""
         size = self.pool.block_size
-        if self.store is None or self.root is None or request.num_computed_tokens % size:
+        if self.store is None or request.num_computed_tokens % size:
             return
         first, end = request.num_computed_tokens // size, (len(request.token_ids) - 1) // size
         count = self.store.count(self._hashes(request)[first:end])
@@ -314,10 +305,10 @@ class Scheduler:
         if read is None:
             return True
         assert self.store is not None
-        if self.copies:
-            return (
-                False  # a block to be copied later in this step could be the one that is read into
-            )
+        if (
+            self.copies
+        ):  # a block to be copied later in this step could be the one that is read into
+            return False
         first, count = len(request.block_table), read.num_blocks
         if step.requests:
             affordable = int(_READ_SECONDS / self.store.read_seconds(1))
@@ -358,12 +349,12 @@ class Scheduler:
 
     def _make_room(self, request: Request, query_len: int, step: _Step) -> bool:
         """Blocks of its own for the next tokens, preempting others; False if it has to wait."""
-        if not self._until_free(request, step, lambda: self._own_block(request, step)):
+        if not self._until_free(request, step, lambda: self._own_block(request)):
             return False
         end = request.num_computed_tokens + query_len
         return self._until_free(request, step, lambda: self.pool.extend(request.block_table, end))
 
-    def _own_block(self, request: Request, step: _Step) -> bool:
+    def _own_block(self, request: Request) -> bool:
         if not self._needs_copy(request):
             return True
         index = request.num_computed_tokens // self.pool.block_size
@@ -381,7 +372,6 @@ class Scheduler:
             if victim is request and step.requests:
                 return False  # what is scheduled will free its blocks; the work done so far is kept
             assert victim is not request or len(self.running) > 1, "one request exceeds the cache"
-            self._drop_copies(victim)
             self._preempt(victim)
             if victim is request:
                 return False
@@ -393,8 +383,7 @@ class Scheduler:
             return True
         for holder in reversed(self.waiting):
             if holder is not keep and holder.block_table:
-                self.pool.release(holder.block_table)
-                holder.num_computed_tokens = 0
+                self._take_blocks(holder)
                 return True
         return False
 
@@ -402,22 +391,22 @@ class Scheduler:
         """Takes the blocks of the branch that has been idle longest; its tokens are kept."""
         for holder in self.held:
             if holder.block_table:
-                self.pool.release(holder.block_table)
-                holder.num_computed_tokens = 0
+                self._take_blocks(holder)
                 return True
         return False
 
-    def _drop_copies(self, request: Request) -> None:
-        """Forgets copies into blocks that a request is about to lose."""
+    def _take_blocks(self, request: Request) -> None:
+        """Frees a request's blocks and forgets copies into them. Its tokens are kept."""
         # In place: a batch may hold the list.
         self.copies[:] = [copy for copy in self.copies if copy[1] not in request.block_table]
+        self.pool.release(request.block_table)
+        request.num_computed_tokens = 0
 
     def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
         self.running.remove(request)
         self._reads.pop(request, None)
-        self.pool.release(request.block_table)
-        request.num_computed_tokens = 0
+        self._take_blocks(request)
         request.state = RequestState.WAITING
         self.add(request)
 

@@ -39,7 +39,7 @@ class Ticket:
     """One request, from the moment a caller asks for it until its end.
 
     arrival_s: on the clock of time.perf_counter · is_queued: no step has computed any of it
-    is_in_engine: the engine knows it; only the engine's thread looks here
+    params: None for a prompt that is to be scored · is_in_engine: the engine knows it; only its thread looks here
     """
 
     request_id: str
