@@ -101,8 +101,10 @@ class RequestStream(AsyncIterator[StreamDelta]):
         Raises TimeoutError if there is none in time, and the request goes on; what a policy of the request raised; and
         EngineStepError, EngineDeadError or EngineClosedError where the engine could not finish it.
         """
-        await self.start()
+        if self._ticket is None or self._is_closed:
+            await self.start()
         assert self._ticket is not None
+        self._thread.check_process()
         try:
             delta = await self._ticket.mailbox.get(timeout_s)
         except asyncio.CancelledError:

@@ -84,7 +84,7 @@ class Engine:
         self.eos_token_ids = frozenset(eos or model_config.eos_token_ids)
         self._groups: OrderedDict[str, Group] = OrderedDict()
         self._ids = itertools.count()
-        self._counters = EngineCounters()
+        self.totals = EngineCounters()  # as far as the engine itself counts; see counters
         self._base_seed = secrets.randbits(63) if config.seed is None else config.seed
 
     @property
@@ -96,7 +96,7 @@ class Engine:
         """What has been done so far; any thread may ask."""
         loads, num_bytes = self.runner.expert_loads()
         return replace(
-            self._counters,
+            self.totals,
             preemptions=self.scheduler.num_preemptions,
             expert_loads=loads,
             expert_bytes=num_bytes,
@@ -232,7 +232,7 @@ class Engine:
         self.on_scheduled(batch)
         parts, culprits = self._compute_isolating(batch)
         deltas: list[StreamDelta] = []
-        self._counters.steps += 1
+        self.totals.steps += 1
         for part in parts:
             self._count(part.batch)
             self.scheduler.advance(part.batch)
@@ -240,7 +240,7 @@ class Engine:
         for request_id, error in culprits.items():
             logger.error("request %s cannot be computed and ends", request_id, exc_info=error)
             deltas += self._end_failed(request_id, error, is_step_error=True)
-        self._counters.generated_tokens += sum(len(delta.token_ids) for delta in deltas)
+        self.totals.generated_tokens += sum(len(delta.token_ids) for delta in deltas)
         return deltas
 
     def _compute_isolating(self, batch: Batch) -> tuple[list[_Computed], dict[str, Exception]]:
@@ -344,15 +344,15 @@ class Engine:
             self.block_pool.release(request.block_table)
 
     def _count(self, batch: Batch) -> None:
-        counters = self._counters
+        totals = self.totals
         for request, query_len in zip(batch.requests, batch.query_lens, strict=True):
             of_prompt = max(0, request.num_prompt_tokens - request.num_computed_tokens)
-            counters.prefill_tokens += min(query_len, of_prompt)
-            counters.decode_tokens += max(0, query_len - of_prompt)
+            totals.prefill_tokens += min(query_len, of_prompt)
+            totals.decode_tokens += max(0, query_len - of_prompt)
             if request.index == 0 and not request.is_counted:
                 request.is_counted = True
-                counters.prompt_tokens += request.num_prompt_tokens
-                counters.cached_tokens += request.num_cached_tokens
+                totals.prompt_tokens += request.num_prompt_tokens
+                totals.cached_tokens += request.num_cached_tokens
 
     def _sampled_rows(self, batch: Batch) -> tuple[list[int], list[Request]]:
         """Rows of the logits and whose they are: at the end of a prompt, all samples draw from the same row."""

@@ -27,13 +27,16 @@ from typing import Any, Literal
 from moejet.batch import Batch
 from moejet.engine import Engine
 from moejet.engine_counters import TrafficCounters
+from moejet.mailbox import Wakes, wake
 from moejet.request import Request, SamplingParams, StreamDelta
 from moejet.ticket import (
     Admission,
     EngineClosedError,
-    EngineDeadError,
-    EngineStepError,
     Ticket,
+    dead_error,
+    describe,
+    step_error,
+    stuck_error,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,6 @@ _EXIT_WAIT_S = 10.0  # the same, at the interpreter's exit
 
 State = Literal["running", "draining", "closed", "dead"]
 Command = tuple[Literal["add", "abort", "abort_all", "stop"], Ticket | None]
-Wakes = list[asyncio.Future[None] | None]
 
 
 class EngineThread:
@@ -80,6 +82,7 @@ class EngineThread:
         self._step_started_s: float | None = None
         self._last_step_s = time.perf_counter()
         self._batch_requests: list[Request] = []
+        self._seen_tokens = 0, 0  # of prompts and of answers
         self._watch_ended = threading.Event()
         engine.on_scheduled = self._on_scheduled
         # Daemons, so that an engine that nobody closed cannot hold up the interpreter's exit.
@@ -134,7 +137,7 @@ class EngineThread:
         """Gives back the place of a request that was not enqueued."""
         with self._changed:
             wakes = [self._end(ticket)]
-        self._wake(wakes)
+        wake(wakes)
 
     def find(self, request_id: str) -> Ticket | None:
         return self._tickets.get(request_id)
@@ -176,7 +179,7 @@ class EngineThread:
             return {
                 "alive": self.is_healthy(),
                 "state": "stuck" if self._is_stuck else self._state,
-                "error": None if self._cause is None else _describe(self._cause),
+                "error": None if self._cause is None else describe(self._cause),
                 "last_step_age_s": now - self._last_step_s,
                 "step_running_s": 0.0 if started is None else now - started,
                 "running": len(scheduler.running),
@@ -202,7 +205,7 @@ class EngineThread:
 
     def _check_accepting(self) -> None:
         if self._state == "dead":
-            raise self._dead_error()
+            raise dead_error(self._cause)
         if self._state == "draining":
             raise EngineClosedError(
                 "the engine is being closed: it finishes what runs and takes no new requests"
@@ -210,21 +213,7 @@ class EngineThread:
         if self._state == "closed":
             raise EngineClosedError("the engine is closed: create a new AsyncLLM")
         if self._is_stuck:
-            raise self._stuck_error()
-
-    def _dead_error(self) -> EngineDeadError:
-        assert self._cause is not None, f"{self._state=}"
-        error = EngineDeadError(
-            f"the engine is dead ({_describe(self._cause)}): load the model again"
-        )
-        error.__cause__ = self._cause
-        return error
-
-    def _stuck_error(self) -> EngineStepError:
-        return EngineStepError(
-            f"a step of the engine has been running for more than step_timeout_s="
-            f"{self.step_timeout_s:g} s; requests are accepted again once it returns"
-        )
+            raise stuck_error(self.step_timeout_s)
 
     def _end(
         self, ticket: Ticket, error: BaseException | None = None
@@ -267,7 +256,7 @@ class EngineThread:
                 closed = EngineClosedError("the engine was closed before this request was finished")
                 wakes = [self._end(t, closed) for t in list(self._tickets.values())]
                 self._changed.notify_all()
-            self._wake(wakes)
+            wake(wakes)
             self._watch_ended.set()
 
     def _take_commands(self, *, may_sleep: bool) -> bool:
@@ -342,6 +331,7 @@ class EngineThread:
             with self._changed:
                 self._step_started_s, self._is_stuck = None, False
                 self._last_step_s = time.perf_counter()
+                self._count_tokens(self._last_step_s)
         self._deliver(deltas)
         if not self._batch_requests and self.engine.has_work:
             time.sleep(_STALL_WAIT_S)
@@ -349,33 +339,36 @@ class EngineThread:
 
     def _on_scheduled(self, batch: Batch) -> None:
         """Between a step's schedule and its computation."""
-        now, num_prompt_tokens = time.perf_counter(), 0
         self._batch_requests = batch.requests
+        if self._admission.queued_requests == 0:
+            return
+        now = time.perf_counter()
         with self._changed:
-            for request, query_len in zip(batch.requests, batch.query_lens, strict=True):
-                left = request.num_prompt_tokens - request.num_computed_tokens
-                num_prompt_tokens += min(query_len, max(0, left))
+            for request in batch.requests:
                 ticket = self._tickets.get(request.request_id)
                 if ticket is not None and ticket.is_queued:
                     self._admission.leave_queue(ticket)
                     self.counters.starts.add(1, now)
                     self.counters.queue_time.observe(now - ticket.arrival_s)
-            self.counters.computed_prompt_tokens_rate.add(num_prompt_tokens, now)
             self._count_spare_slots()
+
+    def _count_tokens(self, now: float) -> None:
+        totals, seen = self.engine.totals, self._seen_tokens
+        self._seen_tokens = totals.prefill_tokens, totals.generated_tokens
+        self.counters.computed_prompt_tokens_rate.add(self._seen_tokens[0] - seen[0], now)
+        self.counters.generated_tokens_rate.add(self._seen_tokens[1] - seen[1], now)
 
     def _deliver(self, deltas: Iterable[StreamDelta]) -> None:
         wakes: Wakes = []
-        num_tokens = 0
         with self._changed:
             for delta in deltas:
-                num_tokens += len(delta.token_ids)
                 ticket = self._tickets.get(delta.request_id)
                 if ticket is None:  # was failed by the watchdog
                     continue
                 if delta.error is not None and delta.is_step_error:
                     self.counters.step_errors += 1
                     ticket.is_in_engine = False
-                    wakes.append(self._end(ticket, _step_error(delta.error)))
+                    wakes.append(self._end(ticket, step_error(delta.error)))
                     continue
                 if delta.finish_reason is not None:
                     self.counters.finished_samples[delta.finish_reason] += 1
@@ -384,9 +377,8 @@ class EngineThread:
                     ticket.is_in_engine = False
                     waiter = self._end(ticket) or waiter
                 wakes.append(waiter)
-            self.counters.generated_tokens_rate.add(num_tokens)
             self._count_spare_slots()
-        self._wake(wakes)
+        wake(wakes)
 
     def _fail(self, tickets: Iterable[Ticket], make_error: Callable[[], Exception]) -> None:
         """Ends requests with an exception each: one that several consumers raised would mix their tracebacks."""
@@ -395,12 +387,12 @@ class EngineThread:
             for ticket in tickets:
                 ticket.is_in_engine = False
                 wakes.append(self._end(ticket, make_error()))
-        self._wake(wakes)
+        wake(wakes)
 
     def _fail_step(self, tickets: Iterable[Ticket | None], error: Exception) -> None:
         self.counters.step_errors += 1
         known = [ticket for ticket in tickets if ticket is not None]
-        self._fail(known, lambda: _step_error(error))
+        self._fail(known, lambda: step_error(error))
 
     def _recover(self, error: Exception) -> None:
         """After a step that raised: ends who took part, and makes sure that the engine still works."""
@@ -426,7 +418,7 @@ class EngineThread:
         tickets = list(self._tickets.values())
         for ticket in tickets:
             self.engine.discard(ticket.request_id)
-        self._fail(tickets, self._dead_error)
+        self._fail(tickets, lambda: dead_error(error))
 
     # The watchdog's thread.
 
@@ -446,44 +438,12 @@ class EngineThread:
                 self._is_stuck = True
                 self.counters.step_timeouts += 1
                 tickets = list(self._tickets.values())
-                wakes = [self._end(ticket, self._stuck_error()) for ticket in tickets]
+                wakes = [self._end(ticket, stuck_error(self.step_timeout_s)) for ticket in tickets]
                 for ticket in tickets:
                     self.inbox.put(("abort", ticket))
                 self._changed.notify_all()
-            logger.error("%s", self._stuck_error())
-            self._wake(wakes)
-
-    def _wake(self, waiters: Wakes) -> None:
-        """Resolves each future on its own event loop, with one call per loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-        for waiter in waiters:
-            if waiter is not None:
-                by_loop.setdefault(waiter.get_loop(), []).append(waiter)
-        for loop, futures in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_resolve, futures)
-            except RuntimeError:  # the loop was closed; its streams abort when they are collected
-                logger.debug(
-                    "an event loop was closed while it waited for %d streams", len(futures)
-                )
-
-
-def _resolve(futures: list[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
-
-
-def _describe(error: BaseException) -> str:
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _step_error(cause: Exception) -> EngineStepError:
-    error = EngineStepError(f"the step that computed this request failed: {_describe(cause)}")
-    # What its traceback refers to would live as long as somebody keeps the exception.
-    error.__cause__ = cause.with_traceback(None)
-    return error
+            logger.error("%s", stuck_error(self.step_timeout_s))
+            wake(wakes)
 
 
 _LIVE: weakref.WeakSet[EngineThread] = weakref.WeakSet()
