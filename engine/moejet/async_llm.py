@@ -146,9 +146,9 @@ class RequestStream(AsyncIterator[StreamDelta]):
     def _checked(self) -> tuple[str | None, list[int]]:
         prompt, token_ids = self._prepare()
         if self._params is None:
-            self._thread.engine.check_scoring(token_ids)
+            self._thread.engine.rules.check_scoring(token_ids)
         else:
-            self._thread.engine.check_prompt(token_ids, self._params)
+            self._thread.engine.rules.check_prompt(token_ids, self._params)
         return prompt, token_ids
 
 

@@ -11,6 +11,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Protocol
 
 DIGEST_BYTES = 16
 
@@ -146,6 +147,29 @@ class BlockPool:
         self._references[block] = 1
         self._generations[block] += 1
         return block
+
+
+class BlockStore(Protocol):
+    """Where full blocks outlive the pool, such as `PrefixTier`."""
+
+    @property
+    def min_tokens(self) -> int:
+        """Contexts shorter than this are not offered."""
+
+    def offer(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
+        """Notes that these blocks are full."""
+
+    def count(self, digests: Sequence[bytes]) -> int:
+        """How many of these, from the first on, could be read."""
+
+    def read(self, digests: Sequence[bytes], blocks: Sequence[int]) -> int:
+        """Fills blocks from the first on; returns how many."""
+
+    def read_seconds(self, num_blocks: int) -> float:
+        """How long that will take."""
+
+    def expect_faster(self) -> None:
+        """Makes a read more likely that was not worth it."""
 
 
 def extend_hashes(

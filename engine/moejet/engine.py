@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,13 +23,11 @@ from moejet.block_pool import BlockPool
 from moejet.commit import Gained, commit_token
 from moejet.config import EngineConfig, ModelConfig
 from moejet.engine_counters import EngineCounters
-from moejet.grammar import GrammarCompiler, GrammarPolicy
 from moejet.group import Group
 from moejet.isolation import compute_apart
 from moejet.output import OutputAssembler
-from moejet.policy import ThinkingBudget, TokenPolicy
-from moejet.reasoning.parser import prompt_opens_thinking
 from moejet.request import Request, RequestState, SamplingParams, StreamDelta
+from moejet.request_rules import RequestRules
 from moejet.runner import ModelRunner
 from moejet.sample_state import PolicyFailure, SampleState
 from moejet.sampler import BadLogitsError, SampledToken, derive_seed, sample
@@ -84,6 +81,12 @@ class Engine:
         self.eos_token_ids = frozenset(eos or model_config.eos_token_ids)
         self._groups: OrderedDict[str, Group] = OrderedDict()
         self._ids = itertools.count()
+        self.rules = RequestRules(
+            model_config,
+            tokenizer,
+            max_context=max_context,
+            eos_token_ids=self.eos_token_ids,
+        )
         self.totals = EngineCounters()  # as far as the engine itself counts; see counters
         self._base_seed = secrets.randbits(63) if config.seed is None else config.seed
 
@@ -117,13 +120,13 @@ class Engine:
         priority: requests with smaller numbers run first and are preempted last · arrival_s: since when it has waited,
         on the clock of time.perf_counter (None: since now)
         """
-        self.check_prompt(prompt_token_ids, params)
+        self.rules.check_prompt(prompt_token_ids, params)
         number = self.next_number()
         request_id = self._new_id(request_id, number)
         seed = self.seed_of(params, number)
         room = self.max_context - len(prompt_token_ids)
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
-        thinking, tags = self.thinking_of(prompt, prompt_token_ids)
+        thinking, tags = self.rules.thinking_of(prompt, prompt_token_ids)
         samples = [
             Request(
                 request_id=request_id,
@@ -144,7 +147,7 @@ class Engine:
             for _ in samples
         ]
         for request, assembler in zip(samples, assemblers, strict=True):
-            policies = self.policies_of(params)
+            policies = self.rules.policies_of(params)
             if policies or params.statistics:
                 request.sample_state = SampleState(
                     request,
@@ -170,7 +173,7 @@ class Engine:
 
         Raises ValueError if it cannot be scored.
         """
-        self.check_scoring(token_ids)
+        self.rules.check_scoring(token_ids)
         number = self.next_number()
         request_id = self._new_id(request_id, number)
         request = Request(
@@ -202,15 +205,6 @@ class Engine:
         self._groups[branch.request_id] = Group(None, [branch], [assembler], has_forked=True)
         self.scheduler.rewind(branch)
         self.scheduler.resume(branch)
-
-    def thinking_of(
-        self, prompt: str | None, token_ids: list[int]
-    ) -> tuple[bool, tuple[str, str] | None]:
-        """Whether a prompt leaves the model inside its thinking, and the tags around that."""
-        if self.tokenizer is None or self.tokenizer.think_tags is None:
-            return False, None
-        text = prompt if prompt is not None else self.tokenizer.decode(token_ids, False)
-        return prompt_opens_thinking(text, *self.tokenizer.think_tags), self.tokenizer.think_tags
 
     def next_number(self) -> int:
         """Of requests, in the order in which they arrive."""
@@ -418,77 +412,6 @@ class Engine:
         if group.has_ended:
             del self._groups[request.request_id]
         return delta
-
-    def check_prompt(self, token_ids: list[int], params: SamplingParams) -> None:
-        """Raises ValueError if a prompt cannot be served as asked."""
-        if not token_ids:
-            raise ValueError("the prompt is empty: it needs at least one token")
-        self._check_ids(token_ids)
-        if len(token_ids) >= self.max_context:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens, and a context of max_context="
-                f"{self.max_context} leaves no room for an answer; shorten the prompt or raise "
-                f"max_context (the model allows {self.model_config.max_position_embeddings})"
-            )
-        self.check_params(params)
-
-    def check_scoring(self, token_ids: list[int]) -> None:
-        """Raises ValueError if a prompt cannot be scored."""
-        if len(token_ids) < 2:
-            raise ValueError(f"score needs at least 2 tokens, got {len(token_ids)}")
-        if len(token_ids) > self.max_context:
-            raise ValueError(
-                f"score got {len(token_ids)} tokens, more than max_context={self.max_context}: "
-                "raise max_context or shorten the input"
-            )
-        self._check_ids(token_ids)
-
-    def _check_ids(self, token_ids: list[int]) -> None:
-        vocab = self.model_config.vocab_size
-        bad = next((t for t in token_ids if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {vocab}")
-
-    def check_params(self, params: SamplingParams) -> None:
-        """Raises ValueError if this model cannot do what is asked."""
-        vocab = self.model_config.vocab_size
-        for token_id in (*(params.logit_bias or {}), *params.stop_token_ids):
-            if token_id >= vocab:
-                raise ValueError(
-                    f"token id {token_id} in logit_bias or stop_token_ids is outside the "
-                    f"vocabulary of {vocab}"
-                )
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this model has none")
-        tags = self.tokenizer.think_tags if self.tokenizer is not None else None
-        if params.max_thinking_tokens is not None and tags is None:
-            raise ValueError(
-                f"max_thinking_tokens={params.max_thinking_tokens} needs a model that marks its "
-                "thinking with tags, and this one does not"
-            )
-        if params.grammar is not None:
-            self._grammars.compile(params.grammar)
-
-    @cached_property
-    def _grammars(self) -> GrammarCompiler:
-        vocab_size = self.model_config.vocab_size
-        return GrammarCompiler(self.tokenizer, vocab_size, self.eos_token_ids)
-
-    def policies_of(self, params: SamplingParams) -> list[TokenPolicy]:
-        """One sample's policies, in the order in which they are asked."""
-        policies: list[TokenPolicy] = []
-        if params.max_thinking_tokens is not None:
-            policies.append(ThinkingBudget(params.max_thinking_tokens))
-        if params.policy is not None:
-            policy = params.policy()
-            if not isinstance(policy, TokenPolicy):
-                raise ValueError(
-                    f"policy made {policy!r}, which is not a moejet.policy.TokenPolicy"
-                )
-            policies.append(policy)
-        if params.grammar is not None:
-            policies.append(GrammarPolicy(self._grammars, params.grammar))
-        return policies
 
 
 def _samples(request: Request) -> bool:

@@ -123,7 +123,7 @@ class EngineThread:
     ) -> None:
         """Hands a reserved request to the engine, to be scored if there are no params.
 
-        The prompt must have passed `Engine.check_prompt` or `check_scoring`.
+        The prompt must have passed `RequestRules.check_prompt` or `check_scoring`.
         """
         with self._changed:
             if ticket.ended.done():

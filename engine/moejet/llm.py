@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from moejet.config import EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.loading import build_engine, load_engine
 from moejet.model_cost import ModelCost
-from moejet.presets import PRESETS
+from moejet.presets import parse_preset
 from moejet.request import RequestOutput, SamplingParams, StreamDelta
 from moejet.session import Session
 from moejet.timing import step_overhead, time_decode, time_prefill
@@ -373,7 +373,7 @@ class LLM:
         text, tokens = prompt
         params = self.default_sampling() if params is None else params
         with self.exclusive() as engine:
-            engine.check_prompt(tokens, params)
+            engine.rules.check_prompt(tokens, params)
         return self._deltas(text, tokens, params)
 
     def _deltas(
@@ -402,19 +402,3 @@ class LLM:
 
 def _kind(value: object) -> str:
     return type(value).__name__
-
-
-def parse_preset(text: str) -> ModelConfig:
-    """Reads "NAME" or "NAME:layers=N" into a model configuration."""
-    name, _, option = text.partition(":")
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    if not option:
-        return preset
-    key, _, value = option.partition("=")
-    if key != "layers" or not value.isdigit() or not 1 <= int(value) <= preset.num_hidden_layers:
-        raise ValueError(
-            f"preset option {option!r} must be layers=N with N from 1 to {preset.num_hidden_layers}"
-        )
-    return replace(preset, num_hidden_layers=int(value))

@@ -15,39 +15,16 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from moejet.batch import Batch
-from moejet.block_pool import BlockPool, extend_hashes
+from moejet.block_pool import BlockPool, BlockStore, extend_hashes
 from moejet.request import FinishReason, Request, RequestState
+from moejet.step_plan import StepPlan, tokens_missing, turn
 
 _READ_SECONDS = 0.02  # of a step that computes for others
 _MIN_TIMED_TOKENS = 64  # a step with fewer says little about the speed of prompts
-
-
-class BlockStore(Protocol):
-    """Where full blocks outlive the pool, such as `PrefixTier`."""
-
-    @property
-    def min_tokens(self) -> int:
-        """Contexts shorter than this are not offered."""
-
-    def offer(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
-        """Notes that these blocks are full."""
-
-    def count(self, digests: Sequence[bytes]) -> int:
-        """How many of these, from the first on, could be read."""
-
-    def read(self, digests: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Fills blocks from the first on; returns how many."""
-
-    def read_seconds(self, num_blocks: int) -> float:
-        """How long that will take."""
-
-    def expect_faster(self) -> None:
-        """Makes a read more likely that was not worth it."""
 
 
 @dataclass(slots=True)
@@ -96,7 +73,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        insort(self.waiting, request, key=_turn)
+        insort(self.waiting, request, key=turn)
 
     def fork(self, parent: Request, child: Request) -> None:
         """Gives a new request what the parent has computed, and queues it; its tokens begin with the parent's."""
@@ -137,15 +114,17 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """Chooses this step's tokens; None if there is nothing to do."""
-        step = _Step(self.max_batch_tokens, self.max_mixed_tokens, others_wait=bool(self.waiting))
-        for request in sorted(self.running, key=_tokens_missing):
+        step = StepPlan(
+            self.max_batch_tokens, self.max_mixed_tokens, others_wait=bool(self.waiting)
+        )
+        for request in sorted(self.running, key=tokens_missing):
             if request.state is not RequestState.RUNNING:
                 continue
-            if _tokens_missing(request) == 0:  # an earlier step was cut off behind `advance`
+            if tokens_missing(request) == 0:  # an earlier step was cut off behind `advance`
                 self.rewind(request)
             if not self._read(request, step):
                 continue
-            query_len = step.share(_tokens_missing(request))
+            query_len = step.share(tokens_missing(request))
             if query_len == 0 or not self._make_room(request, query_len, step):
                 continue
             step.take(request, query_len)
@@ -196,7 +175,7 @@ class Scheduler:
         requests = (*self.running, *self.waiting, *self.held)
         self.pool.check_integrity([r.block_table for r in requests])
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: StepPlan) -> None:
         being_computed = self._being_computed() if self.waiting else set()
         for request in list(self.waiting):
             if step.budget == 0 or len(self.running) >= self.max_num_requests:
@@ -204,7 +183,7 @@ class Scheduler:
             found = [] if request.block_table else self._find_prefix(request)
             if not request.block_table and self._next_hash(request, found) in being_computed:
                 continue  # another request computes the same: it will be found
-            query_len = step.share(_tokens_missing(request) - len(found) * self.pool.block_size)
+            query_len = step.share(tokens_missing(request) - len(found) * self.pool.block_size)
             if query_len == 0:
                 return
             self.pool.share(found)
@@ -232,7 +211,7 @@ class Scheduler:
             request.first_scheduled_s = request.first_scheduled_s or time.perf_counter()
             self.running.append(request)
             if self._read(request, step):
-                query_len = step.share(_tokens_missing(request))
+                query_len = step.share(tokens_missing(request))
                 has_room = self._make_room(request, query_len, step)
                 assert has_room, f"{request.request_id=} {query_len=}"
                 step.take(request, query_len)
@@ -259,7 +238,7 @@ class Scheduler:
         return {
             digest
             for request in self.running
-            if _tokens_missing(request) > 1
+            if tokens_missing(request) > 1
             for digest in self._hashes(request)[request.num_computed_tokens // size :]
         }
 
@@ -299,7 +278,7 @@ class Scheduler:
         else:
             self._reads[request] = _Read(count, counts=not request.first_scheduled_s)
 
-    def _read(self, request: Request, step: _Step) -> bool:
+    def _read(self, request: Request, step: StepPlan) -> bool:
         """Reads what was planned; False if the request has to wait for the next step."""
         read = self._reads.get(request)
         if read is None:
@@ -347,7 +326,7 @@ class Scheduler:
             offset and request.block_table and self.pool.is_shared(request.block_table[index])
         )
 
-    def _make_room(self, request: Request, query_len: int, step: _Step) -> bool:
+    def _make_room(self, request: Request, query_len: int, step: StepPlan) -> bool:
         """Blocks of its own for the next tokens, preempting others; False if it has to wait."""
         if not self._until_free(request, step, lambda: self._own_block(request)):
             return False
@@ -364,11 +343,11 @@ class Scheduler:
         self.copies.append(copy)
         return True
 
-    def _until_free(self, request: Request, step: _Step, attempt: Callable[[], bool]) -> bool:
+    def _until_free(self, request: Request, step: StepPlan, attempt: Callable[[], bool]) -> bool:
         while not attempt():
             if self._drop_fork(keep=request):
                 continue
-            victim = max((r for r in self.running if r not in step.requests), key=_turn)
+            victim = max((r for r in self.running if r not in step.requests), key=turn)
             if victim is request and step.requests:
                 return False  # what is scheduled will free its blocks; the work done so far is kept
             assert victim is not request or len(self.running) > 1, "one request exceeds the cache"
@@ -409,45 +388,3 @@ class Scheduler:
         self._take_blocks(request)
         request.state = RequestState.WAITING
         self.add(request)
-
-
-class _Step:
-    """What one step computes, while it is put together."""
-
-    def __init__(self, max_tokens: int, max_mixed_tokens: int, *, others_wait: bool):
-        self.budget = max_tokens
-        self.max_mixed_tokens = max_mixed_tokens
-        self.requests: list[Request] = []
-        self.query_lens: list[int] = []
-        self.others_wait = others_wait
-        self._num_decoding = 0
-        self._num_prompt_tokens = 0
-
-    def share(self, missing: int) -> int:
-        """How many of the missing tokens may be computed now. Decoding requests come first."""
-        if missing == 1:
-            return min(1, self.budget)
-        left = self.budget
-        if self._num_decoding:
-            left = min(left, self.max_mixed_tokens - self._num_prompt_tokens)
-        if self.others_wait:
-            left -= left // 2  # a long prompt must not keep a short one from beginning
-        return max(0, min(missing, left))
-
-    def take(self, request: Request, query_len: int) -> None:
-        if _tokens_missing(request) == 1:
-            self._num_decoding += 1
-        else:
-            self._num_prompt_tokens += query_len
-        self.requests.append(request)
-        self.query_lens.append(query_len)
-        self.budget -= query_len
-
-
-def _turn(request: Request) -> tuple[int, int, int]:
-    """Sorts requests: priority (a smaller number goes first), then age."""
-    return request.priority, request.order, request.index
-
-
-def _tokens_missing(request: Request) -> int:
-    return len(request.token_ids) - request.num_computed_tokens
