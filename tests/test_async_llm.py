@@ -524,6 +524,7 @@ def test_broken_logits_end_their_request_only(make, expected):
 
 def test_scores_equal_those_of_llm(path, make):
     llm = make(max_batch_tokens=16, max_num_requests=4)
+    llm._thread.engine.scheduler.max_scored_tokens = 9
     texts = [list(range(5, 5 + n)) for n in (2, 15, 16, 17, 90, 128)]
 
     async def main() -> list[list[float]]:

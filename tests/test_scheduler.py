@@ -521,3 +521,30 @@ def _run_randomly(rng, directory, chaos=None) -> int:
     if directory is not None:
         tier.close()
     return num_read
+
+
+def test_scored_prompts_share_a_limit_of_their_own_and_delay_nobody_else():
+    scheduler = Scheduler(
+        BlockPool(64, 4), max_batch_tokens=40, max_num_requests=8, max_scored_tokens=6
+    )
+    first, second, other = (_request(str(i), 20, limit=20 + (i == 2)) for i in range(3))
+    first.scores = second.scores = []
+    for request in (first, second, other):
+        scheduler.add(request)
+    batch = scheduler.schedule()
+    assert (
+        sum(n for r, n in zip(batch.requests, batch.query_lens, strict=True) if r is not other) == 6
+    )
+    for _ in range(20):
+        batch = scheduler.schedule()
+        lens = dict(zip(batch.requests, batch.query_lens, strict=True))
+        assert lens.get(first, 0) + lens.get(second, 0) <= 6
+        assert len(batch.sampled) == len(batch.logits_indices)
+        scheduler.advance(batch)
+        for request in (first, second, other):
+            if request.num_computed_tokens == 20:
+                scheduler.finish(request, "length")
+        if not scheduler.has_work:
+            break
+    assert not scheduler.has_work
+    assert scheduler.pool.num_cached == 5  # of the other one alone

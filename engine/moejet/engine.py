@@ -37,6 +37,8 @@ from moejet.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_MAX_SCORED_BYTES = 1 << 28  # of a step's fp32 logits that only scores need
+
 
 @dataclass(slots=True)
 class _Computed:
@@ -75,6 +77,7 @@ class Engine:
             max_batch_tokens=config.max_batch_tokens,
             max_num_requests=config.max_num_requests,
             max_mixed_tokens=config.max_mixed_tokens,
+            max_scored_tokens=max(1, _MAX_SCORED_BYTES // (4 * model_config.vocab_size)),
             root=b"" if config.prefix_caching else None,
         )
         eos = tokenizer.eos_token_ids if tokenizer is not None else ()

@@ -39,7 +39,8 @@ class Scheduler:
     """Owns the queues and the blocks. Not thread-safe: the engine calls it from one thread.
 
     max_mixed_tokens: of a step's tokens, how many may be prompts while other requests decode; they wait for the whole
-    step · root: what the hash of a first block starts from; None switches prefix reuse off
+    step · max_scored_tokens: how many may be of prompts that are scored, whose logits are all there at once
+    root: what the hash of a first block starts from; None switches prefix reuse off
     store: may be set before the first request
     """
 
@@ -50,11 +51,13 @@ class Scheduler:
         max_batch_tokens: int,
         max_num_requests: int,
         max_mixed_tokens: int | None = None,
+        max_scored_tokens: int | None = None,
         root: bytes | None = b"",
     ):
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
         self.max_mixed_tokens = max_mixed_tokens or max_batch_tokens
+        self.max_scored_tokens = max_scored_tokens or max_batch_tokens
         self.max_num_requests = max_num_requests
         self.root = root
         self.waiting: list[Request] = []  # by priority and age
@@ -115,7 +118,10 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Chooses this step's tokens; None if there is nothing to do."""
         step = StepPlan(
-            self.max_batch_tokens, self.max_mixed_tokens, others_wait=bool(self.waiting)
+            self.max_batch_tokens,
+            self.max_mixed_tokens,
+            self.max_scored_tokens,
+            others_wait=bool(self.waiting),
         )
         for request in sorted(self.running, key=tokens_missing):
             if request.state is not RequestState.RUNNING:
@@ -124,7 +130,7 @@ class Scheduler:
                 self.rewind(request)
             if not self._read(request, step):
                 continue
-            query_len = step.share(tokens_missing(request))
+            query_len = step.share(request, tokens_missing(request))
             if query_len == 0 or not self._make_room(request, query_len, step):
                 continue
             step.take(request, query_len)
@@ -183,7 +189,9 @@ class Scheduler:
             found = [] if request.block_table else self._find_prefix(request)
             if not request.block_table and self._next_hash(request, found) in being_computed:
                 continue  # another request computes the same: it will be found
-            query_len = step.share(tokens_missing(request) - len(found) * self.pool.block_size)
+            query_len = step.share(
+                request, tokens_missing(request) - len(found) * self.pool.block_size
+            )
             if query_len == 0:
                 return
             self.pool.share(found)
@@ -211,7 +219,7 @@ class Scheduler:
             request.first_scheduled_s = request.first_scheduled_s or time.perf_counter()
             self.running.append(request)
             if self._read(request, step):
-                query_len = step.share(tokens_missing(request))
+                query_len = step.share(request, tokens_missing(request))
                 has_room = self._make_room(request, query_len, step)
                 assert has_room, f"{request.request_id=} {query_len=}"
                 step.take(request, query_len)
