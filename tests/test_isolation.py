@@ -173,7 +173,7 @@ def test_forks_get_their_copies_when_the_first_attempt_fails(path):
 def test_a_policy_that_fails_in_one_part_ends_its_samples_in_the_others(path):
     class Mistaken(TokenPolicy):
         def on_token(self, state, token_id):
-            if state.index == 0 and state.num_output_tokens == 3:
+            if state.index == 3 and state.num_output_tokens == 3:
                 raise LookupError("a mistake")
             return Keep()
 
