@@ -8,6 +8,7 @@ import pytest
 from moejet import LLM, SamplingParams
 from moejet.batch import Batch
 from moejet.isolation import compute_apart
+from moejet.output import OutputAssembler
 from moejet.policy import Keep, TokenPolicy
 from moejet.request import Request
 from moejet.testing.checkpoints import tiny_checkpoint
@@ -200,3 +201,47 @@ def test_a_policy_that_fails_in_one_part_ends_its_samples_in_the_others(path):
         assert tuple(tokens) == expected
         assert errors == [(bad, "a mistake", False)] * 4
         assert llm.engine.block_pool.num_free == llm.engine.block_pool.num_blocks
+
+
+def test_the_probe_makes_copies_that_are_due(path):
+    """Its block may be the source of a copy; made late, the copy would hold the probe's latents."""
+    with LLM(path, max_context=128, block_size=8, deterministic=True) as llm:
+        engine = llm.engine
+        engine.runner.latent_cache.zero_()
+        source, target = engine.block_pool._unused[-1], engine.block_pool._unused[0]
+        engine.runner.latent_cache[:, source] = 1
+        engine.scheduler.copies.append((source, target))
+        engine.probe()
+        assert engine.scheduler.copies == []
+        assert bool((engine.runner.latent_cache[:, target] == 1).all())
+        assert not bool((engine.runner.latent_cache[:, source] == 1).all())
+
+
+def test_a_broken_text_does_not_keep_a_failed_request_alive(path, monkeypatch):
+    with LLM(path, max_context=128, block_size=8, deterministic=True) as llm:
+        expected = llm.generate([[5] * 9], GREEDY)[0].outputs[0].token_ids
+        execute = llm.engine.runner.execute
+
+        def poisoned(batch):
+            if 200 in batch.token_ids.tolist():
+                raise ArithmeticError("a poisonous token")
+            return execute(batch)
+
+        def broken(self):
+            raise IndexError("no such character")
+
+        llm.engine.runner.execute = poisoned
+        monkeypatch.setattr(OutputAssembler, "flush", broken)
+        bad = llm.engine.add_request([200] * 9, GREEDY)
+        good = llm.engine.add_request([5] * 9, GREEDY)
+        deltas = {bad: [], good: []}
+        for _ in range(7):
+            for delta in llm.engine.step():
+                deltas[delta.request_id].append(delta)
+        assert [str(delta.error) for delta in deltas[bad]] == ["a poisonous token"]
+        assert deltas[bad][0].is_step_error
+        assert deltas[bad][0].output is not None
+        assert tuple(t for delta in deltas[good] for t in delta.token_ids) == expected[:7]
+        monkeypatch.undo()
+        llm.engine.abort(good)
+        assert not llm.engine._groups

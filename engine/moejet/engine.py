@@ -270,6 +270,8 @@ class Engine:
             return  # those that fill the cache will show it
         with self.scratch_request([0]) as request:
             batch = Batch.build([request], [1], block_size=self.block_pool.block_size)
+            # Copies that are due come first: its block may be the source of one.
+            batch.block_copies = self.scheduler.copies
             logits = self.runner.execute(batch)
         if not bool(torch.isfinite(logits).all()):
             raise FloatingPointError("the probe's logits are not finite")
@@ -401,7 +403,15 @@ class Engine:
         self, request_id: str, error: Exception, *, is_step_error: bool
     ) -> list[StreamDelta]:
         """Ends all samples of a request, with what they have, because of one that cannot go on."""
-        deltas = self.abort(request_id)
+        group = self._groups.get(request_id)
+        if group is None:
+            return []
+        try:
+            deltas = self.abort(request_id)
+        except Exception:
+            logger.exception("the output of request %s cannot be built", request_id)
+            self.discard(request_id)
+            deltas = [group.close_broken(group.samples[0], error)]
         return [replace(delta, error=error, is_step_error=is_step_error) for delta in deltas]
 
     def _delta(self, group: Group, request: Request, gained: Gained) -> StreamDelta:
