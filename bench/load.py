@@ -24,8 +24,8 @@ from moejet.cli.environment import describe_environment
 from moejet.config import ModelConfig
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.layers.linear import DenseWeights
-from moejet.llm import parse_preset
 from moejet.models.deepseek import DeepseekForCausalLM
+from moejet.presets import parse_preset
 from moejet.testing.checkpoints import write_safetensors, write_tokenizer
 
 SHARD_BYTES = 2 << 30

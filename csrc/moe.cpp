@@ -157,6 +157,7 @@ void MoeTask::route(const MoeCall& call) {
     r.token_begin.push_back(static_cast<int32_t>(r.token_tiles.size()));
   }
   batch_.num_slots = static_cast<int>(r.slot_expert.size());
+  expert_loads_.fetch_add(batch_.num_slots, std::memory_order_relaxed);
   batch_.slot_begin = r.slot_begin.data();
   batch_.slot_tile = r.slot_tile.data();
   batch_.row_token = r.row_token.data();

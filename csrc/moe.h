@@ -1,6 +1,7 @@
 // One MoE layer's routed experts on the CPU: routing, scratch memory and the parallel region.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -50,6 +51,10 @@ class MoeTask final : public Task {
   void begin(const MoeCall& call);
   bool next() override;
   void work(int worker) override;
+  // Experts that have been read so far, in all calls, and their bytes; any thread may ask. A long
+  // call is divided into chunks, each of which reads its experts.
+  int64_t expert_loads() const { return expert_loads_.load(std::memory_order_relaxed); }
+  int64_t bytes_read() const { return expert_loads() * weights_.expert_bytes(); }
 
  private:
   void begin_chunk();
@@ -76,6 +81,7 @@ class MoeTask final : public Task {
   const Slices units_;
   int64_t units_per_task_ = 0, pairs_per_task_ = 0;
   NodeItems items_;  // of the phase
+  std::atomic<int64_t> expert_loads_{0};
 };
 
 void moe_forward(const ExpertWeights& weights, const MoeCall& call, ThreadPool* pool,

@@ -366,6 +366,7 @@ void Program::experts(std::vector<Experts> groups) {
   for (const Experts& group : groups) {
     tasks.push_back(std::make_unique<MoeTask>(*group.weights, table_, workspace(tasks.size()),
                                               pool_->num_threads()));
+    expert_tasks_.push_back(tasks.back().get());
   }
   add(std::make_unique<ExpertGroups>(std::move(groups), std::move(tasks)));
 }
@@ -395,6 +396,14 @@ std::vector<std::pair<const char*, double>> Program::operation_seconds() const {
   for (const Timed& timed : operations_) {
     result.emplace_back(timed.operation->name(),
                         std::chrono::duration<double>(timed.spent).count());
+  }
+  return result;
+}
+
+std::vector<std::pair<int64_t, int64_t>> Program::expert_loads() const {
+  std::vector<std::pair<int64_t, int64_t>> result;
+  for (const MoeTask* task : expert_tasks_) {
+    result.emplace_back(task->expert_loads(), task->bytes_read());
   }
   return result;
 }

@@ -105,6 +105,9 @@ class Program final : public Task {
   int64_t num_operations() const { return static_cast<int64_t>(operations_.size()); }
   // Name of every operation and the wall time in seconds that it took in all runs so far.
   std::vector<std::pair<const char*, double>> operation_seconds() const;
+  // Of every group of experts, in the order of recording: experts read in all runs so far, and
+  // their bytes. Any thread may ask.
+  std::vector<std::pair<int64_t, int64_t>> expert_loads() const;
 
   bool next() override;
   void work(int worker) override { current_->work(worker); }
@@ -123,6 +126,7 @@ class Program final : public Task {
   };
   void add(std::unique_ptr<Operation> operation) { operations_.push_back({std::move(operation)}); }
   std::vector<Timed> operations_;
+  std::vector<const MoeTask*> expert_tasks_;  // of the operations
   std::chrono::steady_clock::time_point last_change_;
   Step step_{};
   float* logits_ = nullptr;

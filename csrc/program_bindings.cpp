@@ -214,6 +214,7 @@ class BoundProgram {
   std::vector<std::pair<const char*, double>> operation_seconds() const {
     return program_.operation_seconds();
   }
+  std::vector<std::pair<int64_t, int64_t>> expert_loads() const { return program_.expert_loads(); }
   const char* isa() const { return isa_name(table_.isa); }
 
  private:
@@ -356,6 +357,7 @@ void register_program(py::module_& m) {
            py::arg("block_tables"), py::arg("logits_indices"), py::arg("logits"))
       .def_property_readonly("num_operations", &BoundProgram::num_operations)
       .def("operation_seconds", &BoundProgram::operation_seconds)
+      .def("expert_loads", &BoundProgram::expert_loads)
       .def_property_readonly("isa", &BoundProgram::isa);
 }
 

@@ -25,6 +25,7 @@ from moejet import (
 from moejet.output import OutputAssembler
 from moejet.policy import TokenPolicy
 from moejet.presets import PRESETS
+from moejet.sampler import sample
 from moejet.testing.checkpoints import tiny_checkpoint
 
 OPTIONS = {
@@ -521,6 +522,67 @@ def test_broken_logits_end_their_request_only(make, expected):
     assert_nothing_leaked(llm)
 
 
+def test_scores_equal_those_of_llm(path, make):
+    llm = make(max_batch_tokens=16, max_num_requests=4)
+    llm._thread.engine.scheduler.max_scored_tokens = 9
+    texts = [list(range(5, 5 + n)) for n in (2, 15, 16, 17, 90, 128)]
+
+    async def main() -> list[list[float]]:
+        streams = asyncio.gather(*[_tokens(llm.generate(p, SHORT)) for p in PROMPTS[:6]])
+        scores = await asyncio.gather(*[llm.score(ids) for ids in texts])
+        assert all(len(tokens) == 12 for tokens in await streams)
+        with pytest.raises(ValueError, match="at least 2 tokens"):
+            await llm.score([1])
+        with pytest.raises(ValueError, match="more than max_context=128"):
+            await llm.score([1] * 129)
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            await llm.score([1, 10**6])
+        with pytest.raises(ValueError, match="request_id"):
+            await llm.score([1, 2], request_id="")
+        return scores
+
+    scores = asyncio.run(main())
+    assert_nothing_leaked(llm)
+    with LLM(path, **OPTIONS) as alone:
+        for ids, score in zip(texts, scores, strict=True):
+            assert len(score) == len(ids) - 1
+            assert score == pytest.approx(alone.score(ids), abs=1e-5)
+
+
+def test_a_score_can_be_cancelled_aborted_and_fail(make):
+    llm = make(max_batch_tokens=16)
+    runner = llm._thread.engine.runner
+    execute = runner.execute
+
+    def spoil(batch):
+        logits = execute(batch).clone()
+        logits[-1] = float("nan")
+        return logits
+
+    async def main() -> None:
+        gate = Gate(llm)
+        cancelled = asyncio.ensure_future(llm.score([5] * 100))
+        aborted = asyncio.ensure_future(llm.score([6] * 100, request_id="x"))
+        await _until(gate.is_inside.is_set)
+        await _until(lambda: llm.counters()["accepted_requests"] == 2)
+        cancelled.cancel()
+        ending = asyncio.ensure_future(llm.abort("x"))
+        await asyncio.sleep(0)
+        gate.open()
+        assert await ending
+        with pytest.raises(RuntimeError, match="'x' was aborted"):
+            await aborted
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        runner.execute = spoil
+        with pytest.raises(EngineStepError, match="NaN or infinite logits"):
+            await llm.score([5] * 40)
+        runner.execute = execute
+
+    asyncio.run(main())
+    assert_nothing_leaked(llm)
+
+
 def test_a_mistake_in_a_policy_reaches_its_owner_only(make, expected):
     llm = make()
 
@@ -552,7 +614,7 @@ def test_a_mistake_in_a_policy_reaches_its_owner_only(make, expected):
     assert_nothing_leaked(llm)
 
 
-def test_a_failing_step_ends_the_running_and_spares_the_waiting(make, expected):
+def test_a_step_that_fails_once_ends_nobody(make, expected):
     llm = make(max_num_requests=2)
     runner = llm._thread.engine.runner
     execute = runner.execute
@@ -568,17 +630,77 @@ def test_a_failing_step_ends_the_running_and_spares_the_waiting(make, expected):
             tasks.append(asyncio.ensure_future(llm.complete(prompt, SHORT)))
             await _until(lambda: llm.counters()["accepted_requests"] == len(tasks))
         await _until(gate.is_inside.is_set)
-        runner.execute = fail_once
+        gate.execute = fail_once
         gate.is_open.set()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        failed = [r for r in results if isinstance(r, EngineStepError)]
-        assert len(failed) == 2
-        assert "MemoryError: no room for the batch" in str(failed[0])
-        assert isinstance(failed[0].__cause__, MemoryError)
-        for prompt, result in zip(PROMPTS[2:4], results[2:], strict=True):
+        results = await asyncio.gather(*tasks)
+        for prompt, result in zip(PROMPTS[:4], results, strict=True):
             assert result.outputs[0].token_ids == expected[prompt]
+
+    asyncio.run(main())
+    assert llm.counters()["step_errors"] == 0
+    assert_nothing_leaked(llm)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("place", ["forward", "sampler"])
+def test_who_breaks_every_step_ends_alone(make, expected, monkeypatch, place, n):
+    llm = make(max_batch_tokens=64)
+    runner = llm._thread.engine.runner
+    execute = runner.execute
+    poison = 200
+    assert not any(poison in llm.tokenizer.encode(prompt) for prompt in PROMPTS)
+
+    def forward(batch):
+        if poison in batch.token_ids.tolist():
+            raise OverflowError("a poisonous token")
+        return execute(batch)
+
+    def sampler(logits, requests):
+        if any(poison in r.token_ids for r in requests):
+            raise OverflowError("a poisonous token")
+        return sample(logits, requests)
+
+    if place == "forward":
+        runner.execute = forward
+    else:
+        monkeypatch.setattr("moejet.engine.sample", sampler)
+
+    async def main() -> None:
+        good = [asyncio.ensure_future(_tokens(llm.generate(p, SHORT))) for p in PROMPTS[:9]]
+        # The poison is in the last chunk of a prompt that takes several steps.
+        bad = [
+            asyncio.ensure_future(llm.complete([*[9 + i] * 99, poison], replace(SHORT, n=n)))
+            for i in range(2)
+        ]
+        assert await asyncio.gather(*good) == [expected[p] for p in PROMPTS[:9]]
+        for result in await asyncio.gather(*bad, return_exceptions=True):
+            assert isinstance(result, EngineStepError)
+            assert "OverflowError: a poisonous token" in str(result)
+            assert isinstance(result.__cause__, OverflowError)
         assert llm.is_healthy
-        assert (await llm.complete(PROMPTS[9], SHORT)).outputs[0].token_ids == expected[PROMPTS[9]]
+
+    asyncio.run(main())
+    assert llm.counters()["step_errors"] == 2
+    assert llm.counters()["finished_samples"] == {"length": 9, "error": 2 * n}
+    assert_nothing_leaked(llm)
+
+
+def test_a_failing_schedule_ends_requests_until_it_works(make, expected):
+    llm = make()
+    scheduler = llm._thread.engine.scheduler
+    find = scheduler._find_prefix
+
+    def fail(request):
+        if request.prompt_token_ids[0] == 7:
+            raise KeyError("what is this")
+        return find(request)
+
+    async def main() -> None:
+        scheduler._find_prefix = fail
+        with pytest.raises(EngineStepError, match="what is this"):
+            await llm.complete([7] * 20, SHORT)
+        assert await _tokens(llm.generate(PROMPTS[0], SHORT)) == expected[PROMPTS[0]]
+        assert llm.is_healthy
 
     asyncio.run(main())
     assert_nothing_leaked(llm)

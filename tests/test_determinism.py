@@ -31,7 +31,8 @@ def _logits(llm: LLM, ids: list[int], cuts: list[int], company: list[list[int]])
                 others.append((manager, manager.__enter__()))
             requests = [request, *(other for _, other in others)]
             lens = [query_len, *(len(other.token_ids) for _, other in others)]
-            batch = Batch.build(requests, lens, block_size=8, all_logits=True)
+            batch = Batch.build(requests, lens, block_size=8)
+            batch.logits_indices = torch.arange(batch.num_tokens)
             rows.append(engine.runner.execute(batch)[:query_len])
             request.num_computed_tokens = end
             for manager, _ in others:

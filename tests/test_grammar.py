@@ -360,7 +360,7 @@ def test_hostile_grammars_end_quickly(llm, grammar, words):
 
 
 def test_compiled_grammars_are_kept(llm):
-    compiler = llm.engine._grammars
+    compiler = llm.engine.rules._grammars
     grammar = Grammar.regex("[0-9]{2}")
     first = compiler.compile(grammar)
     compiled = compiler._cache[grammar]

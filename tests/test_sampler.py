@@ -144,20 +144,26 @@ def test_logprobs_of_a_large_vocabulary_match_log_softmax():
 def test_adjusted_rows_are_checked_before_and_after():
     bias = {0: 100.0}
     requests = [_request(SamplingParams(logit_bias=bias)) for _ in range(2)]
-    with pytest.raises(BadLogitsError):
-        sample(torch.tensor([[0.0, 1.0], [0.0, math.nan]]), requests)
+    good, bad = sample(torch.tensor([[0.0, 1.0], [0.0, math.nan]]), requests)
+    assert (good.token_id, good.error) == (0, None)
+    assert isinstance(bad.error, BadLogitsError)
     overflowing = [_request(SamplingParams(repetition_penalty=0.01, temperature=0.0))]
-    with pytest.raises(BadLogitsError):
-        sample(torch.tensor([[0.0, 3e38, 0.0]]), overflowing)
+    assert isinstance(
+        sample(torch.tensor([[0.0, 3e38, 0.0]]), overflowing)[0].error, BadLogitsError
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_broken_logits_are_an_error_and_name_the_request(bad):
-    requests = [_request(SamplingParams()), _request(SamplingParams())]
+    requests = [_request(SamplingParams(logprobs=2)) for _ in range(3)]
     requests[1].request_id = "broken"
-    with pytest.raises(BadLogitsError, match="broken") as error:
-        sample(torch.tensor([[0.0, 1.0], [0.0, bad]]), requests)
-    assert error.value.request_ids == ["broken"]
+    logits = torch.tensor([[0.0, 9.0], [0.0, bad], [0.0, 9.0]])
+    tokens = sample(logits, requests)
+    assert isinstance(tokens[1].error, BadLogitsError)
+    assert "broken" in str(tokens[1].error)
+    assert tokens[1].logprobs is None
+    alone = sample(logits[::2], requests[::2])
+    assert [tokens[0], tokens[2]] == alone
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-307, 1e-5, 100.0])

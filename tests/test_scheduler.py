@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from moejet.block_pool import BlockPool
+from moejet.block_pool import BlockPool, extend_hashes
 from moejet.prefix_store import PrefixStore
 from moejet.prefix_tier import PrefixTier
 from moejet.request import Request, RequestState, SamplingParams
@@ -261,17 +261,17 @@ def test_prompts_that_arrive_together_wait_for_the_first_of_them():
     assert cache.num_computed == 43 + 4 * 3
 
 
-def test_idle_blocks_are_evicted_oldest_first_and_reported():
+def test_idle_blocks_are_evicted_oldest_first():
     scheduler = _scheduler(num_blocks=6, block_size=4, budget=100)
     cache = Cache(scheduler)
-    evicted = []
-    scheduler.pool.on_evict = lambda block, digest: evicted.append(cache.slots[block * 4 + 3])
     for start in (0, 100, 200):
         scheduler.add(_request("r", 0, limit=10, tokens=tuple(range(start, start + 9))))
         _drive(scheduler, cache)
-    assert scheduler.pool.num_evictions == len(evicted) == 1
+    assert scheduler.pool.num_evictions == 1
     # The end of the oldest context goes first.
-    assert evicted[0] == tuple(range(8))
+    begin, end = extend_hashes([], b"", range(8), 4)
+    assert scheduler.pool.find(end) is None
+    assert cache.slots[scheduler.pool.find(begin) * 4 + 3] == tuple(range(4))
 
 
 def test_without_root_nothing_is_found_again():
@@ -521,3 +521,30 @@ def _run_randomly(rng, directory, chaos=None) -> int:
     if directory is not None:
         tier.close()
     return num_read
+
+
+def test_scored_prompts_share_a_limit_of_their_own_and_delay_nobody_else():
+    scheduler = Scheduler(
+        BlockPool(64, 4), max_batch_tokens=40, max_num_requests=8, max_scored_tokens=6
+    )
+    first, second, other = (_request(str(i), 20, limit=20 + (i == 2)) for i in range(3))
+    first.scores = second.scores = []
+    for request in (first, second, other):
+        scheduler.add(request)
+    batch = scheduler.schedule()
+    assert (
+        sum(n for r, n in zip(batch.requests, batch.query_lens, strict=True) if r is not other) == 6
+    )
+    for _ in range(20):
+        batch = scheduler.schedule()
+        lens = dict(zip(batch.requests, batch.query_lens, strict=True))
+        assert lens.get(first, 0) + lens.get(second, 0) <= 6
+        assert len(batch.sampled) == len(batch.logits_indices)
+        scheduler.advance(batch)
+        for request in (first, second, other):
+            if request.num_computed_tokens == 20:
+                scheduler.finish(request, "length")
+        if not scheduler.has_work:
+            break
+    assert not scheduler.has_work
+    assert scheduler.pool.num_cached == 5  # of the other one alone

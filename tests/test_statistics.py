@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moejet import LLM, SamplingParams
-from moejet.request import EngineCounters
+from moejet.engine_counters import EngineCounters
 from moejet.statistics import TokenScores, TokenStatistics, token_scores
 from moejet.testing.checkpoints import tiny_checkpoint
 
@@ -109,18 +109,18 @@ def test_penalties_do_not_change_what_is_measured(llm):
 
 def test_counters_tell_prefill_from_decode(llm):
     def after(prompt, tokens):
-        before = llm.engine.counters
+        before = llm.counters()
         llm.generate(
             prompt, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, n=2)
         )
-        now = llm.engine.counters
-        return EngineCounters(*(getattr(now, f) - getattr(before, f) for f in now.__slots__))
+        return EngineCounters(**{k: v - before[k] for k, v in llm.counters().items()})
 
     prompt = [(3 * i) % 250 + 5 for i in range(90)]
     first = after(prompt, 6)
     # The last token of a sample is never computed.
     assert (first.prefill_tokens, first.decode_tokens, first.cached_tokens) == (90, 2 * 5, 0)
     assert first.steps == 6
+    assert (first.prompt_tokens, first.generated_tokens) == (90, 2 * 6)
     second = after(prompt, 2)
     size = llm.engine.block_pool.block_size
     assert second.cached_tokens == 89 // size * size > 0

@@ -393,6 +393,9 @@ class Program:
     def operation_seconds(self) -> list[tuple[str, float]]:
         """Name of every operation and its wall time in all runs so far."""
 
+    def expert_loads(self) -> list[tuple[int, int]]:
+        """Of every group of experts, in the order of recording: experts read in all runs, and their bytes."""
+
     @property
     def isa(self) -> str: ...
 

@@ -45,12 +45,15 @@ class RequestStream(AsyncIterator[StreamDelta]):
         self,
         llm: AsyncLLM,
         prepare: Callable[[], tuple[str | None, list[int]]],
-        params: SamplingParams,
+        params: SamplingParams | None,
         *,
         request_id: str | None,
         priority: int,
     ):
-        """Made by AsyncLLM.generate and chat. prepare() returns the prompt's text, if it has one, and its tokens."""
+        """Made by AsyncLLM.generate and chat, and by score without params.
+
+        prepare() returns the prompt's text, if it has one, and its tokens.
+        """
         self._llm = llm  # an AsyncLLM that nobody refers to any more ends
         self._thread = llm._thread
         self._prepare = prepare
@@ -98,8 +101,10 @@ class RequestStream(AsyncIterator[StreamDelta]):
         Raises TimeoutError if there is none in time, and the request goes on; what a policy of the request raised; and
         EngineStepError, EngineDeadError or EngineClosedError where the engine could not finish it.
         """
-        await self.start()
+        if self._ticket is None or self._is_closed:
+            await self.start()
         assert self._ticket is not None
+        self._thread.check_process()
         try:
             delta = await self._ticket.mailbox.get(timeout_s)
         except asyncio.CancelledError:
@@ -140,7 +145,10 @@ class RequestStream(AsyncIterator[StreamDelta]):
 
     def _checked(self) -> tuple[str | None, list[int]]:
         prompt, token_ids = self._prepare()
-        self._thread.engine.check_prompt(token_ids, self._params)
+        if self._params is None:
+            self._thread.engine.rules.check_scoring(token_ids)
+        else:
+            self._thread.engine.rules.check_prompt(token_ids, self._params)
         return prompt, token_ids
 
 
@@ -262,6 +270,23 @@ class AsyncLLM:
         stream = self.generate(prompt, params, request_id=request_id, priority=priority)
         return await stream.result()
 
+    async def score(
+        self, token_ids: Sequence[int], *, request_id: str | None = None, priority: int = 0
+    ) -> list[float]:
+        """Log-probability of each token given those before it: len(token_ids) - 1 values, the first token has none.
+
+        It is computed beside the other requests, in chunks, and counts as a request in all limits.
+        """
+        ids = [int(t) for t in token_ids]
+        _check_request(request_id, priority)
+        stream = RequestStream(
+            self, lambda: (None, ids), None, request_id=request_id, priority=priority
+        )
+        output = await stream.result()
+        if output.prompt_logprobs is None:
+            raise RuntimeError(f"{output.request_id!r} was aborted before its tokens were scored")
+        return list(output.prompt_logprobs)
+
     async def abort(self, request_id: str) -> bool:
         """Ends a request within one step: its stream gets a last delta with finish_reason "abort".
 
@@ -325,11 +350,15 @@ class AsyncLLM:
         params = self.default_sampling() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
-        if request_id is not None and (not isinstance(request_id, str) or not request_id):
-            raise ValueError(f"request_id={request_id!r} must be a non-empty string")
-        if not isinstance(priority, int) or isinstance(priority, bool):
-            raise ValueError(f"priority={priority!r} must be an integer; smaller ones run first")
+        _check_request(request_id, priority)
         return RequestStream(self, prepare, params, request_id=request_id, priority=priority)
+
+
+def _check_request(request_id: Any, priority: Any) -> None:
+    if request_id is not None and (not isinstance(request_id, str) or not request_id):
+        raise ValueError(f"request_id={request_id!r} must be a non-empty string")
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise ValueError(f"priority={priority!r} must be an integer; smaller ones run first")
 
 
 def _check_limits(

@@ -17,7 +17,7 @@ class Batch:
     token_ids [T] i64 · positions [T] i64 · slot_mapping [T] i64 (block * block_size + offset of each token's latent)
     query_lens, context_lens: per request, context including the query tokens
     block_tables [B, max_blocks] i64, -1 padded · logits_indices [L] i64: rows of T whose logits are wanted
-    sampled: the requests whose last row is among those, in order
+    sampled: whose these rows are; the last row of a request, and all rows of one whose prompt is scored
     block_copies: (from, to) blocks of the cache, to be copied before anything is computed; emptied once that is done
     """
 
@@ -37,14 +37,7 @@ class Batch:
         return int(self.token_ids.shape[0])
 
     @classmethod
-    def build(
-        cls,
-        requests: list[Request],
-        query_lens: list[int],
-        *,
-        block_size: int,
-        all_logits: bool = False,
-    ) -> Batch:
+    def build(cls, requests: list[Request], query_lens: list[int], *, block_size: int) -> Batch:
         """Lays out the next `query_lens[i]` tokens of each request; a row is sampled when it is the request's last."""
         token_ids: list[int] = []
         positions: list[int] = []
@@ -63,11 +56,12 @@ class Batch:
                 for p in range(start, end)
             ]
             context_lens.append(end)
-            if end == len(request.token_ids):
+            if request.scores is not None:
+                logits_indices += range(len(token_ids) - query_len, len(token_ids))
+                sampled += [request] * query_len
+            elif end == len(request.token_ids):
                 logits_indices.append(len(token_ids) - 1)
                 sampled.append(request)
-        if all_logits:
-            logits_indices = list(range(len(token_ids)))
         width = max(len(r.block_table) for r in requests)
         tables = [r.block_table + [-1] * (width - len(r.block_table)) for r in requests]
         return cls(

@@ -10,22 +10,19 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 DIGEST_BYTES = 16
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens each.
-
-    on_evict(block, hash): called before a block that can be found is given away, while its contents are still there.
-    """
+    """`num_blocks` blocks of `block_size` tokens each."""
 
     def __init__(self, num_blocks: int, block_size: int):
         assert min(num_blocks, block_size) > 0, f"{num_blocks=} {block_size=}"
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.on_evict: Callable[[int, bytes], None] | None = None
         self.num_evictions = 0
         self._unused = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
@@ -144,14 +141,35 @@ class BlockPool:
             block, _ = self._idle.popitem(last=False)
             digest = self._hash_of[block]
             assert digest is not None, f"{block=} is idle without a hash"
-            if self.on_evict is not None:
-                self.on_evict(block, digest)
             self.num_evictions += 1
             del self._by_hash[digest]
             self._hash_of[block] = None
         self._references[block] = 1
         self._generations[block] += 1
         return block
+
+
+class BlockStore(Protocol):
+    """Where full blocks outlive the pool, such as `PrefixTier`."""
+
+    @property
+    def min_tokens(self) -> int:
+        """Contexts shorter than this are not offered."""
+
+    def offer(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
+        """Notes that these blocks are full."""
+
+    def count(self, digests: Sequence[bytes]) -> int:
+        """How many of these, from the first on, could be read."""
+
+    def read(self, digests: Sequence[bytes], blocks: Sequence[int]) -> int:
+        """Fills blocks from the first on; returns how many."""
+
+    def read_seconds(self, num_blocks: int) -> float:
+        """How long that will take."""
+
+    def expect_faster(self) -> None:
+        """Makes a read more likely that was not worth it."""
 
 
 def extend_hashes(

@@ -52,7 +52,7 @@ class Branch:
     def __init__(self, llm: LLM, prompt_token_ids: Sequence[int], prompt: str | None):
         with llm.exclusive() as engine:
             ids = list(prompt_token_ids)
-            engine.check_prompt(ids, SamplingParams())
+            engine.rules.check_prompt(ids, SamplingParams())
             number = engine.next_number()
             request = Request(
                 request_id=f"branch-{number}",
@@ -65,7 +65,7 @@ class Branch:
                 order=number,
                 is_branch=True,
             )
-            thinking, tags = engine.thinking_of(prompt, ids)
+            thinking, tags = engine.rules.thinking_of(prompt, ids)
             self._assembler = OutputAssembler(
                 engine.tokenizer, request.params, think_tags=tags, thinking=thinking
             )
@@ -155,7 +155,7 @@ class Branch:
             ids = self._state.encode(more) if isinstance(more, str) else list(more)
             if not ids:
                 raise ValueError("nothing to append: give a text or token ids")
-            engine.check_prompt([*self._request.token_ids, *ids], SamplingParams())
+            engine.rules.check_prompt([*self._request.token_ids, *ids], SamplingParams())
             for token_id in ids:
                 was_thinking = self._assembler.is_thinking
                 self._request.token_ids.append(token_id)
@@ -303,7 +303,7 @@ def _resume(
 ) -> str:
     engine, request = branch._llm.engine, branch._request
     branch._check_usable()
-    branch._state.set_policies([*engine.policies_of(params), until])
+    branch._state.set_policies([*engine.rules.policies_of(params), until])
     request.params, request.seed = params, seed
     limit = params.max_tokens if max_tokens is None else max_tokens
     room = engine.max_context - len(request.token_ids)
@@ -338,4 +338,4 @@ def _check(
         branch._check_usable()
         if branch.is_finished and max_tokens != 0:
             raise ValueError("a branch has ended with an eos: append something before it goes on")
-        llm.engine.check_params(params)
+        llm.engine.rules.check_params(params)

@@ -27,7 +27,7 @@ from moejet.layers.mla import MLA
 from moejet.layers.moe import MoE
 
 if TYPE_CHECKING:
-    from moejet._C import ThreadPool
+    from moejet._C import ExpertWeights, ThreadPool
     from moejet.batch import Batch
     from moejet.models.deepseek import DeepseekForCausalLM
 
@@ -58,6 +58,8 @@ class CpuProgram:
             torch.zeros(max_tokens, 1, dtype=torch.int32),
             torch.ones(max_tokens, 1),
         )
+        self._num_groups = 0
+        self._routed_groups: list[int] = []
         self._allocate(model.config)
         self._native.embed(model.embed_tokens.weight, self._hidden)
         deltas: list[Tensor] = []
@@ -83,6 +85,12 @@ class CpuProgram:
             logits,
         )
         return logits
+
+    def expert_loads(self) -> tuple[int, int]:
+        """Routed experts that all layers have read in all runs so far, and the bytes of their weights."""
+        groups = self._native.expert_loads()
+        routed = [groups[i] for i in self._routed_groups]
+        return sum(loads for loads, _ in routed), sum(num_bytes for _, num_bytes in routed)
 
     def _buffer(self, columns: int) -> Tensor:
         return huge_pages.empty(self._max_tokens, columns)
@@ -145,8 +153,12 @@ class CpuProgram:
         """Returns the buffers whose sum the block adds to the hidden state."""
         if isinstance(mlp, MoE):
             return self._record_moe(mlp)
-        self._native.experts([(mlp.packed.weights, *self._everyone, self._x, self._mlp_out)])
+        self._experts((mlp.packed.weights, *self._everyone, self._x, self._mlp_out))
         return [self._mlp_out]
+
+    def _experts(self, *groups: tuple[ExpertWeights, Tensor, Tensor, Tensor, Tensor]) -> None:
+        self._native.experts(list(groups))
+        self._num_groups += len(groups)
 
     def _record_moe(self, moe: MoE) -> list[Tensor]:
         config, router = self._config, moe.router
@@ -168,11 +180,11 @@ class CpuProgram:
             config.routed_scaling_factor,
         )
         chosen = (self._topk_ids, self._topk_weights)
-        groups = [(moe.experts.weights, *chosen, self._x, self._mlp_out)]
+        routed = (moe.experts.weights, *chosen, self._x, self._mlp_out)
+        self._routed_groups.append(self._num_groups)
         if moe.shared_experts is None:
-            self._native.experts(groups)
+            self._experts(routed)
             return [self._mlp_out]
         shared = moe.shared_experts.packed
-        groups.append((shared.weights, *self._everyone, self._x, self._shared_out))
-        self._native.experts(groups)
+        self._experts(routed, (shared.weights, *self._everyone, self._x, self._shared_out))
         return [self._mlp_out, self._shared_out]

@@ -6,6 +6,7 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 _RATE_SECONDS = 20.0
@@ -62,14 +63,32 @@ class Histogram:
         return {"buckets": buckets, "count": total, "sum": self.sum}
 
 
+@dataclass(slots=True)
+class EngineCounters:
+    """What an engine has done since it was made.
+
+    prompt_tokens, cached_tokens: of requests that have started, and how many of these were in the cache ·
+    prefill_tokens, decode_tokens: computed at positions of prompts and of outputs, both again after a preemption ·
+    expert_loads: routed experts read by all layers and steps, so loads / (steps * MoE layers) is how many distinct ones
+    a layer reads per step; a step of more than 1024 tokens reads them more than once · expert_bytes: of their weights.
+    Both count every forward pass, also those outside the schedule, and are 0 with MOEJET_REF=1.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions: int = 0
+    expert_loads: int = 0
+    expert_bytes: int = 0
+
+
 class TrafficCounters:
-    """Totals since the start. Written by one thread at a time, read by any."""
+    """What becomes of requests that come from outside. Written by one thread at a time, read by any."""
 
     def __init__(self) -> None:
-        self.prompt_tokens = 0  # of requests that have started
-        self.cached_tokens = 0  # of these, found in the cache
-        self.generated_tokens = 0
-        self.steps = 0
         self.step_errors = 0
         self.step_timeouts = 0
         self.accepted_requests = 0
@@ -82,10 +101,6 @@ class TrafficCounters:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "generated_tokens": self.generated_tokens,
-            "steps": self.steps,
             "step_errors": self.step_errors,
             "step_timeouts": self.step_timeouts,
             "accepted_requests": self.accepted_requests,

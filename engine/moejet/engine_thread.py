@@ -4,8 +4,9 @@ Callers, on any thread, put commands into an inbox; the engine's thread takes th
 puts what it yields into the mailbox of each request. With nothing to do it sleeps in the inbox. A request counts as
 queued from the moment a caller asked for it until its first step.
 
-A step that raises ends the requests that were running; if a small forward pass works afterwards the others go on,
-otherwise the engine is dead and says so to everyone. A second thread watches how long a step takes.
+The engine ends requests that it cannot compute by itself. A step that raises all the same ends those that were running;
+if a small forward pass works afterwards the others go on, otherwise the engine is dead and says so to everyone. A
+second thread watches how long a step takes.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
-
-import torch
 
 from moejet.batch import Batch
 from moejet.engine import Engine
 from moejet.engine_counters import TrafficCounters
+from moejet.mailbox import Wakes, wake
 from moejet.request import Request, SamplingParams, StreamDelta
-from moejet.sampler import BadLogitsError
 from moejet.ticket import (
     Admission,
     EngineClosedError,
-    EngineDeadError,
-    EngineStepError,
     Ticket,
+    dead_error,
+    describe,
+    step_error,
+    stuck_error,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,6 @@ _EXIT_WAIT_S = 10.0  # the same, at the interpreter's exit
 
 State = Literal["running", "draining", "closed", "dead"]
 Command = tuple[Literal["add", "abort", "abort_all", "stop"], Ticket | None]
-Wakes = list[asyncio.Future[None] | None]
 
 
 class EngineThread:
@@ -80,6 +82,7 @@ class EngineThread:
         self._step_started_s: float | None = None
         self._last_step_s = time.perf_counter()
         self._batch_requests: list[Request] = []
+        self._seen_tokens = 0, 0  # of prompts and of answers
         self._watch_ended = threading.Event()
         engine.on_scheduled = self._on_scheduled
         # Daemons, so that an engine that nobody closed cannot hold up the interpreter's exit.
@@ -112,9 +115,16 @@ class EngineThread:
             return self._admission.admit(request_id, priority)
 
     def enqueue(
-        self, ticket: Ticket, prompt: str | None, token_ids: list[int], params: SamplingParams
+        self,
+        ticket: Ticket,
+        prompt: str | None,
+        token_ids: list[int],
+        params: SamplingParams | None,
     ) -> None:
-        """Hands a reserved request to the engine. The prompt must have passed `Engine.check_prompt`."""
+        """Hands a reserved request to the engine, to be scored if there are no params.
+
+        The prompt must have passed `RequestRules.check_prompt` or `check_scoring`.
+        """
         with self._changed:
             if ticket.ended.done():
                 raise ticket.mailbox.error() or EngineClosedError("the engine was closed")
@@ -127,7 +137,7 @@ class EngineThread:
         """Gives back the place of a request that was not enqueued."""
         with self._changed:
             wakes = [self._end(ticket)]
-        self._wake(wakes)
+        wake(wakes)
 
     def find(self, request_id: str) -> Ticket | None:
         return self._tickets.get(request_id)
@@ -169,7 +179,7 @@ class EngineThread:
             return {
                 "alive": self.is_healthy(),
                 "state": "stuck" if self._is_stuck else self._state,
-                "error": None if self._cause is None else _describe(self._cause),
+                "error": None if self._cause is None else describe(self._cause),
                 "last_step_age_s": now - self._last_step_s,
                 "step_running_s": 0.0 if started is None else now - started,
                 "running": len(scheduler.running),
@@ -189,14 +199,13 @@ class EngineThread:
         """See AsyncLLM.counters."""
         self.check_process()
         with self._changed:
-            preemptions = self.engine.scheduler.num_preemptions
-            return {**self.counters.as_dict(), "preemptions": preemptions}
+            return {**asdict(self.engine.counters), **self.counters.as_dict()}
 
     # The lock is held.
 
     def _check_accepting(self) -> None:
         if self._state == "dead":
-            raise self._dead_error()
+            raise dead_error(self._cause)
         if self._state == "draining":
             raise EngineClosedError(
                 "the engine is being closed: it finishes what runs and takes no new requests"
@@ -204,21 +213,7 @@ class EngineThread:
         if self._state == "closed":
             raise EngineClosedError("the engine is closed: create a new AsyncLLM")
         if self._is_stuck:
-            raise self._stuck_error()
-
-    def _dead_error(self) -> EngineDeadError:
-        assert self._cause is not None, f"{self._state=}"
-        error = EngineDeadError(
-            f"the engine is dead ({_describe(self._cause)}): load the model again"
-        )
-        error.__cause__ = self._cause
-        return error
-
-    def _stuck_error(self) -> EngineStepError:
-        return EngineStepError(
-            f"a step of the engine has been running for more than step_timeout_s="
-            f"{self.step_timeout_s:g} s; requests are accepted again once it returns"
-        )
+            raise stuck_error(self.step_timeout_s)
 
     def _end(
         self, ticket: Ticket, error: BaseException | None = None
@@ -261,7 +256,7 @@ class EngineThread:
                 closed = EngineClosedError("the engine was closed before this request was finished")
                 wakes = [self._end(t, closed) for t in list(self._tickets.values())]
                 self._changed.notify_all()
-            self._wake(wakes)
+            wake(wakes)
             self._watch_ended.set()
 
     def _take_commands(self, *, may_sleep: bool) -> bool:
@@ -284,12 +279,15 @@ class EngineThread:
     def _add(self, ticket: Ticket) -> None:
         if ticket.ended.done():
             return
-        assert ticket.params is not None, f"{ticket.request_id=}"
+        add = (
+            partial(self.engine.add_scoring, ticket.token_ids)
+            if ticket.params is None
+            else partial(
+                self.engine.add_request, ticket.token_ids, ticket.params, prompt=ticket.prompt
+            )
+        )
         try:
-            self.engine.add_request(
-                ticket.token_ids,
-                ticket.params,
-                prompt=ticket.prompt,
+            add(
                 request_id=ticket.request_id,
                 priority=ticket.priority,
                 arrival_s=ticket.arrival_s,
@@ -327,16 +325,13 @@ class EngineThread:
         deltas: list[StreamDelta] = []
         try:
             deltas = self.engine.step()
-        except BadLogitsError as error:
-            # The engine has ended the broken ones; the next step computes the others' tokens again.
-            self._fail_step([self._tickets.get(i) for i in error.request_ids], error)
         except Exception as error:
             self._recover(error)
         finally:
             with self._changed:
                 self._step_started_s, self._is_stuck = None, False
                 self._last_step_s = time.perf_counter()
-                self.counters.steps += bool(self._batch_requests)
+                self._count_tokens(self._last_step_s)
         self._deliver(deltas)
         if not self._batch_requests and self.engine.has_work:
             time.sleep(_STALL_WAIT_S)
@@ -344,30 +339,36 @@ class EngineThread:
 
     def _on_scheduled(self, batch: Batch) -> None:
         """Between a step's schedule and its computation."""
-        now, num_prompt_tokens = time.perf_counter(), 0
         self._batch_requests = batch.requests
+        if self._admission.queued_requests == 0:
+            return
+        now = time.perf_counter()
         with self._changed:
-            for request, query_len in zip(batch.requests, batch.query_lens, strict=True):
-                left = request.num_prompt_tokens - request.num_computed_tokens
-                num_prompt_tokens += min(query_len, max(0, left))
+            for request in batch.requests:
                 ticket = self._tickets.get(request.request_id)
                 if ticket is not None and ticket.is_queued:
                     self._admission.leave_queue(ticket)
                     self.counters.starts.add(1, now)
                     self.counters.queue_time.observe(now - ticket.arrival_s)
-                    self.counters.prompt_tokens += request.num_prompt_tokens
-                    self.counters.cached_tokens += request.num_cached_tokens
-            self.counters.computed_prompt_tokens_rate.add(num_prompt_tokens, now)
             self._count_spare_slots()
+
+    def _count_tokens(self, now: float) -> None:
+        totals, seen = self.engine.totals, self._seen_tokens
+        self._seen_tokens = totals.prefill_tokens, totals.generated_tokens
+        self.counters.computed_prompt_tokens_rate.add(self._seen_tokens[0] - seen[0], now)
+        self.counters.generated_tokens_rate.add(self._seen_tokens[1] - seen[1], now)
 
     def _deliver(self, deltas: Iterable[StreamDelta]) -> None:
         wakes: Wakes = []
-        num_tokens = 0
         with self._changed:
             for delta in deltas:
-                num_tokens += len(delta.token_ids)
                 ticket = self._tickets.get(delta.request_id)
                 if ticket is None:  # was failed by the watchdog
+                    continue
+                if delta.error is not None and delta.is_step_error:
+                    self.counters.step_errors += 1
+                    ticket.is_in_engine = False
+                    wakes.append(self._end(ticket, step_error(delta.error)))
                     continue
                 if delta.finish_reason is not None:
                     self.counters.finished_samples[delta.finish_reason] += 1
@@ -376,10 +377,8 @@ class EngineThread:
                     ticket.is_in_engine = False
                     waiter = self._end(ticket) or waiter
                 wakes.append(waiter)
-            self.counters.generated_tokens += num_tokens
-            self.counters.generated_tokens_rate.add(num_tokens)
             self._count_spare_slots()
-        self._wake(wakes)
+        wake(wakes)
 
     def _fail(self, tickets: Iterable[Ticket], make_error: Callable[[], Exception]) -> None:
         """Ends requests with an exception each: one that several consumers raised would mix their tracebacks."""
@@ -388,38 +387,29 @@ class EngineThread:
             for ticket in tickets:
                 ticket.is_in_engine = False
                 wakes.append(self._end(ticket, make_error()))
-        self._wake(wakes)
+        wake(wakes)
 
     def _fail_step(self, tickets: Iterable[Ticket | None], error: Exception) -> None:
         self.counters.step_errors += 1
-        # What its traceback refers to would live as long as somebody keeps the exception.
-        error = error.with_traceback(None)
-        message = f"the step that computed this request failed: {_describe(error)}"
         known = [ticket for ticket in tickets if ticket is not None]
-        self._fail(known, lambda: _with_cause(EngineStepError(message), error))
+        self._fail(known, lambda: step_error(error))
 
     def _recover(self, error: Exception) -> None:
         """After a step that raised: ends who took part, and makes sure that the engine still works."""
         logger.error("a step of the engine failed; the running requests end", exc_info=error)
-        running = [*self.engine.scheduler.running, *self._batch_requests]
+        scheduler = self.engine.scheduler
+        # With none of them it is one of the waiting that breaks the schedule: every failure ends one at least.
+        running = [*scheduler.running, *self._batch_requests] or scheduler.waiting[:1]
         victims = dict.fromkeys(request.request_id for request in running)
         for request_id in victims:
             self.engine.discard(request_id)
         self._fail_step([self._tickets.get(request_id) for request_id in victims], error)
         try:
-            self._probe()
+            scheduler.check_integrity()
+            self.engine.probe()
         except Exception as probe_error:
             logger.error("the engine does not work any more", exc_info=probe_error)
             raise error from None
-
-    def _probe(self) -> None:
-        """One forward pass of one token outside the schedule, and a look at the scheduler's books."""
-        self.engine.scheduler.check_integrity()
-        with self.engine.scratch_request([0]) as request:
-            batch = Batch.build([request], [1], block_size=self.engine.config.block_size)
-            logits = self.engine.runner.execute(batch)
-        if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError("the probe's logits are not finite")
 
     def _die(self, error: BaseException) -> None:
         logger.critical("the engine is dead", exc_info=error)
@@ -428,7 +418,7 @@ class EngineThread:
         tickets = list(self._tickets.values())
         for ticket in tickets:
             self.engine.discard(ticket.request_id)
-        self._fail(tickets, self._dead_error)
+        self._fail(tickets, lambda: dead_error(error))
 
     # The watchdog's thread.
 
@@ -448,42 +438,12 @@ class EngineThread:
                 self._is_stuck = True
                 self.counters.step_timeouts += 1
                 tickets = list(self._tickets.values())
-                wakes = [self._end(ticket, self._stuck_error()) for ticket in tickets]
+                wakes = [self._end(ticket, stuck_error(self.step_timeout_s)) for ticket in tickets]
                 for ticket in tickets:
                     self.inbox.put(("abort", ticket))
                 self._changed.notify_all()
-            logger.error("%s", self._stuck_error())
-            self._wake(wakes)
-
-    def _wake(self, waiters: Wakes) -> None:
-        """Resolves each future on its own event loop, with one call per loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-        for waiter in waiters:
-            if waiter is not None:
-                by_loop.setdefault(waiter.get_loop(), []).append(waiter)
-        for loop, futures in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_resolve, futures)
-            except RuntimeError:  # the loop was closed; its streams abort when they are collected
-                logger.debug(
-                    "an event loop was closed while it waited for %d streams", len(futures)
-                )
-
-
-def _resolve(futures: list[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
-
-
-def _describe(error: BaseException) -> str:
-    text = str(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _with_cause(error: Exception, cause: BaseException) -> Exception:
-    error.__cause__ = cause
-    return error
+            logger.error("%s", stuck_error(self.step_timeout_s))
+            wake(wakes)
 
 
 _LIVE: weakref.WeakSet[EngineThread] = weakref.WeakSet()

@@ -12,23 +12,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from moejet import session
-from moejet.batch import Batch
 from moejet.branch import Branch, Segment, Until, advance
 from moejet.config import EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.loading import build_engine, load_engine
 from moejet.model_cost import ModelCost
-from moejet.presets import PRESETS
+from moejet.presets import parse_preset
 from moejet.request import RequestOutput, SamplingParams, StreamDelta
-from moejet.sampler import BadLogitsError
 from moejet.session import Session
 from moejet.timing import step_overhead, time_decode, time_prefill
 from moejet.tokenizer import Tokenizer
@@ -53,7 +49,6 @@ class LLM:
     def _setup(self, engine: Engine) -> None:
         self.engine = engine
         self._mail: dict[str, deque[StreamDelta]] = {}
-        self._errors: dict[str, BadLogitsError] = {}
         self._lock = threading.RLock()
         self._closed = False
 
@@ -178,9 +173,13 @@ class LLM:
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of each token given those before it: len(token_ids) - 1 values, the first token has none."""
         ids = [int(t) for t in token_ids]
-        self._check_score_input(ids)
-        with self.exclusive():
-            return self._score(ids)
+        scores = self.run([partial(self.engine.add_scoring, ids)])[0].prompt_logprobs
+        assert scores is not None
+        return list(scores)
+
+    def counters(self) -> dict[str, int]:
+        """Totals since the model was loaded: tokens, steps, preemptions, experts read; see `EngineCounters`."""
+        return asdict(self.engine.counters)
 
     def save_session(
         self, path: str | Path, conversation: Sequence[Message] | Sequence[int]
@@ -351,7 +350,6 @@ class LLM:
             finally:
                 for request_id in ids:
                     self._mail.pop(request_id, None)
-                    self._errors.pop(request_id, None)
 
     def _wait(self, request_id: str) -> RequestOutput:
         while True:
@@ -362,23 +360,10 @@ class LLM:
                 if delta.output is not None:
                     return delta.output
             self._step()
-            self._raise_error_of(request_id)
-
-    def _raise_error_of(self, request_id: str) -> None:
-        error = self._errors.pop(request_id, None)
-        if error is not None:
-            raise error
 
     def _step(self) -> None:
         """One engine step; its deltas go to whoever waits for them, here or in an open stream."""
-        try:
-            deltas = self.engine.step()
-        except BadLogitsError as error:
-            # The next step computes the others' tokens again; who asked for the broken ones hears of it.
-            for broken in error.request_ids:
-                self._errors[broken] = error
-            return
-        for delta in deltas:
+        for delta in self.engine.step():
             if delta.request_id in self._mail:
                 self._mail[delta.request_id].append(delta)
 
@@ -388,7 +373,7 @@ class LLM:
         text, tokens = prompt
         params = self.default_sampling() if params is None else params
         with self.exclusive() as engine:
-            engine.check_prompt(tokens, params)
+            engine.rules.check_prompt(tokens, params)
         return self._deltas(text, tokens, params)
 
     def _deltas(
@@ -403,7 +388,6 @@ class LLM:
                 with self.exclusive():
                     while not mail:
                         self._step()
-                        self._raise_error_of(request_id)
                     delta = mail.popleft()
                 if delta.error is not None:
                     raise delta.error
@@ -412,56 +396,9 @@ class LLM:
         finally:
             with self._lock:
                 self._mail.pop(request_id, None)
-                self._errors.pop(request_id, None)
                 if not finished and not self._closed:
                     self.engine.abort(request_id)
-
-    def _check_score_input(self, ids: list[int]) -> None:
-        if len(ids) < 2:
-            raise ValueError(f"score needs at least 2 tokens, got {len(ids)}")
-        if len(ids) > self.max_context:
-            raise ValueError(
-                f"score got {len(ids)} tokens, more than max_context={self.max_context}: "
-                "raise max_context or shorten the input"
-            )
-        vocab = self.model_config.vocab_size
-        bad = next((t for t in ids if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {vocab}")
-
-    def _score(self, ids: list[int]) -> list[float]:
-        result: list[float] = []
-        with self.engine.scratch_request(ids) as request:
-            while request.num_computed_tokens < len(ids):
-                step = min(self.config.max_batch_tokens, len(ids) - request.num_computed_tokens)
-                start = request.num_computed_tokens
-                batch = Batch.build(
-                    [request], [step], block_size=self.config.block_size, all_logits=True
-                )
-                logits = self.engine.runner.execute(batch)
-                request.num_computed_tokens += step
-                targets = torch.tensor(ids[start + 1 : start + step + 1], dtype=torch.int64)
-                logits = logits[: targets.numel()]
-                chosen = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-                result += (chosen - torch.logsumexp(logits, dim=-1)).tolist()
-        return result
 
 
 def _kind(value: object) -> str:
     return type(value).__name__
-
-
-def parse_preset(text: str) -> ModelConfig:
-    """Reads "NAME" or "NAME:layers=N" into a model configuration."""
-    name, _, option = text.partition(":")
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    if not option:
-        return preset
-    key, _, value = option.partition("=")
-    if key != "layers" or not value.isdigit() or not 1 <= int(value) <= preset.num_hidden_layers:
-        raise ValueError(
-            f"preset option {option!r} must be layers=N with N from 1 to {preset.num_hidden_layers}"
-        )
-    return replace(preset, num_hidden_layers=int(value))

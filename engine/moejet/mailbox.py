@@ -8,6 +8,7 @@ content that came apart stay apart.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -15,6 +16,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 from moejet.request import StreamDelta
+
+logger = logging.getLogger(__name__)
+
+Wakes = list[asyncio.Future[None] | None]
 
 _MERGE_AT = 64  # deltas kept apart: joining at every step would copy the text again and again
 _TEXTS = ("text", "reasoning", "content")
@@ -133,3 +138,22 @@ class Mailbox:
     def _take_waiter(self) -> asyncio.Future[None] | None:
         waiter, self._waiter = self._waiter, None
         return waiter
+
+
+def wake(waiters: Wakes) -> None:
+    """Resolves each future on its own event loop, with one call per loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for waiter in waiters:
+        if waiter is not None:
+            by_loop.setdefault(waiter.get_loop(), []).append(waiter)
+    for loop, futures in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, futures)
+        except RuntimeError:  # the loop was closed; its streams abort when they are collected
+            logger.debug("an event loop was closed while it waited for %d streams", len(futures))
+
+
+def _resolve(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

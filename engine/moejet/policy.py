@@ -68,6 +68,7 @@ class TokenPolicy:
         """A bool mask [V] of the tokens that may come, or an edited row [V]; None changes nothing.
 
         row [V] fp32: logits after penalties and logit_bias, before temperature; a copy that may be written to.
+        A step that has to be repeated asks again about the same position.
         """
         return None
 

@@ -3,6 +3,8 @@
 Sources: the config.json that each organisation publishes with its weights.
 """
 
+from dataclasses import replace
+
 from moejet.config import ModelConfig, RopeConfig
 
 
@@ -175,3 +177,19 @@ PRESETS: dict[str, ModelConfig] = {
         num_nextn_predict_layers=1,
     ),
 }
+
+
+def parse_preset(text: str) -> ModelConfig:
+    """Reads "NAME" or "NAME:layers=N" into a model configuration."""
+    name, _, option = text.partition(":")
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    if not option:
+        return preset
+    key, _, value = option.partition("=")
+    if key != "layers" or not value.isdigit() or not 1 <= int(value) <= preset.num_hidden_layers:
+        raise ValueError(
+            f"preset option {option!r} must be layers=N with N from 1 to {preset.num_hidden_layers}"
+        )
+    return replace(preset, num_hidden_layers=int(value))

@@ -200,7 +200,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """The finished result of one prompt: `outputs` holds n samples."""
+    """The finished result of one prompt: `outputs` holds n samples.
+
+    prompt_logprobs: of the prompt's tokens from the second on, where it was to be scored
+    """
 
     request_id: str
     prompt: str | None
@@ -208,6 +211,7 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     timings: Timings
     finished: bool = True
+    prompt_logprobs: tuple[float, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -219,7 +223,8 @@ class RequestOutput:
 class StreamDelta:
     """What one step added to one sample; `finish_reason` on its last, `output` on the very last of the request.
 
-    error: what a policy of this request raised, which ended it with finish_reason "abort".
+    error: what ended it with finish_reason "abort": something that a policy of this request raised or, with
+    is_step_error, that went wrong whenever it was computed.
     """
 
     request_id: str
@@ -231,21 +236,7 @@ class StreamDelta:
     finish_reason: FinishReason | None = None
     output: RequestOutput | None = None
     error: Exception | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EngineCounters:
-    """What an engine has done since it was made.
-
-    prefill_tokens, decode_tokens: computed at positions of prompts and of outputs, both again after a preemption ·
-    cached_tokens: found in the cache instead of being computed
-    """
-
-    steps: int
-    prefill_tokens: int
-    decode_tokens: int
-    cached_tokens: int
-    preemptions: int
+    is_step_error: bool = False
 
 
 class RequestState(Enum):
@@ -277,12 +268,14 @@ class Request:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     sample_state: SampleState | None = None  # only where a policy or statistics need it
+    scores: list[float] | None = None  # of the prompt's tokens from the second on, if it is scored
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_offered_blocks: int = 0  # that a store behind the pool has been told of
     num_cached_tokens: int = 0  # of the prompt, that were found when it first ran
+    is_counted: bool = False  # its prompt, in the engine's counters
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     first_scheduled_s: float = 0.0

@@ -58,6 +58,10 @@ class ModelRunner:
                 attention_form="invariant" if config.deterministic else "auto",
             )
 
+    def expert_loads(self) -> tuple[int, int]:
+        """Routed experts read so far, and the bytes of their weights; zeros with MOEJET_REF=1."""
+        return (0, 0) if self._program is None else self._program.expert_loads()
+
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 of the rows batch.logits_indices; the batch's latents are in the cache afterwards."""
         start = time.perf_counter()

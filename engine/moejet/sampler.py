@@ -22,19 +22,18 @@ _MASK64 = (1 << 64) - 1
 
 
 class BadLogitsError(FloatingPointError):
-    """The model produced NaN or infinite logits for `request_ids`: its weights or its input are broken."""
+    """The model produced NaN or infinite logits for a request: its weights or its input are broken."""
 
-    def __init__(self, request_ids: list[str]):
+    def __init__(self, request_id: str):
         super().__init__(
-            f"the model produced NaN or infinite logits for {', '.join(request_ids)}: check the "
-            "checkpoint (MOEJET_REF=1 tells whether a kernel is at fault)"
+            f"the model produced NaN or infinite logits for {request_id}: check the checkpoint "
+            "(MOEJET_REF=1 tells whether a kernel is at fault)"
         )
-        self.request_ids = request_ids
 
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """error: what the request's policy raised in place of a choice."""
+    """error: why there is no choice: `BadLogitsError`, or what the request's policy raised."""
 
     token_id: int
     logprobs: TokenLogprobs | None
@@ -49,23 +48,24 @@ _GREEDY = SamplingParams(temperature=0.0)
 def sample(logits: Tensor, requests: list[Request]) -> list[SampledToken]:
     """Chooses the next token of each request.
 
-    logits [B, V] any float dtype, row i belongs to requests[i]. Raises `BadLogitsError` if a row holds NaN or
-    +inf, or nothing above -inf.
+    logits [B, V] any float dtype, row i belongs to requests[i]. A row that holds NaN or +inf, or nothing above -inf,
+    gets a `BadLogitsError`.
     """
     logits = logits.float()
     uniforms = [uniform(r.seed, len(r.token_ids)) for r in requests]
     adjusted = [i for i, r in enumerate(requests) if _adjusts(r)]
-    errors: dict[int, Exception] = {}
     rules = [r.params for r in requests]
     for i in adjusted:
         rules[i] = _GREEDY
     tokens = sample_tokens(logits, rules, uniforms)
-    broken = [
-        r.request_id for r, token in zip(requests, tokens, strict=True) if token == BAD_LOGITS
-    ]
-    if broken:
-        raise BadLogitsError(broken)
+    errors: dict[int, Exception] = {
+        i: BadLogitsError(requests[i].request_id)
+        for i, token in enumerate(tokens)
+        if token == BAD_LOGITS
+    }
     for i in adjusted:
+        if i in errors:
+            continue
         row = adjust_logits(logits[i], requests[i])
         if (state := requests[i].sample_state) is not None:
             try:
@@ -76,11 +76,11 @@ def sample(logits: Tensor, requests: list[Request]) -> list[SampledToken]:
         row = row.unsqueeze(0)
         tokens[i] = sample_tokens(row, [requests[i].params], [uniforms[i]])[0]
         if tokens[i] == BAD_LOGITS:  # logits near the limits of fp32, made infinite by a penalty
-            raise BadLogitsError([requests[i].request_id])
+            errors[i] = BadLogitsError(requests[i].request_id)
     result: list[SampledToken] = []
     for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
         wanted = request.params.logprobs
-        entry = None if wanted is None else _describe(logits[i], token, wanted)
+        entry = None if wanted is None or i in errors else _describe(logits[i], token, wanted)
         result.append(SampledToken(token, entry, error=errors.get(i)))
     return _with_scores(logits, requests, result)
 
@@ -91,7 +91,9 @@ def _with_scores(
     wanted = [
         i
         for i, r in enumerate(requests)
-        if r.sample_state is not None and r.sample_state.statistics is not None
+        if r.sample_state is not None
+        and r.sample_state.statistics is not None
+        and tokens[i].error is None
     ]
     if not wanted:
         return tokens

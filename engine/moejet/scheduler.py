@@ -15,39 +15,16 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from moejet.batch import Batch
-from moejet.block_pool import BlockPool, extend_hashes
+from moejet.block_pool import BlockPool, BlockStore, extend_hashes
 from moejet.request import FinishReason, Request, RequestState
+from moejet.step_plan import StepPlan, tokens_missing, turn
 
 _READ_SECONDS = 0.02  # of a step that computes for others
 _MIN_TIMED_TOKENS = 64  # a step with fewer says little about the speed of prompts
-
-
-class BlockStore(Protocol):
-    """Where full blocks outlive the pool, such as `PrefixTier`."""
-
-    @property
-    def min_tokens(self) -> int:
-        """Contexts shorter than this are not offered."""
-
-    def offer(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
-        """Notes that these blocks are full."""
-
-    def count(self, digests: Sequence[bytes]) -> int:
-        """How many of these, from the first on, could be read."""
-
-    def read(self, digests: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Fills blocks from the first on; returns how many."""
-
-    def read_seconds(self, num_blocks: int) -> float:
-        """How long that will take."""
-
-    def expect_faster(self) -> None:
-        """Makes a read more likely that was not worth it."""
 
 
 @dataclass(slots=True)
@@ -62,7 +39,8 @@ class Scheduler:
     """Owns the queues and the blocks. Not thread-safe: the engine calls it from one thread.
 
     max_mixed_tokens: of a step's tokens, how many may be prompts while other requests decode; they wait for the whole
-    step · root: what the hash of a first block starts from; None switches prefix reuse off
+    step · max_scored_tokens: how many may be of prompts that are scored, whose logits are all there at once
+    root: what the hash of a first block starts from; None switches prefix reuse off
     store: may be set before the first request
     """
 
@@ -73,18 +51,19 @@ class Scheduler:
         max_batch_tokens: int,
         max_num_requests: int,
         max_mixed_tokens: int | None = None,
+        max_scored_tokens: int | None = None,
         root: bytes | None = b"",
     ):
         self.pool = pool
         self.max_batch_tokens = max_batch_tokens
         self.max_mixed_tokens = max_mixed_tokens or max_batch_tokens
+        self.max_scored_tokens = max_scored_tokens or max_batch_tokens
         self.max_num_requests = max_num_requests
         self.root = root
         self.waiting: list[Request] = []  # by priority and age
         self.running: list[Request] = []  # by admission
         self.held: list[Request] = []  # branches that do not run, those longest idle first
         self.num_preemptions = 0
-        self.num_found_tokens = 0
         # Block copies that have not been made yet; whoever makes them empties the list.
         self.copies: list[tuple[int, int]] = []
         self.store: BlockStore | None = None
@@ -97,7 +76,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        insort(self.waiting, request, key=_turn)
+        insort(self.waiting, request, key=turn)
 
     def fork(self, parent: Request, child: Request) -> None:
         """Gives a new request what the parent has computed, and queues it; its tokens begin with the parent's."""
@@ -120,7 +99,7 @@ class Scheduler:
     def drop(self, request: Request) -> None:
         """Forgets a held branch and frees its blocks."""
         self.held.remove(request)
-        self.pool.release(request.block_table)
+        self._take_blocks(request)
 
     def rewind(self, request: Request) -> None:
         """Lets the last token count as not computed: its logits are wanted once more."""
@@ -138,15 +117,20 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """Chooses this step's tokens; None if there is nothing to do."""
-        step = _Step(self.max_batch_tokens, self.max_mixed_tokens, others_wait=bool(self.waiting))
-        for request in sorted(self.running, key=_tokens_missing):
+        step = StepPlan(
+            self.max_batch_tokens,
+            self.max_mixed_tokens,
+            self.max_scored_tokens,
+            others_wait=bool(self.waiting),
+        )
+        for request in sorted(self.running, key=tokens_missing):
             if request.state is not RequestState.RUNNING:
                 continue
-            if _tokens_missing(request) == 0:  # an earlier step was cut off behind `advance`
+            if tokens_missing(request) == 0:  # an earlier step was cut off behind `advance`
                 self.rewind(request)
             if not self._read(request, step):
                 continue
-            query_len = step.share(_tokens_missing(request))
+            query_len = step.share(request, tokens_missing(request))
             if query_len == 0 or not self._make_room(request, query_len, step):
                 continue
             step.take(request, query_len)
@@ -170,10 +154,10 @@ class Scheduler:
                 continue
             first = request.num_computed_tokens // size
             request.num_computed_tokens += query_len
-            if self.root is None:
-                continue
-            for index in range(first, request.num_computed_tokens // size):
-                self.pool.register(request.block_table[index], self._hashes(request)[index])
+            end = request.num_computed_tokens // size
+            hashes = self._hashes(request)[first:end]
+            for block, digest in zip(request.block_table[first:], hashes, strict=False):
+                self.pool.register(block, digest)
             self._offer(request)
 
     def finish(
@@ -187,23 +171,17 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         self._reads.pop(request, None)
-        if not request.is_branch:
-            self._drop_copies(request)
         if request.is_branch:
             self.held.append(request)
         else:
-            self.pool.release(request.block_table)
+            self._take_blocks(request)
         request.finish(reason, stop_reason)
 
     def check_integrity(self) -> None:
         requests = (*self.running, *self.waiting, *self.held)
         self.pool.check_integrity([r.block_table for r in requests])
 
-    def cached_tokens(self, request: Request) -> int:
-        """Tokens of a request without blocks that it would find in the cache."""
-        return len(self._find_prefix(request)) * self.pool.block_size
-
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: StepPlan) -> None:
         being_computed = self._being_computed() if self.waiting else set()
         for request in list(self.waiting):
             if step.budget == 0 or len(self.running) >= self.max_num_requests:
@@ -211,7 +189,9 @@ class Scheduler:
             found = [] if request.block_table else self._find_prefix(request)
             if not request.block_table and self._next_hash(request, found) in being_computed:
                 continue  # another request computes the same: it will be found
-            query_len = step.share(_tokens_missing(request) - len(found) * self.pool.block_size)
+            query_len = step.share(
+                request, tokens_missing(request) - len(found) * self.pool.block_size
+            )
             if query_len == 0:
                 return
             self.pool.share(found)
@@ -231,7 +211,6 @@ class Scheduler:
             if found:
                 request.block_table = found
                 request.num_computed_tokens = len(found) * self.pool.block_size
-                self.num_found_tokens += request.num_computed_tokens
                 if not request.first_scheduled_s:
                     request.num_cached_tokens = request.num_computed_tokens
             self.waiting.remove(request)
@@ -240,18 +219,15 @@ class Scheduler:
             request.first_scheduled_s = request.first_scheduled_s or time.perf_counter()
             self.running.append(request)
             if self._read(request, step):
-                query_len = step.share(_tokens_missing(request))
+                query_len = step.share(request, tokens_missing(request))
                 has_room = self._make_room(request, query_len, step)
                 assert has_room, f"{request.request_id=} {query_len=}"
                 step.take(request, query_len)
-            if self.root is not None:
-                size = self.pool.block_size
-                being_computed.update(self._hashes(request)[request.num_computed_tokens // size :])
+            first = request.num_computed_tokens // self.pool.block_size
+            being_computed.update(self._hashes(request)[first:])
 
     def _find_prefix(self, request: Request) -> list[int]:
         """Blocks that hold the beginning of its tokens; one token is left to compute, whose logits are wanted."""
-        if self.root is None:
-            return []
         found = []
         for digest in self._hashes(request)[: (len(request.token_ids) - 1) // self.pool.block_size]:
             block = self.pool.find(digest)
@@ -261,24 +237,26 @@ class Scheduler:
         return found
 
     def _next_hash(self, request: Request, found: list[int]) -> bytes | None:
-        hashes = self._hashes(request) if self.root is not None else []
+        hashes = self._hashes(request)
         return hashes[len(found)] if len(found) < len(hashes) else None
 
     def _being_computed(self) -> set[bytes]:
         """Hashes of the full blocks that running requests have tokens for but have not computed."""
-        if self.root is None:
-            return set()
         size = self.pool.block_size
         return {
             digest
             for request in self.running
-            if _tokens_missing(request) > 1
+            if tokens_missing(request) > 1
             for digest in self._hashes(request)[request.num_computed_tokens // size :]
         }
 
     def _hashes(self, request: Request) -> list[bytes]:
-        """Of every full block of its tokens: a chain, each one covers all tokens before it."""
-        assert self.root is not None, "prefix reuse is off"
+        """Of every full block of its tokens: a chain, each one covers all tokens before it.
+
+        [] where nothing is reused: every token of a prompt that is scored has to be computed.
+        """
+        if self.root is None or request.scores is not None:
+            return []
         return extend_hashes(
             request.block_hashes, self.root, request.token_ids, self.pool.block_size
         )
@@ -288,15 +266,15 @@ class Scheduler:
         if self.store is None or request.num_computed_tokens < self.store.min_tokens:
             return
         first, end = request.num_offered_blocks, request.num_computed_tokens // self.pool.block_size
-        if first < end:
-            blocks, hashes = request.block_table[first:end], self._hashes(request)[first:end]
-            self.store.offer(blocks, hashes)
+        hashes = self._hashes(request)[first:end]
+        if hashes:
+            self.store.offer(request.block_table[first:end], hashes)
             request.num_offered_blocks = end
 
     def _plan_read(self, request: Request) -> None:
         """Decides how many blocks to read behind those that were found; one token is left to compute."""
         size = self.pool.block_size
-        if self.store is None or self.root is None or request.num_computed_tokens % size:
+        if self.store is None or request.num_computed_tokens % size:
             return
         first, end = request.num_computed_tokens // size, (len(request.token_ids) - 1) // size
         count = self.store.count(self._hashes(request)[first:end])
@@ -308,16 +286,16 @@ class Scheduler:
         else:
             self._reads[request] = _Read(count, counts=not request.first_scheduled_s)
 
-    def _read(self, request: Request, step: _Step) -> bool:
+    def _read(self, request: Request, step: StepPlan) -> bool:
         """Reads what was planned; False if the request has to wait for the next step."""
         read = self._reads.get(request)
         if read is None:
             return True
         assert self.store is not None
-        if self.copies:
-            return (
-                False  # a block to be copied later in this step could be the one that is read into
-            )
+        if (
+            self.copies
+        ):  # a block to be copied later in this step could be the one that is read into
+            return False
         first, count = len(request.block_table), read.num_blocks
         if step.requests:
             affordable = int(_READ_SECONDS / self.store.read_seconds(1))
@@ -356,14 +334,14 @@ class Scheduler:
             offset and request.block_table and self.pool.is_shared(request.block_table[index])
         )
 
-    def _make_room(self, request: Request, query_len: int, step: _Step) -> bool:
+    def _make_room(self, request: Request, query_len: int, step: StepPlan) -> bool:
         """Blocks of its own for the next tokens, preempting others; False if it has to wait."""
-        if not self._until_free(request, step, lambda: self._own_block(request, step)):
+        if not self._until_free(request, step, lambda: self._own_block(request)):
             return False
         end = request.num_computed_tokens + query_len
         return self._until_free(request, step, lambda: self.pool.extend(request.block_table, end))
 
-    def _own_block(self, request: Request, step: _Step) -> bool:
+    def _own_block(self, request: Request) -> bool:
         if not self._needs_copy(request):
             return True
         index = request.num_computed_tokens // self.pool.block_size
@@ -373,15 +351,14 @@ class Scheduler:
         self.copies.append(copy)
         return True
 
-    def _until_free(self, request: Request, step: _Step, attempt: Callable[[], bool]) -> bool:
+    def _until_free(self, request: Request, step: StepPlan, attempt: Callable[[], bool]) -> bool:
         while not attempt():
             if self._drop_fork(keep=request):
                 continue
-            victim = max((r for r in self.running if r not in step.requests), key=_turn)
+            victim = max((r for r in self.running if r not in step.requests), key=turn)
             if victim is request and step.requests:
                 return False  # what is scheduled will free its blocks; the work done so far is kept
             assert victim is not request or len(self.running) > 1, "one request exceeds the cache"
-            self._drop_copies(victim)
             self._preempt(victim)
             if victim is request:
                 return False
@@ -393,8 +370,7 @@ class Scheduler:
             return True
         for holder in reversed(self.waiting):
             if holder is not keep and holder.block_table:
-                self.pool.release(holder.block_table)
-                holder.num_computed_tokens = 0
+                self._take_blocks(holder)
                 return True
         return False
 
@@ -402,63 +378,21 @@ class Scheduler:
         """Takes the blocks of the branch that has been idle longest; its tokens are kept."""
         for holder in self.held:
             if holder.block_table:
-                self.pool.release(holder.block_table)
-                holder.num_computed_tokens = 0
+                self._take_blocks(holder)
                 return True
         return False
 
-    def _drop_copies(self, request: Request) -> None:
-        """Forgets copies into blocks that a request is about to lose."""
+    def _take_blocks(self, request: Request) -> None:
+        """Frees a request's blocks and forgets copies into them. Its tokens are kept."""
         # In place: a batch may hold the list.
         self.copies[:] = [copy for copy in self.copies if copy[1] not in request.block_table]
+        self.pool.release(request.block_table)
+        request.num_computed_tokens = 0
 
     def _preempt(self, request: Request) -> None:
         self.num_preemptions += 1
         self.running.remove(request)
         self._reads.pop(request, None)
-        self.pool.release(request.block_table)
-        request.num_computed_tokens = 0
+        self._take_blocks(request)
         request.state = RequestState.WAITING
         self.add(request)
-
-
-class _Step:
-    """What one step computes, while it is put together."""
-
-    def __init__(self, max_tokens: int, max_mixed_tokens: int, *, others_wait: bool):
-        self.budget = max_tokens
-        self.max_mixed_tokens = max_mixed_tokens
-        self.requests: list[Request] = []
-        self.query_lens: list[int] = []
-        self.others_wait = others_wait
-        self._num_decoding = 0
-        self._num_prompt_tokens = 0
-
-    def share(self, missing: int) -> int:
-        """How many of the missing tokens may be computed now. Decoding requests come first."""
-        if missing == 1:
-            return min(1, self.budget)
-        left = self.budget
-        if self._num_decoding:
-            left = min(left, self.max_mixed_tokens - self._num_prompt_tokens)
-        if self.others_wait:
-            left -= left // 2  # a long prompt must not keep a short one from beginning
-        return max(0, min(missing, left))
-
-    def take(self, request: Request, query_len: int) -> None:
-        if _tokens_missing(request) == 1:
-            self._num_decoding += 1
-        else:
-            self._num_prompt_tokens += query_len
-        self.requests.append(request)
-        self.query_lens.append(query_len)
-        self.budget -= query_len
-
-
-def _turn(request: Request) -> tuple[int, int, int]:
-    """Sorts requests: priority (a smaller number goes first), then age."""
-    return request.priority, request.order, request.index
-
-
-def _tokens_missing(request: Request) -> int:
-    return len(request.token_ids) - request.num_computed_tokens

@@ -34,12 +34,38 @@ class EngineClosedError(RuntimeError):
     """The engine is closed, or is finishing what runs and takes no new requests."""
 
 
+def describe(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def step_error(cause: Exception) -> EngineStepError:
+    error = EngineStepError(f"the step that computed this request failed: {describe(cause)}")
+    # What its traceback refers to would live as long as somebody keeps the exception.
+    error.__cause__ = cause.with_traceback(None)
+    return error
+
+
+def stuck_error(step_timeout_s: float | None) -> EngineStepError:
+    return EngineStepError(
+        f"a step of the engine has been running for more than step_timeout_s={step_timeout_s:g} s; "
+        "requests are accepted again once it returns"
+    )
+
+
+def dead_error(cause: BaseException | None) -> EngineDeadError:
+    assert cause is not None, "an engine dies of something"
+    error = EngineDeadError(f"the engine is dead ({describe(cause)}): load the model again")
+    error.__cause__ = cause
+    return error
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """One request, from the moment a caller asks for it until its end.
 
     arrival_s: on the clock of time.perf_counter · is_queued: no step has computed any of it
-    is_in_engine: the engine knows it; only the engine's thread looks here
+    params: None for a prompt that is to be scored · is_in_engine: the engine knows it; only its thread looks here
     """
 
     request_id: str
