@@ -65,8 +65,10 @@ def load_engine(config: EngineConfig) -> Engine:
         checkpoint.log_conversions(config)
     engine = _create_engine(config, model_config, tokenizer)
     try:
-        _load(engine, path, checkpoint)
-        attach_prefixes(engine, _weights_key(engine, path))
+        num_nodes = len(engine.runner.pool.memory_nodes)
+        key = cache_key(path, config, model_config, num_nodes)
+        _load(engine, path, checkpoint, key)
+        attach_prefixes(engine, key)
     except BaseException:
         engine.close()
         raise
@@ -84,13 +86,13 @@ def _describe(path: Path, checkpoint: GgufCheckpoint | None) -> tuple[ModelConfi
         raise ValueError(f"{path}: {error}") from error
 
 
-def _load(engine: Engine, path: Path, checkpoint: Checkpoint | None) -> None:
+def _load(engine: Engine, path: Path, checkpoint: Checkpoint | None, key: dict[str, Any]) -> None:
     """Fills the model from the packed cache, or from the checkpoint, which is then cached.
 
-    checkpoint: None to open it at `path` if it is needed.
+    checkpoint: None to open it at `path` if it is needed · key: `cache_key`.
     """
     config, model = engine.config, engine.runner.model
-    file = _cache_file(engine, path)
+    file = _cache_file(engine, key)
     if file is not None and file.load(model.state(), verify=config.packed_cache == "verify"):
         logger.info("mapped packed weights from %s", file.path)
         return
@@ -109,7 +111,7 @@ def _load(engine: Engine, path: Path, checkpoint: Checkpoint | None) -> None:
         engine.on_close = finish
 
 
-def _cache_file(engine: Engine, path: Path) -> CacheFile | None:
+def _cache_file(engine: Engine, key: dict[str, Any]) -> CacheFile | None:
     """Where the packed weights of this engine are kept, None if they are not."""
     config, directory = engine.config, cache_directory()
     if config.packed_cache == "off" or directory is None:
@@ -117,12 +119,7 @@ def _cache_file(engine: Engine, path: Path) -> CacheFile | None:
     cost = ModelCost.of(engine.model_config, config)
     if config.packed_cache == "auto" and cost.weight_bytes < MIN_CACHED_BYTES:
         return None
-    return CacheFile(directory, config.model, _weights_key(engine, path))
-
-
-def _weights_key(engine: Engine, path: Path) -> dict[str, Any]:
-    num_nodes = len(engine.runner.pool.memory_nodes)
-    return cache_key(path, engine.config, engine.model_config, num_nodes)
+    return CacheFile(directory, config.model, key)
 
 
 def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
@@ -159,22 +156,7 @@ def _create_engine(
         isa = resolve_isa(INVARIANT_ISAS[-1])
     dense_format, own = config.dense_formats_of(model_config)
     dense = DenseWeights(dense_format, pool, isa, config.arithmetic, own)
-    formats = config.expert_formats_of(model_config)
-    model = DeepseekForCausalLM(
-        model_config,
-        make_experts=lambda layer: CpuExperts(
-            model_config.num_experts,
-            model_config.hidden_size,
-            model_config.moe_intermediate_size,
-            format=formats[layer][0],
-            down_format=formats[layer][1],
-            pool=pool,
-            isa=dense.isa,
-            arithmetic=dense.arithmetic,
-        ),
-        dense=dense,
-        max_context=max_context,
-    )
+    model = create_model(config, model_config, dense, max_context)
     runner = ModelRunner(model, model_config, config, num_blocks=num_blocks, dense=dense)
     engine = Engine(
         runner,
@@ -186,6 +168,31 @@ def _create_engine(
     )
     engine.on_close = pool.close
     return engine
+
+
+def create_model(
+    config: EngineConfig, model_config: ModelConfig, dense: DenseWeights, max_context: int
+) -> DeepseekForCausalLM:
+    """The model without its weights.
+
+    config: as `for_model` returns it · dense: gives the experts its pool, isa and arithmetic too.
+    """
+    formats = config.expert_formats_of(model_config)
+    return DeepseekForCausalLM(
+        model_config,
+        make_experts=lambda layer: CpuExperts(
+            model_config.num_experts,
+            model_config.hidden_size,
+            model_config.moe_intermediate_size,
+            format=formats[layer][0],
+            down_format=formats[layer][1],
+            pool=dense.pool,
+            isa=dense.isa,
+            arithmetic=dense.arithmetic,
+        ),
+        dense=dense,
+        max_context=max_context,
+    )
 
 
 def plan_cache(config: EngineConfig, model_config: ModelConfig) -> tuple[int, int]:

@@ -99,6 +99,21 @@ def test_second_load_gives_the_same_tokens(
     assert used.mapped()
 
 
+def test_source_files_are_sampled_once_per_start(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[Path] = []
+    real = packed_cache._sample
+    monkeypatch.setattr(
+        packed_cache, "_sample", lambda file, size: (sampled.append(file), real(file, size))[1]
+    )
+    weights = sorted(model.glob("*.safetensors"))
+    for _ in range(2):
+        sampled.clear()
+        tokens(model)
+        assert sorted(sampled) == weights
+
+
 @pytest.mark.parametrize("nodes", ["1", "2"])
 def test_virtual_nodes(
     nodes: str, model: Path, monkeypatch: pytest.MonkeyPatch, used: Used
