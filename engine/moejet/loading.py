@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -34,6 +35,7 @@ from moejet.weights.packed_cache import (
 from moejet.weights.packed_cache import (
     BackgroundWriter,
     CacheFile,
+    PartlyFilled,
     cache_directory,
     cache_key,
     weights_key,
@@ -67,7 +69,14 @@ def load_engine(config: EngineConfig) -> Engine:
     try:
         num_nodes = len(engine.runner.pool.memory_nodes)
         key = cache_key(path, config, model_config, num_nodes)
-        _load(engine, path, checkpoint, key)
+        file = _cache_file(engine, key)
+        is_loaded = file is not None and _load_cached(engine, file)
+        if is_loaded is None:
+            engine.close()
+            engine = _create_engine(config, model_config, tokenizer)
+            gc.collect()  # what is mapped goes with the old one
+        if not is_loaded:
+            _load(engine, path, checkpoint, file)
         attach_prefixes(engine, key)
     except BaseException:
         engine.close()
@@ -86,16 +95,26 @@ def _describe(path: Path, checkpoint: GgufCheckpoint | None) -> tuple[ModelConfi
         raise ValueError(f"{path}: {error}") from error
 
 
-def _load(engine: Engine, path: Path, checkpoint: Checkpoint | None, key: dict[str, Any]) -> None:
-    """Fills the model from the packed cache, or from the checkpoint, which is then cached.
+def _load_cached(engine: Engine, file: CacheFile) -> bool | None:
+    """Fills the model from the packed cache. None: it failed in the middle, the engine must be thrown away."""
+    verify = engine.config.packed_cache == "verify"
+    try:
+        is_loaded = file.load(engine.runner.model.state(), verify=verify)
+    except PartlyFilled:
+        return None
+    if is_loaded:
+        logger.info("mapped packed weights from %s", file.path)
+    return is_loaded
 
-    checkpoint: None to open it at `path` if it is needed · key: `cache_key`.
+
+def _load(
+    engine: Engine, path: Path, checkpoint: Checkpoint | None, file: CacheFile | None
+) -> None:
+    """Fills the model from the checkpoint, and then the cache file in the background.
+
+    checkpoint: None to open it at `path` · file: None to cache nothing.
     """
     config, model = engine.config, engine.runner.model
-    file = _cache_file(engine, key)
-    if file is not None and file.load(model.state(), verify=config.packed_cache == "verify"):
-        logger.info("mapped packed weights from %s", file.path)
-        return
     checkpoint = checkpoint or Checkpoint.open(path)
     load_weights(checkpoint, model.tensor_specs(), show_progress=config.show_progress)
     if file is not None:

@@ -14,12 +14,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from moejet import _C, LLM, SamplingParams
 from moejet.cli.main import main
 from moejet.config import EngineConfig
+from moejet.experts import cpu_experts
 from moejet.experts.cpu_experts import create_pool
 from moejet.ops.linear import PackedMatrices
 from moejet.testing.checkpoints import tiny_checkpoint
@@ -158,6 +161,111 @@ def test_other_formats_sources_and_settings_have_other_files(
     changed = tokens(copy)
     assert not used.mapped()
     assert changed == tokens(copy, packed_cache="off")
+
+
+def placed_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves of the weights in memory of node 0, read as on a machine of two nodes."""
+    monkeypatch.setenv("MOEJET_NUM_THREADS", "2")
+    monkeypatch.setattr(cpu_experts, "divide_among_nodes", lambda cpus: ([0, 1], [0, 0]))
+
+
+def test_placed_memory_is_read_into(
+    model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, used: Used
+) -> None:
+    expected = tokens(model, packed_cache="off")
+    placed_on_two_nodes(monkeypatch)
+    assert tokens(model) == expected
+    with LLM(model, packed_cache="on", max_context=64) as llm:
+        assert used.mapped()
+        assert str(directory) not in Path("/proc/self/maps").read_text()
+        assert list(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == expected
+
+
+def test_nodes_are_read_at_the_same_time_by_threads_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "blobs"
+    file.write_bytes(bytes(range(60)))
+    together = threading.Barrier(3, timeout=20)
+    real, mine = packed_cache._read_into, os.sched_getaffinity(0)
+
+    def read(fd: int, target: NDArray[np.uint8], blob: packed_cache.Blob) -> None:
+        if blob.name.endswith("first"):
+            together.wait()
+        if blob.name == "2 bad":
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd, target, blob)
+
+    monkeypatch.setattr(packed_cache, "_read_into", read)
+
+    def work(
+        node: int, names: tuple[str, ...]
+    ) -> list[tuple[NDArray[np.uint8], packed_cache.Blob]]:
+        blobs = [
+            packed_cache.Blob(f"{node} {name}", 20 * node + 10 * i, 10, "")
+            for i, name in enumerate(names)
+        ]
+        return [(np.zeros(10, np.uint8), blob) for blob in blobs]
+
+    with file.open("rb") as stream:
+        good = {node: work(node, ("first", "second")) for node in range(3)}
+        packed_cache._read_placed(stream.fileno(), good)
+        read_bytes = [part.tobytes() for node in range(3) for part, _ in good[node]]
+        assert b"".join(read_bytes) == file.read_bytes()
+        bad = good | {2: work(2, ("first", "bad"))}
+        with pytest.raises(OSError, match="Input/output error"):
+            packed_cache._read_placed(stream.fileno(), bad)
+    assert os.sched_getaffinity(0) == mine
+
+
+@pytest.mark.parametrize("fault", ["mapping", "reading", "short", "placed"])
+def test_a_file_that_cannot_be_read_to_its_end_is_let_go(
+    fault: str, model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, used: Used
+) -> None:
+    """Nothing of it stays mapped, the weights are those of the checkpoint, and it is written again."""
+    if fault == "placed":
+        placed_on_two_nodes(monkeypatch)
+    expected = tokens(model)
+    [name] = files(directory)
+    calls = 0
+
+    def fail_at(number: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        if fault == "mapping":
+            real_map = _C.ExpertWeights.map_file
+
+            def map_file(self: object, fd: int, offsets: list[int]) -> None:
+                real_map(self, fd, offsets)
+                assert name in Path("/proc/self/maps").read_text()
+                fail_at(2)
+
+            patch.setattr(_C.ExpertWeights, "map_file", map_file)
+        else:
+            real_read = packed_cache.read_all
+
+            def read_all(fd: int, target: memoryview, offset: int) -> None:
+                nonlocal calls
+                if fault != "short":
+                    fail_at(9)
+                elif (calls := calls + 1) == 9:
+                    offset = (directory / name).stat().st_size - len(target) + 1
+                real_read(fd, target, offset)
+
+            patch.setattr(packed_cache, "read_all", read_all)
+        used.mapped()
+        with LLM(model, packed_cache="on", max_context=64) as llm:
+            problem = "Input/output error" if fault != "short" else "bytes too early"
+            assert any("is not used" in line and problem in line for line in used.lines)
+            assert not used.mapped()
+            assert name not in Path("/proc/self/maps").read_text()
+            assert list(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == expected
+    assert tokens(model) == expected
+    assert used.mapped()
 
 
 @pytest.mark.parametrize("place", ["magic", "length", "header", "short", "long", "empty"])

@@ -27,6 +27,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moejet import atomic_file, framed_file
+from moejet import atomic_file, framed_file, topology
 from moejet.atomic_file import Abandoned, read_all, replace_atomically, reserve, write_all
 from moejet.config import EngineConfig, ModelConfig, env_cache_dir
 from moejet.extension import load_extension
@@ -55,11 +56,18 @@ MIN_BYTES = 256 << 20
 FREE_BYTES = 1 << 30  # of the disk, that stay free
 
 
+class PartlyFilled(Exception):
+    """A file could not be read to its end: what was mapped from it stays so as long as the state lives."""
+
+
 class Packed(Protocol):
     """Weights in memory of their own: `PackedMatrices`, `CpuExperts`."""
 
     @property
     def weights(self) -> Any: ...
+
+    @property
+    def pool(self) -> Any: ...
 
 
 State = Mapping[str, "Tensor | Packed"]
@@ -99,7 +107,8 @@ class CacheFile:
         """Fills `state` from the file: packed weights become views of it, tensors are read.
 
         False if there is no file, or none that fits (with a warning; it will be written anew). verify: compare all
-        checksums first.
+        checksums first. Raises PartlyFilled, after a warning, if reading fails in the middle: then the state must be
+        thrown away.
         """
         try:
             fd = os.open(self.path, os.O_RDONLY)
@@ -107,6 +116,7 @@ class CacheFile:
             if error.errno != errno.ENOENT:
                 logger.warning("packed weights cannot be read: %s", error)
             return False
+        is_touched = False
         try:
             header = read_header(fd)
             if header.key != self.key:
@@ -117,9 +127,13 @@ class CacheFile:
                 raise ValueError("its parts are not those of the model")
             if verify:
                 verify_blobs(fd, header)
+            is_touched = True
             _fill(fd, state, blobs)
         except (ValueError, OSError) as error:
-            logger.warning("%s is not used, and will be written again: %s", self.path, error)
+            # As text: whoever keeps the record would keep the error's frames, and with them the state.
+            logger.warning("%s is not used, and will be written again: %s", self.path, str(error))
+            if is_touched:
+                raise PartlyFilled(str(error)) from error
             return False
         finally:
             os.close(fd)
@@ -324,6 +338,8 @@ def _parts(state: State) -> Iterable[tuple[str, NDArray[Any]]]:
 
 
 def _fill(fd: int, state: State, blobs: dict[str, Blob]) -> None:
+    # Pages of a file lie where they were first read; placed memory is read into, to lie with its workers.
+    placed: dict[int, list[tuple[NDArray[Any], Blob]]] = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
             _read_into(fd, value.view(-1).view(torch.uint8).numpy(), blobs[name])
@@ -332,11 +348,37 @@ def _fill(fd: int, state: State, blobs: dict[str, Blob]) -> None:
         parts = weights.buffers()
         mine = [blobs[f"{name}/{node}"] for node in range(len(parts))]
         if weights.is_placed:
-            # Pages of a file lie where they were first read; these are to lie with their workers.
-            for part, blob in zip(parts, mine, strict=True):
-                _read_into(fd, part, blob)
+            for node, part, blob in zip(value.pool.memory_nodes, parts, mine, strict=True):
+                placed.setdefault(node, []).append((part, blob))
         else:
             weights.map_file(fd, [blob.offset for blob in mine])
+    _read_placed(fd, placed)
+
+
+def _read_placed(fd: int, placed: Mapping[int, list[tuple[NDArray[Any], Blob]]]) -> None:
+    """Reads the blobs of every memory node on its own CPUs, all nodes at a time."""
+    failed = threading.Event()
+    cpus = {node.node: set(node.cpus) for node in topology.numa_nodes()}
+
+    def read(node: int) -> None:
+        own = cpus.get(node, set()) & set(topology.allowed_cpus())
+        if own:
+            with suppress(OSError):  # advice; where the pages lie is decided
+                os.sched_setaffinity(0, own)  # of this thread
+        try:
+            for part, blob in placed[node]:
+                if failed.is_set():
+                    return
+                _read_into(fd, part, blob)
+        except BaseException:
+            failed.set()
+            raise
+
+    if not placed:
+        return
+    with ThreadPoolExecutor(len(placed), "moejet-node") as threads:
+        for done in [threads.submit(read, node) for node in placed]:
+            done.result()
 
 
 def _read_into(fd: int, target: NDArray[Any], blob: Blob) -> None:
