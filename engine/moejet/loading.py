@@ -69,7 +69,7 @@ def load_engine(config: EngineConfig) -> Engine:
     try:
         num_nodes = len(engine.runner.pool.memory_nodes)
         key = cache_key(path, config, model_config, num_nodes)
-        file = _cache_file(engine, key)
+        file = _cache_file(engine, path, key)
         is_loaded = file is not None and _load_cached(engine, file)
         if is_loaded is None:
             engine.close()
@@ -130,7 +130,7 @@ def _load(
         engine.on_close = finish
 
 
-def _cache_file(engine: Engine, key: dict[str, Any]) -> CacheFile | None:
+def _cache_file(engine: Engine, path: Path, key: dict[str, Any]) -> CacheFile | None:
     """Where the packed weights of this engine are kept, None if they are not."""
     config, directory = engine.config, cache_directory()
     if config.packed_cache == "off" or directory is None:
@@ -138,7 +138,7 @@ def _cache_file(engine: Engine, key: dict[str, Any]) -> CacheFile | None:
     cost = ModelCost.of(engine.model_config, config)
     if config.packed_cache == "auto" and cost.weight_bytes < MIN_CACHED_BYTES:
         return None
-    return CacheFile(directory, config.model, key)
+    return CacheFile(directory, config.model, key, path)
 
 
 def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:

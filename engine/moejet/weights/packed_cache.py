@@ -2,7 +2,7 @@
 
 One file holds a model in the very bytes that the kernels read, framed as `framed_file` says:
 
-    header  {"key": ..., "blobs": [{"name", "offset", "nbytes", "checksum"}, ...], "file_bytes", ...}
+    header  {"key": ..., "blobs": [{"name", "offset", "nbytes", "checksum"}, ...], "file_bytes", "root", ...}
     data    blobs, each at a multiple of 65536
 
 The key says what the file was made from and for: sizes, times and samples of the source files, the model's
@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -85,22 +85,36 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a cache file says about itself."""
+    """What a cache file says about itself.
+
+    root: the directory of the source files, mount: of the file system that held them; empty if not known.
+    """
 
     key: dict[str, Any]
     blobs: tuple[Blob, ...]
     file_bytes: int
     model: str
     created: float
+    root: str = ""
+    mount: str = ""
 
 
 class CacheFile:
-    """The place of one model's packed weights in the cache directory; the file may not exist."""
+    """The place of one model's packed weights in the cache directory; the file may not exist.
 
-    def __init__(self, directory: Path, model: str, key: dict[str, Any]):
+    sources: where the weights come from, a directory or a file; None if from nowhere.
+    """
+
+    def __init__(
+        self, directory: Path, model: str, key: dict[str, Any], sources: Path | None = None
+    ):
         digest = framed_file.fingerprint_of(key)
         slug = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
         self.model, self.key = model, key
+        self.root, self.mount = "", ""
+        if sources is not None:
+            root = (sources.parent if sources.is_file() else sources).absolute()
+            self.root, self.mount = str(root), _mount_of(root)
         self.path = directory / f"{slug[:60]}-{digest}{SUFFIX}"
 
     def load(self, state: State, *, verify: bool = False) -> bool:
@@ -206,6 +220,8 @@ class CacheFile:
                 "file_bytes": f"{file_bytes:020d}",
                 "model": self.model,
                 "created": f"{time.time():020.3f}",
+                "root": self.root,
+                "mount": self.mount,
             }
         )
 
@@ -272,7 +288,13 @@ def read_header(fd: int) -> Header:
             Blob(b["name"], int(b["offset"]), int(b["nbytes"]), b["checksum"]) for b in raw["blobs"]
         )
         header = Header(
-            raw["key"], blobs, int(raw["file_bytes"]), raw["model"], float(raw["created"])
+            raw["key"],
+            blobs,
+            int(raw["file_bytes"]),
+            raw["model"],
+            float(raw["created"]),
+            str(raw.get("root", "")),
+            str(raw.get("mount", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"its header cannot be read ({error})") from error
@@ -300,6 +322,34 @@ def stale_reason(header: Header) -> str:
     if header.key.get("layout") != version:
         return f"layout {header.key.get('layout')}, this version has {version}"
     return ""
+
+
+SourceState = Literal["", "gone", "changed", "not mounted"]
+
+
+def source_state(header: Header) -> SourceState:
+    """What became of the files that it was made from; nothing if they are as they were, or not known.
+
+    "not mounted": gone together with their disk, and perhaps not for ever.
+    """
+    if not header.root:
+        return ""
+    for name, size, mtime_ns, *_ in header.key.get("sources", ()):
+        try:
+            stat = os.stat(os.path.join(header.root, name))
+        except (FileNotFoundError, NotADirectoryError):
+            return "gone" if os.path.ismount(header.mount) else "not mounted"
+        except OSError:  # it may be there
+            return ""
+        if (stat.st_size, stat.st_mtime_ns) != (size, mtime_ns):
+            return "changed"
+    return ""
+
+
+def _mount_of(path: Path) -> str:
+    """Where the file system that holds a directory is mounted."""
+    path = path.resolve()
+    return str(next((p for p in (path, *path.parents) if os.path.ismount(p)), path.anchor))
 
 
 def cache_files(directory: Path) -> list[Path]:
