@@ -456,7 +456,7 @@ def _require_positive(name: str, value: Any) -> None:
 class EngineConfig:
     """How to run a model.
 
-    model: alias, directory, GGUF file or hub id
+    model: alias, directory, GGUF file or hub id (org/name; org/name:Q4_K_M of several GGUF quantisations)
     expert_format: packed form of routed experts; "native": the checkpoint's own; "auto": its own where that has about
     4 bits, otherwise int4_g32
     dense_format: packed form of all other matrices; "native": the checkpoint's own; "auto": for quantised GGUF files
