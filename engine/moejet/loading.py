@@ -21,7 +21,7 @@ from moejet.extension import resolve_isa
 from moejet.layers.linear import DenseWeights
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM
-from moejet.plan import GIB, PROCESS_BYTES, Machine, make_plan
+from moejet.plan import GIB, Machine, make_plan, process_bytes
 from moejet.prefix_tier import attach_prefixes, prefix_directory
 from moejet.request import SamplingParams
 from moejet.runner import ModelRunner
@@ -236,16 +236,17 @@ def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: 
     """Raises ValueError if the plan exceeds the memory available now, before anything is allocated."""
     # This process is there already.
     available = topology.available_bytes()
-    machine = Machine(None if available is None else available + PROCESS_BYTES)
+    present = process_bytes(model_config)
+    machine = Machine(None if available is None else available + present)
     plan = make_plan(model_config, config, machine=machine, cache_tokens=cache_tokens)
     if not plan.fits:
         parts = ", ".join(
             f"{part.name} {part.num_bytes / GIB:.1f}"
             for part in plan.parts
-            if part.num_bytes >= GIB / 20 and part.name != "process"
+            if part.num_bytes >= GIB / 20 and not part.name.startswith("process")
         )
         raise ValueError(
-            f"the model needs {(plan.bytes_in('RAM') - PROCESS_BYTES) / GIB:.1f} GiB ({parts}; experts "
+            f"the model needs {(plan.bytes_in('RAM') - present) / GIB:.1f} GiB ({parts}; experts "
             f"as {plan.expert_format}, other weights as {plan.dense_format}, cache for "
             f"{cache_tokens} tokens), and {(available or 0) / GIB:.1f} GiB are available: use "
             + "; ".join(plan.advice)
