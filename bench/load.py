@@ -26,7 +26,8 @@ from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.layers.linear import DenseWeights
 from moejet.llm import parse_preset
 from moejet.loading import create_model
-from moejet.testing.checkpoints import write_safetensors, write_tokenizer
+from moejet.testing.byte_tokenizer import write_tokenizer
+from moejet.testing.checkpoints import write_safetensors
 
 SHARD_BYTES = 2 << 30
 _KEYS = {
