@@ -15,7 +15,7 @@ from typing import Any
 
 from moejet import atomic_file, block_file, prefix_store
 from moejet.cli.table import write_table
-from moejet.weights import packed_cache
+from moejet.weights import packed_cache, packed_header
 
 _ACTIONS = ("list", "prune", "verify")
 
@@ -68,7 +68,7 @@ def execute(args: argparse.Namespace) -> int:
 def _entries(directory: Path) -> list[dict[str, Any]]:
     """What is known of every file, the least recently used first.
 
-    problem: why it cannot be used · source: `packed_cache.source_state`.
+    problem: why it cannot be used · source: `packed_header.source_state`.
     """
     entries = []
     for file in packed_cache.cache_files(directory):
@@ -85,8 +85,8 @@ def _entries(directory: Path) -> list[dict[str, Any]]:
         try:
             header = _header(file)
             entry |= {"model": header.model, "format": header.key.get("expert_format", "")}
-            entry["problem"] = packed_cache.stale_reason(header)
-            entry["source"] = packed_cache.source_state(header)
+            entry["problem"] = packed_header.stale_reason(header)
+            entry["source"] = packed_header.source_state(header)
         except (ValueError, OSError) as error:
             entry["problem"] = str(error)
         entries.append(entry)
@@ -121,10 +121,10 @@ def _files_of(entry: dict[str, Any]) -> list[Path]:
     return sorted(path.glob(f"*{prefix_store.SUFFIX}")) if entry["format"] == "prefixes" else [path]
 
 
-def _header(file: Path) -> packed_cache.Header:
+def _header(file: Path) -> packed_header.Header:
     fd = os.open(file, os.O_RDONLY)
     try:
-        return packed_cache.read_header(fd)
+        return packed_header.read_header(fd)
     finally:
         os.close(fd)
 
@@ -183,7 +183,7 @@ def _verify(entries: list[dict[str, Any]]) -> int:
 def _verify_weights(file: Path) -> None:
     fd = os.open(file, os.O_RDONLY)
     try:
-        packed_cache.verify_blobs(fd, packed_cache.read_header(fd))
+        packed_header.verify_blobs(fd, packed_header.read_header(fd))
     finally:
         os.close(fd)
 

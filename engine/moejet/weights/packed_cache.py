@@ -21,7 +21,6 @@ import errno
 import hashlib
 import json
 import logging
-import mmap
 import os
 import re
 import threading
@@ -29,9 +28,8 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -42,12 +40,18 @@ from moejet.atomic_file import Abandoned, read_all, replace_atomically, reserve,
 from moejet.config import EngineConfig, ModelConfig, env_cache_dir
 from moejet.extension import load_extension
 from moejet.weights.gguf import list_shards
+from moejet.weights.packed_header import (
+    ALIGNMENT,
+    MAGIC,
+    Blob,
+    mount_of,
+    read_header,
+    verify_blobs,
+)
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".packed"
-_MAGIC = b"moejet-packed\n\0\0"
-_ALIGNMENT = 1 << 16  # of the largest pages that a kernel maps files with
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _WRITE_BYTES = 64 << 20
 _READ_AHEAD_BYTES = 2 << 20
@@ -73,32 +77,6 @@ class Packed(Protocol):
 State = Mapping[str, "Tensor | Packed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """`nbytes` bytes at `offset`, a multiple of the page size."""
-
-    name: str
-    offset: int
-    nbytes: int
-    checksum: str
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a cache file says about itself.
-
-    root: the directory of the source files, mount: of the file system that held them; empty if not known.
-    """
-
-    key: dict[str, Any]
-    blobs: tuple[Blob, ...]
-    file_bytes: int
-    model: str
-    created: float
-    root: str = ""
-    mount: str = ""
-
-
 class CacheFile:
     """The place of one model's packed weights in the cache directory; the file may not exist.
 
@@ -114,7 +92,7 @@ class CacheFile:
         self.root, self.mount = "", ""
         if sources is not None:
             root = (sources.parent if sources.is_file() else sources).absolute()
-            self.root, self.mount = str(root), _mount_of(root)
+            self.root, self.mount = str(root), mount_of(root)
         self.path = directory / f"{slug[:60]}-{digest}{SUFFIX}"
 
     def load(self, state: State, *, verify: bool = False) -> bool:
@@ -186,10 +164,10 @@ class CacheFile:
         """The size of the file, or 0 if it was stopped."""
         parts = list(_parts(state))
         blobs = [Blob(name, 0, part.nbytes, "0" * 16) for name, part in parts]
-        offset = framed_file.data_offset(self._header(blobs, 2**62), _ALIGNMENT)
+        offset = framed_file.data_offset(self._header(blobs, 2**62), ALIGNMENT)
         for i, blob in enumerate(blobs):
             blobs[i] = dataclasses.replace(blob, offset=offset)
-            offset = framed_file.aligned(offset + blob.nbytes, _ALIGNMENT)
+            offset = framed_file.aligned(offset + blob.nbytes, ALIGNMENT)
         reserve(fd, offset, keep_free=FREE_BYTES)
         checksum = load_extension().checksum
         for i, (_, part) in enumerate(parts):
@@ -199,7 +177,7 @@ class CacheFile:
                     return 0
                 write_all(fd, view[begin : begin + _WRITE_BYTES], blobs[i].offset + begin)
             blobs[i] = dataclasses.replace(blobs[i], checksum=f"{checksum(part):016x}")
-        framed_file.write_header(fd, _MAGIC, self._header(blobs, offset))
+        framed_file.write_header(fd, MAGIC, self._header(blobs, offset))
         return offset
 
     def _header(self, blobs: list[Blob], file_bytes: int) -> bytes:
@@ -276,80 +254,6 @@ def weights_key(
     }
     parsed: dict[str, Any] = json.loads(framed_file.canonical(key))
     return parsed
-
-
-def read_header(fd: int) -> Header:
-    """Reads and checks a header; ValueError if anything in it does not fit the file."""
-    size = os.fstat(fd).st_size
-    text = framed_file.read_header(fd, _MAGIC, "packed weights")
-    try:
-        raw = json.loads(text)
-        blobs = tuple(
-            Blob(b["name"], int(b["offset"]), int(b["nbytes"]), b["checksum"]) for b in raw["blobs"]
-        )
-        header = Header(
-            raw["key"],
-            blobs,
-            int(raw["file_bytes"]),
-            raw["model"],
-            float(raw["created"]),
-            str(raw.get("root", "")),
-            str(raw.get("mount", "")),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its header cannot be read ({error})") from error
-    if size != header.file_bytes:
-        raise ValueError(f"it has {size} bytes instead of {header.file_bytes}")
-    for blob in blobs:
-        if blob.offset % _ALIGNMENT or not 0 <= blob.offset <= size - blob.nbytes:
-            raise ValueError(f"{blob.name} does not lie inside it")
-    return header
-
-
-def verify_blobs(fd: int, header: Header) -> None:
-    """Compares all checksums; ValueError names the first part that is damaged."""
-    checksum = load_extension().checksum
-    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as view, memoryview(view) as data:
-        for blob in header.blobs:
-            with data[blob.offset : blob.offset + blob.nbytes] as part:
-                if f"{checksum(part):016x}" != blob.checksum:
-                    raise ValueError(f"{blob.name} is damaged: its checksum differs")
-
-
-def stale_reason(header: Header) -> str:
-    """Why no version like this one can use the file, or nothing."""
-    version = load_extension().PACK_LAYOUT_VERSION
-    if header.key.get("layout") != version:
-        return f"layout {header.key.get('layout')}, this version has {version}"
-    return ""
-
-
-SourceState = Literal["", "gone", "changed", "not mounted"]
-
-
-def source_state(header: Header) -> SourceState:
-    """What became of the files that it was made from; nothing if they are as they were, or not known.
-
-    "not mounted": gone together with their disk, and perhaps not for ever.
-    """
-    if not header.root:
-        return ""
-    for name, size, mtime_ns, *_ in header.key.get("sources", ()):
-        try:
-            stat = os.stat(os.path.join(header.root, name))
-        except (FileNotFoundError, NotADirectoryError):
-            return "gone" if os.path.ismount(header.mount) else "not mounted"
-        except OSError:  # it may be there
-            return ""
-        if (stat.st_size, stat.st_mtime_ns) != (size, mtime_ns):
-            return "changed"
-    return ""
-
-
-def _mount_of(path: Path) -> str:
-    """Where the file system that holds a directory is mounted."""
-    path = path.resolve()
-    return str(next((p for p in (path, *path.parents) if os.path.ismount(p)), path.anchor))
 
 
 def cache_files(directory: Path) -> list[Path]:
