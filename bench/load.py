@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from moejet.cli.environment import describe_environment
-from moejet.config import ModelConfig
+from moejet.config import EngineConfig, ModelConfig
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.layers.linear import DenseWeights
-from moejet.models.deepseek import DeepseekForCausalLM
+from moejet.loading import create_model
 from moejet.presets import parse_preset
-from moejet.testing.checkpoints import write_safetensors, write_tokenizer
+from moejet.testing.byte_tokenizer import write_tokenizer
+from moejet.testing.checkpoints import write_safetensors
 
 SHARD_BYTES = 2 << 30
 _KEYS = {
@@ -55,18 +56,8 @@ def hf_config(config: ModelConfig, stored: str) -> dict[str, Any]:
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this model has."""
     pool = create_pool(1)
-    model = DeepseekForCausalLM(
-        config,
-        make_experts=lambda layer: CpuExperts(
-            config.num_experts,
-            config.hidden_size,
-            config.moe_intermediate_size,
-            format="int4_g32",
-            pool=pool,
-        ),
-        dense=DenseWeights("int8", pool),
-        max_context=16,
-    )
+    engine_config = EngineConfig("shapes").for_model(config)
+    model = create_model(engine_config, config, DenseWeights("int8", pool), max_context=16)
     shapes = {name: spec.shape for name, spec in model.tensor_specs().items()}
     pool.close()
     return shapes

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moejet.output import OutputAssembler, StopMatcher, held_back
 from moejet.request import SamplingParams
-from moejet.testing.checkpoints import write_tokenizer
+from moejet.testing.byte_tokenizer import write_tokenizer
 from moejet.tokenizer import Tokenizer
 
 

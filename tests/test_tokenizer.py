@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RawTokenizer
 
-from moejet.testing.checkpoints import CHAT_TEMPLATE, write_tokenizer
+from moejet.testing.byte_tokenizer import CHAT_TEMPLATE, write_tokenizer
 from moejet.tokenizer import IncrementalDecoder, Tokenizer
 from moejet.weights import TINY_REASONER, resolve_model
 
@@ -508,7 +508,7 @@ def test_truncation_and_padding_of_the_file_are_ignored(broken: Path) -> None:
 
 def test_tool_calls_keep_a_none_content(tmp_path: Path) -> None:
     """DeepSeek-V3's template recognises a call by `content is none`."""
-    from moejet.testing.checkpoints import write_tokenizer
+    from moejet.testing.byte_tokenizer import write_tokenizer
 
     write_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": 1}')

@@ -145,6 +145,65 @@ def test_available_memory_is_the_tightest_limit(machine):
     assert topology.available_bytes(machine(files)) == 3000
 
 
+V2 = {"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/cgroup.controllers": "cpu memory"}
+STAT = "anon 999\nfile 5000\n{0}inactive_file {1}\n{0}active_file {2}\nactive_file_x 7"
+
+
+def group(path, limit, used, stat=None):
+    files = {f"sys/fs/cgroup/{path}/memory.max": limit}
+    files[f"sys/fs/cgroup/{path}/memory.current"] = used
+    return files if stat is None else {**files, f"sys/fs/cgroup/{path}/memory.stat": stat}
+
+
+def test_page_cache_is_available(machine):
+    """A container that has read its weights once: its limit is full of their pages."""
+    files = V2 | {"proc/meminfo": "MemAvailable: 100 kB"}
+    files |= group("a/b", "10000", "9900", STAT.format("", 6000, 3000))
+    assert topology.available_bytes(machine(files)) == 10000 - 900
+    # The machine itself may have less.
+    assert topology.available_bytes(machine(files | {"proc/meminfo": "MemAvailable: 8 kB"})) == 8192
+
+
+def test_page_cache_without_counters_or_beyond_the_usage(machine):
+    files = V2 | group("a/b", "10000", "9900")
+    assert topology.available_bytes(machine(files)) == 100
+    # Counters are read one after the other, and are batched: never more than the limit.
+    files |= group("a/b", "10000", "9900", STAT.format("", 9000, 3000))
+    assert topology.available_bytes(machine(files)) == 10000
+    files |= group("a/b", "10000", "12000", "inactive_file many\nactive_file")
+    assert topology.available_bytes(machine(files)) == 0
+
+
+def test_the_group_with_the_least_left_decides_not_the_smallest_limit(machine):
+    files = V2 | group("a/b", "10000", "4000", STAT.format("", 3000, 0))
+    files |= group("a", "50000", "48000", STAT.format("", 0, 1000))
+    files |= group(".", "max", "99999")
+    root = machine(files)
+    assert topology.available_bytes(root) == 3000
+    assert topology.cgroup_limits(root) == topology.CgroupLimits(2, None, 10000, 3000)
+
+
+def test_page_cache_in_cgroup_1(machine):
+    memory = "sys/fs/cgroup/memory"
+    files = {
+        "proc/self/cgroup": "4:memory:/jobs/one",
+        f"{memory}/jobs/one/memory.limit_in_bytes": "9223372036854771712",
+        f"{memory}/jobs/one/memory.usage_in_bytes": "100",
+        f"{memory}/jobs/memory.limit_in_bytes": "10000",
+        f"{memory}/jobs/memory.usage_in_bytes": "9000",
+        # Without "total_": this group alone, not those below it.
+        f"{memory}/jobs/memory.stat": STAT.format("", 1, 1)
+        + "\n"
+        + STAT.format("total_", 5000, 500),
+        f"{memory}/memory.limit_in_bytes": "20000",
+        f"{memory}/memory.usage_in_bytes": "19000",
+        f"{memory}/memory.stat": STAT.format("total_", 0, 4000),
+    }
+    root = machine(files)
+    assert topology.available_bytes(root) == 20000 - 15000
+    assert topology.cgroup_limits(root) == topology.CgroupLimits(1, None, 10000, 5000)
+
+
 def test_huge_pages(machine):
     root = machine({"sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never"})
     assert topology.huge_page_mode(root) == "madvise"
@@ -162,7 +221,7 @@ def test_cgroup_2_takes_the_tightest_limit_on_the_way_up(machine):
             "sys/fs/cgroup/a/b/memory.max": "max",
         }
     )
-    assert topology.cgroup_limits(root) == topology.CgroupLimits(2, 1.5, 1000, 400)
+    assert topology.cgroup_limits(root) == topology.CgroupLimits(2, 1.5, 1000, 600)
 
 
 def test_cgroup_2_in_a_container_sees_its_own_group_at_the_mount(machine):

@@ -16,8 +16,8 @@ from evaluate import wilson
 
 from moejet import LLM, SamplingParams
 from moejet.testing import arithmetic
-from moejet.testing.checkpoints import quantise_checkpoint
 from moejet.testing.gguf_files import write_gguf
+from moejet.testing.quantised import quantise_checkpoint
 from moejet.tokenizer import Tokenizer
 from moejet.weights import resolve_model
 

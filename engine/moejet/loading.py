@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from moejet.extension import resolve_isa
 from moejet.layers.linear import DenseWeights
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM
-from moejet.plan import GIB, PROCESS_BYTES, Machine, make_plan
+from moejet.plan import GIB, Machine, make_plan, process_bytes
 from moejet.prefix_tier import attach_prefixes, prefix_directory
 from moejet.request import SamplingParams
 from moejet.runner import ModelRunner
@@ -34,6 +35,7 @@ from moejet.weights.packed_cache import (
 from moejet.weights.packed_cache import (
     BackgroundWriter,
     CacheFile,
+    PartlyFilled,
     cache_directory,
     cache_key,
     weights_key,
@@ -65,8 +67,17 @@ def load_engine(config: EngineConfig) -> Engine:
         checkpoint.log_conversions(config)
     engine = _create_engine(config, model_config, tokenizer)
     try:
-        _load(engine, path, checkpoint)
-        attach_prefixes(engine, _weights_key(engine, path))
+        num_nodes = len(engine.runner.pool.memory_nodes)
+        key = cache_key(path, config, model_config, num_nodes)
+        file = _cache_file(engine, path, key)
+        is_loaded = file is not None and _load_cached(engine, file)
+        if is_loaded is None:
+            engine.close()
+            engine = _create_engine(config, model_config, tokenizer)
+            gc.collect()  # what is mapped goes with the old one
+        if not is_loaded:
+            _load(engine, path, checkpoint, file)
+        attach_prefixes(engine, key)
     except BaseException:
         engine.close()
         raise
@@ -84,16 +95,26 @@ def _describe(path: Path, checkpoint: GgufCheckpoint | None) -> tuple[ModelConfi
         raise ValueError(f"{path}: {error}") from error
 
 
-def _load(engine: Engine, path: Path, checkpoint: Checkpoint | None) -> None:
-    """Fills the model from the packed cache, or from the checkpoint, which is then cached.
+def _load_cached(engine: Engine, file: CacheFile) -> bool | None:
+    """Fills the model from the packed cache. None: it failed in the middle, the engine must be thrown away."""
+    verify = engine.config.packed_cache == "verify"
+    try:
+        is_loaded = file.load(engine.runner.model.state(), verify=verify)
+    except PartlyFilled:
+        return None
+    if is_loaded:
+        logger.info("mapped packed weights from %s", file.path)
+    return is_loaded
 
-    checkpoint: None to open it at `path` if it is needed.
+
+def _load(
+    engine: Engine, path: Path, checkpoint: Checkpoint | None, file: CacheFile | None
+) -> None:
+    """Fills the model from the checkpoint, and then the cache file in the background.
+
+    checkpoint: None to open it at `path` · file: None to cache nothing.
     """
     config, model = engine.config, engine.runner.model
-    file = _cache_file(engine, path)
-    if file is not None and file.load(model.state(), verify=config.packed_cache == "verify"):
-        logger.info("mapped packed weights from %s", file.path)
-        return
     checkpoint = checkpoint or Checkpoint.open(path)
     load_weights(checkpoint, model.tensor_specs(), show_progress=config.show_progress)
     if file is not None:
@@ -109,7 +130,7 @@ def _load(engine: Engine, path: Path, checkpoint: Checkpoint | None) -> None:
         engine.on_close = finish
 
 
-def _cache_file(engine: Engine, path: Path) -> CacheFile | None:
+def _cache_file(engine: Engine, path: Path, key: dict[str, Any]) -> CacheFile | None:
     """Where the packed weights of this engine are kept, None if they are not."""
     config, directory = engine.config, cache_directory()
     if config.packed_cache == "off" or directory is None:
@@ -117,12 +138,7 @@ def _cache_file(engine: Engine, path: Path) -> CacheFile | None:
     cost = ModelCost.of(engine.model_config, config)
     if config.packed_cache == "auto" and cost.weight_bytes < MIN_CACHED_BYTES:
         return None
-    return CacheFile(directory, config.model, _weights_key(engine, path))
-
-
-def _weights_key(engine: Engine, path: Path) -> dict[str, Any]:
-    num_nodes = len(engine.runner.pool.memory_nodes)
-    return cache_key(path, engine.config, engine.model_config, num_nodes)
+    return CacheFile(directory, config.model, key, path)
 
 
 def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
@@ -159,22 +175,7 @@ def _create_engine(
         isa = resolve_isa(INVARIANT_ISAS[-1])
     dense_format, own = config.dense_formats_of(model_config)
     dense = DenseWeights(dense_format, pool, isa, config.arithmetic, own)
-    formats = config.expert_formats_of(model_config)
-    model = DeepseekForCausalLM(
-        model_config,
-        make_experts=lambda layer: CpuExperts(
-            model_config.num_experts,
-            model_config.hidden_size,
-            model_config.moe_intermediate_size,
-            format=formats[layer][0],
-            down_format=formats[layer][1],
-            pool=pool,
-            isa=dense.isa,
-            arithmetic=dense.arithmetic,
-        ),
-        dense=dense,
-        max_context=max_context,
-    )
+    model = create_model(config, model_config, dense, max_context)
     runner = ModelRunner(model, model_config, config, num_blocks=num_blocks, dense=dense)
     engine = Engine(
         runner,
@@ -186,6 +187,31 @@ def _create_engine(
     )
     engine.on_close = pool.close
     return engine
+
+
+def create_model(
+    config: EngineConfig, model_config: ModelConfig, dense: DenseWeights, max_context: int
+) -> DeepseekForCausalLM:
+    """The model without its weights.
+
+    config: as `for_model` returns it · dense: gives the experts its pool, isa and arithmetic too.
+    """
+    formats = config.expert_formats_of(model_config)
+    return DeepseekForCausalLM(
+        model_config,
+        make_experts=lambda layer: CpuExperts(
+            model_config.num_experts,
+            model_config.hidden_size,
+            model_config.moe_intermediate_size,
+            format=formats[layer][0],
+            down_format=formats[layer][1],
+            pool=dense.pool,
+            isa=dense.isa,
+            arithmetic=dense.arithmetic,
+        ),
+        dense=dense,
+        max_context=max_context,
+    )
 
 
 def plan_cache(config: EngineConfig, model_config: ModelConfig) -> tuple[int, int]:
@@ -210,16 +236,17 @@ def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: 
     """Raises ValueError if the plan exceeds the memory available now, before anything is allocated."""
     # This process is there already.
     available = topology.available_bytes()
-    machine = Machine(None if available is None else available + PROCESS_BYTES)
+    present = process_bytes(model_config)
+    machine = Machine(None if available is None else available + present)
     plan = make_plan(model_config, config, machine=machine, cache_tokens=cache_tokens)
     if not plan.fits:
         parts = ", ".join(
             f"{part.name} {part.num_bytes / GIB:.1f}"
             for part in plan.parts
-            if part.num_bytes >= GIB / 20 and part.name != "process"
+            if part.num_bytes >= GIB / 20 and not part.name.startswith("process")
         )
         raise ValueError(
-            f"the model needs {(plan.bytes_in('RAM') - PROCESS_BYTES) / GIB:.1f} GiB ({parts}; experts "
+            f"the model needs {(plan.bytes_in('RAM') - present) / GIB:.1f} GiB ({parts}; experts "
             f"as {plan.expert_format}, other weights as {plan.dense_format}, cache for "
             f"{cache_tokens} tokens), and {(available or 0) / GIB:.1f} GiB are available: use "
             + "; ".join(plan.advice)

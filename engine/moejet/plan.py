@@ -1,7 +1,8 @@
 """Where every gigabyte of a model goes, whether it fits, and how fast it will be: before anything is loaded.
 
 `make_plan` needs a model's configuration and this machine's figures, no weights. The same plan is made before every
-load and refuses what cannot fit. Memory is that of `ModelCost` plus the buffers of one step and the process itself.
+load and refuses what cannot fit. Memory is that of `ModelCost` plus what a step needs and the process itself, each at
+its most: full batches, full contexts.
 
 Speed. One token reads its active weights and the cache once; a prompt multiplies them. With read rate B and arithmetic
 ceiling P of the machine, and the shares of them that this version's kernels reach (`bench/LOG.md`),
@@ -25,13 +26,16 @@ _ATTENTION_SHARE = 0.6
 _PREFILL_SHARE = 0.55
 _LAYER_SECONDS = 12e-6
 _STEP_SECONDS = 0.4e-3
-# Python, torch and this package, before a model is there.
-PROCESS_BYTES = 380 << 20
+# Python, torch and this package with its threads, before a model is there; and a byte-level BPE tokenizer per token.
+_PROCESS_BYTES, _TOKENIZER_BYTES = 260 << 20, 780
 # In VRAM: kernels, graphs, fragments.
 _VRAM_RESERVE_BYTES = 1 << 30
 _PROMPT_TOKENS = 512
 # As in csrc/moe.cpp and linear.cpp: tokens and routed rows of one chunk.
 _CHUNK_TOKENS, _CHUNK_ROWS = 1024, 8192
+# As in csrc/attention.cpp: rows (of all heads) and split sums that are there at one time, and the ways to split.
+_WAVE_ROWS, _WAVE_PARTIALS, _MIN_SPLIT_KEYS, _MAX_SPLITS = 8192, 16 << 20, 128, 64
+_CONTEXT_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,9 @@ def _parts(
 ) -> tuple[tuple[Part, ...], int]:
     cost = ModelCost.of(model_config, config)
     cache = cache_tokens * cost.latent_bytes
-    buffers = step_bytes(model_config, config)
+    buffers = step_bytes(model_config, config, cache_tokens)
+    logits = logits_bytes(model_config, config)
+    process = Part("process, tokenizer", "RAM", process_bytes(model_config))
     experts = round(cost.routed_bytes)
     if machine.vram_bytes is None:
         return (
@@ -143,10 +149,11 @@ def _parts(
             Part("embedding, routers", "RAM", round(cost.dense_bytes - cost.packed_bytes)),
             Part("latent cache", "RAM", cache),
             Part("buffers of a step", "RAM", buffers),
-            Part("process", "RAM", PROCESS_BYTES),
+            Part("logits", "RAM", logits),
+            process,
         ), 0
     dense = round(cost.packed_bytes)
-    left = machine.vram_bytes - dense - cache - buffers - _VRAM_RESERVE_BYTES
+    left = machine.vram_bytes - dense - cache - buffers - logits - _VRAM_RESERVE_BYTES
     all_experts = model_config.num_moe_layers * model_config.num_experts
     on_gpu = max(0, min(all_experts, int(left / cost.expert_bytes))) if experts else 0
     moved = round(on_gpu * cost.expert_bytes)
@@ -154,15 +161,26 @@ def _parts(
         Part("attention, shared experts, output", "VRAM", dense),
         Part("latent cache", "VRAM", cache),
         Part("buffers of a step", "VRAM", buffers),
+        Part("logits", "VRAM", logits),
         Part("kernels and reserve", "VRAM", _VRAM_RESERVE_BYTES),
         Part(f"{on_gpu} of {all_experts} routed experts", "VRAM", moved),
         Part("the other routed experts", "RAM", experts - moved),
         Part("embedding, routers", "RAM", round(cost.dense_bytes - cost.packed_bytes)),
-        Part("process", "RAM", PROCESS_BYTES),
+        process,
     ), on_gpu
 
 
-def step_bytes(model_config: ModelConfig, config: EngineConfig) -> int:
+def process_bytes(model_config: ModelConfig) -> int:
+    """What is there before the model's weights are."""
+    return _PROCESS_BYTES + _TOKENIZER_BYTES * model_config.vocab_size
+
+
+def logits_bytes(model_config: ModelConfig, config: EngineConfig) -> int:
+    """fp32 logits of a step with max_num_requests, the rows that are sampled, and as much that the heap keeps."""
+    return 3 * 4 * config.max_num_requests * model_config.vocab_size
+
+
+def step_bytes(model_config: ModelConfig, config: EngineConfig, cache_tokens: int) -> int:
     """Activations of a step of max_batch_tokens, and the kernels' scratch memory."""
     c, tokens = model_config, config.max_batch_tokens
     heads = c.num_attention_heads
@@ -174,7 +192,35 @@ def step_bytes(model_config: ModelConfig, config: EngineConfig) -> int:
     formats = {name for pair in config.for_model(c).expert_formats_of(c) for name in pair}
     value = 4.0 if formats & {"fp8", "bf16", "fp32"} else 1.25
     scratch = value * (chunk * c.hidden_size + rows * c.moe_intermediate_size)
-    return round(4 * tokens * columns + scratch)
+    # Shared experts run beside the routed ones, in memory of their own.
+    scratch += value * chunk * (c.hidden_size + c.num_shared_experts * c.moe_intermediate_size)
+    return round(4 * tokens * columns + scratch) + _attention_bytes(c, config, cache_tokens)
+
+
+def _attention_bytes(c: ModelConfig, config: EngineConfig, cache_tokens: int) -> int:
+    """Scratch memory of the form that takes most: queries in latent space, or keys and values rebuilt."""
+    heads = c.num_attention_heads
+    rows = min(_WAVE_ROWS, config.max_batch_tokens * heads)
+    values = 3 * rows * c.kv_lora_rank  # into latent space, out of it, and its sums
+    requests = 1
+    while (
+        requests <= config.max_num_requests
+    ):  # that share the cache, each behind a context of its part
+        context, splits = cache_tokens // requests, 1
+        groups = -(-heads // 128)
+        while (
+            16 * splits**2 < context
+            and 2 * splits * _MIN_SPLIT_KEYS <= context
+            and 2 * splits * groups <= _MAX_SPLITS
+        ):
+            splits *= 2
+        rows = min(_WAVE_ROWS, requests * heads)
+        partials = min(_WAVE_PARTIALS, splits * rows * c.kv_lora_rank)
+        values = max(values, 2 * rows * c.kv_lora_rank + partials)
+        requests *= 2
+    # bf16, and packed once more.
+    rebuilt = 2 * _CONTEXT_BLOCK * heads * 2 * (c.qk_head_dim + c.v_head_dim)
+    return max(4 * values, rebuilt)
 
 
 def _speed(model_config: ModelConfig, config: EngineConfig, machine: Machine, depth: int) -> Speed:

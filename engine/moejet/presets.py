@@ -5,7 +5,8 @@ Sources: the config.json that each organisation publishes with its weights.
 
 from dataclasses import replace
 
-from moejet.config import ModelConfig, RopeConfig
+from moejet.config import ModelConfig
+from moejet.rope_config import RopeConfig
 
 
 def _yarn(factor: float, mscale: float, *, beta_fast: float = 32.0) -> RopeConfig:

@@ -30,13 +30,15 @@ class CgroupLimits:
     """Limits of the control groups around this process; None means that there is no limit.
 
     cpu_quota is in CPUs (1.5 = one and a half), memory_limit_bytes is the smallest limit on the
-    way up and memory_used_bytes what that group uses now. version is 1, 2 or None (no cgroups).
+    way up and memory_available_bytes the least that any group on the way up may still take: its
+    limit less what it uses, where cached files do not count because they make room.
+    version is 1, 2 or None (no cgroups).
     """
 
     version: int | None
     cpu_quota: float | None
     memory_limit_bytes: int | None
-    memory_used_bytes: int | None
+    memory_available_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +181,7 @@ def memory(root: Path = ROOT) -> Memory:
 
 def available_bytes(root: Path = ROOT) -> int | None:
     """Memory that this process may still take: of the machine, or less if a control group limits it."""
-    candidates = [memory(root).available_bytes]
-    limits = cgroup_limits(root)
-    if limits.memory_limit_bytes is not None:
-        candidates.append(limits.memory_limit_bytes - (limits.memory_used_bytes or 0))
+    candidates = (memory(root).available_bytes, cgroup_limits(root).memory_available_bytes)
     known = [c for c in candidates if c is not None]
     return min(known) if known else None
 
@@ -220,24 +219,25 @@ def cgroup_limits(root: Path = ROOT) -> CgroupLimits:
     cpu_dirs = _ancestors(mount / "cpu", paths.get("cpu", "/"))
     if not memory_dirs and not cpu_dirs:
         return CgroupLimits(None, None, None, None)
-    limit, used = _smallest_limit(memory_dirs, "memory.limit_in_bytes", "memory.usage_in_bytes")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    limit, available = _memory_limits(memory_dirs, *names)
     quotas = []
     for directory in cpu_dirs:
         quota = _number(directory / "cpu.cfs_quota_us")
         period = _number(directory / "cpu.cfs_period_us")
         if quota is not None and quota > 0 and period:
             quotas.append(quota / period)
-    return CgroupLimits(1, min(quotas, default=None), limit, used)
+    return CgroupLimits(1, min(quotas, default=None), limit, available)
 
 
 def _limits_v2(directories: list[Path]) -> CgroupLimits:
-    limit, used = _smallest_limit(directories, "memory.max", "memory.current")
+    limit, available = _memory_limits(directories, "memory.max", "memory.current")
     quotas = []
     for directory in directories:
         words = (read_text(directory / "cpu.max") or "").split()
         if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
             quotas.append(int(words[0]) / int(words[1]))
-    return CgroupLimits(2, min(quotas, default=None), limit, used)
+    return CgroupLimits(2, min(quotas, default=None), limit, available)
 
 
 def _ancestors(mount: Path, path: str) -> list[Path]:
@@ -251,17 +251,31 @@ def _ancestors(mount: Path, path: str) -> list[Path]:
     return [d for d in chain[: chain.index(mount) + 1] if d.is_dir()]
 
 
-def _smallest_limit(
-    directories: list[Path], limit_name: str, used_name: str
+def _memory_limits(
+    directories: list[Path], limit_name: str, used_name: str, prefix: str = ""
 ) -> tuple[int | None, int | None]:
-    found: tuple[int | None, int | None] = (None, None)
+    """(smallest limit, the least that a group has left) of a chain of groups.
+
+    prefix: of the counters in memory.stat that include the groups below.
+    """
+    limits: list[int] = []
+    left: list[int] = []
     for directory in directories:
-        limit = _number(directory / limit_name)
+        limit, used = _number(directory / limit_name), _number(directory / used_name)
         if limit is None or limit >= _UNLIMITED_BYTES:
             continue
-        if found[0] is None or limit < found[0]:
-            found = (limit, _number(directory / used_name))
-    return found
+        limits.append(limit)
+        # Pages of files that nobody locked; the kernel drops them before it refuses memory.
+        cached = _file_bytes(directory / "memory.stat", prefix)
+        left.append(max(0, limit - max(0, (used or 0) - cached)))
+    return min(limits, default=None), min(left, default=None)
+
+
+def _file_bytes(stat: Path, prefix: str) -> int:
+    """Page cache that a group can give back: both lists of pages of files, without tmpfs's."""
+    wanted = (f"{prefix}inactive_file", f"{prefix}active_file")
+    words = (line.split() for line in (read_text(stat) or "").splitlines())
+    return sum(int(w[1]) for w in words if len(w) == 2 and w[0] in wanted and w[1].isdigit())
 
 
 def _number(path: Path) -> int | None:

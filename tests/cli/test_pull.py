@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from moejet.testing.checkpoints import tiny_checkpoint
+from moejet.testing.gguf_files import write_gguf
 
 
 @pytest.fixture
@@ -116,6 +117,7 @@ def test_sweep(moejet, served, tmp_path):
         (["./a/b"], "is not a hub id"),
         (["org/model", "--offline", "--verify"], "not allowed with"),
         (["org/model", "--verify", "--quant", "Q4_0"], "choose what to download"),
+        (["org/model:Q4_0", "--verify"], "look at all of a model: give org/name"),
         (["org/model", "--verify", "--dry-run"], "--dry-run goes with"),
         (["--sweep", "--revision", "v1"], "--revision does not go with --sweep"),
     ],
@@ -154,6 +156,38 @@ def test_pull_then_run_without_a_hub(hub, served, tmp_path):
         check=True,
     )
     assert len(json.loads(run.stdout)["token_ids"]) == 4
+
+
+def test_one_quantisation_from_plan_to_answer(hub, served, tmp_path):
+    """`plan` reads the header only; `pull` and `run` take the same name."""
+    repo = tmp_path / "gguf"
+    repo.mkdir()
+    for name in ("Q4_0", "Q8_0"):
+        write_gguf(hub.repos["org/model"], repo / f"m-{name}.gguf", name)
+    hub.repos["org/model-GGUF"] = repo
+    command = [sys.executable, "-m", "moejet"]
+    environment = hub.environment() | {"HF_HUB_CACHE": str(tmp_path / "cache")}
+    environment |= {"OMP_NUM_THREADS": "1"}
+
+    def run(*arguments, code=0):
+        result = subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == code, result.stderr
+        return result
+
+    refused = run("plan", "org/model-GGUF:Q6_K", "--no-measure", code=2)
+    assert "no quant='Q6_K'; it has Q4_0 (" in refused.stderr
+    plan = json.loads(run("plan", "org/model-GGUF:Q4_0", "--no-measure", "--json").stdout)
+    assert plan["expert_format"] == "native"
+    assert not list((tmp_path / "cache").rglob("snapshots/*/*.gguf"))
+    run("pull", "org/model-GGUF:Q4_0")
+    hub.close()
+    environment["HF_HUB_OFFLINE"] = "1"
+    options = ["--raw", "--max-tokens", "4", "--ignore-eos", "--threads", "1", "--json"]
+    answer = run("run", "org/model-GGUF:Q4_0", "hello", *options)
+    assert len(json.loads(answer.stdout)["token_ids"]) == 4
+    assert "Q8_0 GGUF file missing" in run("run", "org/model-GGUF:Q8_0", "hello", code=2).stderr
 
 
 def test_importing_the_command_needs_no_torch():

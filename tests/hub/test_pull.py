@@ -11,15 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import gguf
 import pytest
 
 from moejet.hub import HubError, Reporter, local_snapshot, pull
+from moejet.hub import gguf as gguf_module
 from moejet.hub import transfer as transfer_module
 from moejet.hub.listing import HubFile, quantisations
 from moejet.hub.progress import TransferProgress
 from moejet.testing.checkpoints import tiny_checkpoint
+from moejet.testing.gguf_files import write_gguf
 from moejet.testing.hub import COMMIT, StandInHub, git_sha1, sha256
 from moejet.weights import resolve_model
+from moejet.weights.gguf_model import GgufCheckpoint
+from moejet.weights.resolve import resolve_config
 
 SHARD = "model-00001-of-00002.safetensors"
 BIG = "extra.bin"
@@ -341,21 +346,131 @@ def test_names_of_quantisations() -> None:
     assert [f.path for f in groups["Q8_0"]] == [n for n in GGUF if n.startswith("Q8_0/")]
 
 
-def test_gguf_repositories(hub: StandInHub, tmp_path: Path) -> None:
-    root = tmp_path / "repo"
-    for name, size in GGUF.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"x" * size)
-    hub.repos["org/model"] = root
-    with pytest.raises(ValueError, match=r"several quantisations: UD-IQ2_XXS \(0.1 KiB\), Q4_K_M"):
+@pytest.fixture(scope="module")
+def gguf_files(tmp_path_factory: pytest.TempPathFactory, published: Path) -> Path:
+    """A repository of two quantisations, one of them in shards, and files that are no models of ours."""
+    root = tmp_path_factory.mktemp("gguf")
+    (root / "Q8_0").mkdir()
+    write_gguf(published, root / "Q8_0/m-Q8_0.gguf", "Q8_0", shard_tensors=20)
+    write_gguf(published, root / "m-Q4_0.gguf", "Q4_0")
+    write_gguf(published, root / "m-MXFP4.gguf", "MXFP4")
+    llama = {"general.architecture": ("llama", gguf.GGUFValueType.STRING)}
+    write_gguf(published, root / "m-F32.gguf", "F32", edit=lambda m: m.update(llama))
+    (root / "mmproj-F16.gguf").write_bytes(b"x" * 50)
+    (root / "m-Q6_K.gguf").write_bytes(b"GGUF" + b"\xff" * 100_000)
+    return root
+
+
+@pytest.fixture
+def gguf_repo(hub: StandInHub, gguf_files: Path) -> Path:
+    hub.repos["org/model"] = gguf_files
+    return gguf_files
+
+
+def test_gguf_repositories(hub: StandInHub, gguf_repo: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"several quantisations: Q6_K \(97.7 KiB\), .*as in org/model:Q6_K"
+    ):
         fetch(tmp_path)
-    with pytest.raises(ValueError, match="no quant='Q5_0'; it has UD-IQ2_XXS"):
+    with pytest.raises(ValueError, match=r"no quant='Q5_0'; it has Q6_K .*, MXFP4 .*, F32"):
         fetch(tmp_path, quant="Q5_0")
     path = fetch(tmp_path, quant="q8_0")
-    assert {str(p.relative_to(path)) for p in path.rglob("*.gguf")} == {
-        name for name in GGUF if name.startswith("Q8_0")
-    }
-    assert local_snapshot("org/model", None, tmp_path / "cache") == path
-    next(path.rglob("*-00002-of-00002.gguf")).unlink()
-    with pytest.raises(ValueError, match=r"m-Q8_0-00002-of-00002\.gguf missing"):
-        local_snapshot("org/model", None, tmp_path / "cache")
+    names = {str(p.relative_to(path)) for p in path.rglob("*.gguf")}
+    assert names == {f"Q8_0/{p.name}" for p in (gguf_repo / "Q8_0").iterdir()}
+    assert len(names) == 2
+    assert all((path / n).read_bytes() == (gguf_repo / n).read_bytes() for n in names)
+    assert all(hub.sent[n] == (gguf_repo / n).stat().st_size for n in names)
+    cache = tmp_path / "cache"
+    for name in ("org/model", "org/model:Q8_0", "org/model:q8_0"):
+        assert local_snapshot(name, None, cache) == path
+    with pytest.raises(ValueError, match="Q4_0 GGUF file missing"):
+        local_snapshot("org/model:Q4_0", None, cache)
+    next(path.rglob("*-00002-of-*.gguf")).unlink()
+    with pytest.raises(ValueError, match=r"m-Q8_0-00002-of-0000\d\.gguf missing"):
+        local_snapshot("org/model", None, cache)
+
+
+def test_a_quantisation_in_the_name_of_a_model(
+    hub: StandInHub, gguf_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    cache = tmp_path / "cache"
+    with pytest.raises(ValueError, match="no quant='Q5_K_M'; it has"):
+        resolve_model("org/model:Q5_K_M", cache_dir=cache)
+    four = resolve_model("org/model:q4_0", cache_dir=cache)
+    assert four.name == "m-Q4_0.gguf"
+    assert resolve_model("org/model", cache_dir=cache) == four  # the only one that is here
+    eight = resolve_model("org/model:Q8_0", cache_dir=cache)
+    assert eight.name.startswith("m-Q8_0-00001-of-")
+    assert four.is_file()
+    with pytest.raises(ValueError, match="one of org/model:Q4_0, org/model:Q8_0"):
+        resolve_model("org/model", cache_dir=cache)
+    sent = sum(hub.sent.values())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_model("org/model:Q8_0", cache_dir=cache) == eight
+    with pytest.raises(ValueError, match="MXFP4 GGUF file missing"):
+        resolve_model("org/model:MXFP4", cache_dir=cache)
+    assert sum(hub.sent.values()) == sent
+    with pytest.raises(ValueError, match=r"quant='Q4_0' contradicts model='org/model:Q8_0'"):
+        pull("org/model:Q8_0", cache_dir=cache, quant="Q4_0")
+
+
+@pytest.mark.parametrize(
+    ("quant", "message"),
+    [
+        ("F32", "m-F32.gguf cannot be loaded: .*'llama'"),
+        ("MXFP4", r"m-MXFP4\.gguf cannot be loaded: .*MXFP4"),
+        ("Q6_K", r"model='org/model': m-Q6_K\.gguf has a corrupt GGUF header: version 4294967295"),
+    ],
+)
+def test_gguf_models_are_refused_before_their_weights(
+    quant: str,
+    message: str,
+    hub: StandInHub,
+    gguf_repo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gguf_module, "_FIRST_BYTES", 4096)
+    with pytest.raises(ValueError, match=message) as caught:
+        fetch(tmp_path, quant=quant)
+    assert "moejet-" not in str(caught.value)
+    [(name, sent)] = hub.sent.items()
+    assert sent < 0.5 * (gguf_repo / name).stat().st_size
+
+
+@pytest.mark.parametrize("ignores_range", [False, True])
+def test_the_beginning_of_a_gguf_file_is_fetched_once(
+    ignores_range: bool,
+    hub: StandInHub,
+    gguf_repo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Headers of unknown length come piece by piece; the download goes on behind them."""
+    monkeypatch.setattr(gguf_module, "_FIRST_BYTES", 1000)
+    hub.ignores_range = ignores_range
+    seen = pull("org/model:Q4_0", cache_dir=tmp_path / "cache", weights=False)
+    assert seen.config is not None
+    assert seen.config.quantization == "gguf"
+    size = (gguf_repo / "m-Q4_0.gguf").stat().st_size
+    if not ignores_range:
+        [partial] = partials(tmp_path)
+        assert partial.stat().st_size == hub.sent["m-Q4_0.gguf"] < 0.5 * size
+    path = fetch(tmp_path, quant="Q4_0")
+    assert (path / "m-Q4_0.gguf").read_bytes() == (gguf_repo / "m-Q4_0.gguf").read_bytes()
+    assert ignores_range or hub.sent["m-Q4_0.gguf"] == size
+    assert partials(tmp_path) == []
+
+
+def test_the_configuration_of_a_gguf_model_on_the_hub(
+    hub: StandInHub, gguf_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    config = resolve_config("org/model:Q4_0")
+    assert config == GgufCheckpoint.open(gguf_repo / "m-Q4_0.gguf").config
+    with pytest.raises(ValueError, match="several quantisations"):
+        resolve_config("org/model")

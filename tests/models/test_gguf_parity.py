@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from moejet import LLM, SamplingParams
+from moejet.testing.byte_tokenizer import CHAT_TEMPLATE
 from moejet.testing.checkpoints import (
-    CHAT_TEMPLATE,
     FAMILIES,
     reference_greedy,
     reference_logits,

@@ -9,11 +9,11 @@ import torch
 from moejet import LLM, SamplingParams
 from moejet.testing.checkpoints import (
     FAMILIES,
-    quantise_checkpoint,
     reference_greedy,
     reference_logits,
     tiny_checkpoint,
 )
+from moejet.testing.quantised import quantise_checkpoint
 from moejet.testing.tolerances import LOGPROB_LIMITS
 
 EXACT = {"dense_format": "fp32", "cache_dtype": "fp32", "max_context": 256, "isa": "avx2"}

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from moejet.config import ModelConfig, RopeConfig
+from moejet.config import ModelConfig
 from moejet.ops.rms_norm import rms_norm
 from moejet.ops.rope import apply_rope, rope_inv_freq, rope_table
 from moejet.ops.router_topk import router_topk
 from moejet.ops.store_latent import store_latent
 from moejet.presets import PRESETS
+from moejet.rope_config import RopeConfig
 
 
 @pytest.mark.parametrize("shape", [(1, 7), (3, 64), (2, 3, 33)])

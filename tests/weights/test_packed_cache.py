@@ -14,12 +14,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from moejet import _C, LLM, SamplingParams
 from moejet.cli.main import main
 from moejet.config import EngineConfig
+from moejet.experts import cpu_experts
 from moejet.experts.cpu_experts import create_pool
 from moejet.ops.linear import PackedMatrices
 from moejet.testing.checkpoints import tiny_checkpoint
@@ -99,6 +102,21 @@ def test_second_load_gives_the_same_tokens(
     assert used.mapped()
 
 
+def test_source_files_are_sampled_once_per_start(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: list[Path] = []
+    real = packed_cache._sample
+    monkeypatch.setattr(
+        packed_cache, "_sample", lambda file, size: (sampled.append(file), real(file, size))[1]
+    )
+    weights = sorted(model.glob("*.safetensors"))
+    for _ in range(2):
+        sampled.clear()
+        tokens(model)
+        assert sorted(sampled) == weights
+
+
 @pytest.mark.parametrize("nodes", ["1", "2"])
 def test_virtual_nodes(
     nodes: str, model: Path, monkeypatch: pytest.MonkeyPatch, used: Used
@@ -143,6 +161,111 @@ def test_other_formats_sources_and_settings_have_other_files(
     changed = tokens(copy)
     assert not used.mapped()
     assert changed == tokens(copy, packed_cache="off")
+
+
+def placed_on_two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves of the weights in memory of node 0, read as on a machine of two nodes."""
+    monkeypatch.setenv("MOEJET_NUM_THREADS", "2")
+    monkeypatch.setattr(cpu_experts, "divide_among_nodes", lambda cpus: ([0, 1], [0, 0]))
+
+
+def test_placed_memory_is_read_into(
+    model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, used: Used
+) -> None:
+    expected = tokens(model, packed_cache="off")
+    placed_on_two_nodes(monkeypatch)
+    assert tokens(model) == expected
+    with LLM(model, packed_cache="on", max_context=64) as llm:
+        assert used.mapped()
+        assert str(directory) not in Path("/proc/self/maps").read_text()
+        assert list(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == expected
+
+
+def test_nodes_are_read_at_the_same_time_by_threads_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "blobs"
+    file.write_bytes(bytes(range(60)))
+    together = threading.Barrier(3, timeout=20)
+    real, mine = packed_cache._read_into, os.sched_getaffinity(0)
+
+    def read(fd: int, target: NDArray[np.uint8], blob: packed_cache.Blob) -> None:
+        if blob.name.endswith("first"):
+            together.wait()
+        if blob.name == "2 bad":
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd, target, blob)
+
+    monkeypatch.setattr(packed_cache, "_read_into", read)
+
+    def work(
+        node: int, names: tuple[str, ...]
+    ) -> list[tuple[NDArray[np.uint8], packed_cache.Blob]]:
+        blobs = [
+            packed_cache.Blob(f"{node} {name}", 20 * node + 10 * i, 10, "")
+            for i, name in enumerate(names)
+        ]
+        return [(np.zeros(10, np.uint8), blob) for blob in blobs]
+
+    with file.open("rb") as stream:
+        good = {node: work(node, ("first", "second")) for node in range(3)}
+        packed_cache._read_placed(stream.fileno(), good)
+        read_bytes = [part.tobytes() for node in range(3) for part, _ in good[node]]
+        assert b"".join(read_bytes) == file.read_bytes()
+        bad = good | {2: work(2, ("first", "bad"))}
+        with pytest.raises(OSError, match="Input/output error"):
+            packed_cache._read_placed(stream.fileno(), bad)
+    assert os.sched_getaffinity(0) == mine
+
+
+@pytest.mark.parametrize("fault", ["mapping", "reading", "short", "placed"])
+def test_a_file_that_cannot_be_read_to_its_end_is_let_go(
+    fault: str, model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, used: Used
+) -> None:
+    """Nothing of it stays mapped, the weights are those of the checkpoint, and it is written again."""
+    if fault == "placed":
+        placed_on_two_nodes(monkeypatch)
+    expected = tokens(model)
+    [name] = files(directory)
+    calls = 0
+
+    def fail_at(number: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        if fault == "mapping":
+            real_map = _C.ExpertWeights.map_file
+
+            def map_file(self: object, fd: int, offsets: list[int]) -> None:
+                real_map(self, fd, offsets)
+                assert name in Path("/proc/self/maps").read_text()
+                fail_at(2)
+
+            patch.setattr(_C.ExpertWeights, "map_file", map_file)
+        else:
+            real_read = packed_cache.read_all
+
+            def read_all(fd: int, target: memoryview, offset: int) -> None:
+                nonlocal calls
+                if fault != "short":
+                    fail_at(9)
+                elif (calls := calls + 1) == 9:
+                    offset = (directory / name).stat().st_size - len(target) + 1
+                real_read(fd, target, offset)
+
+            patch.setattr(packed_cache, "read_all", read_all)
+        used.mapped()
+        with LLM(model, packed_cache="on", max_context=64) as llm:
+            problem = "Input/output error" if fault != "short" else "bytes too early"
+            assert any("is not used" in line and problem in line for line in used.lines)
+            assert not used.mapped()
+            assert name not in Path("/proc/self/maps").read_text()
+            assert list(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids) == expected
+    assert tokens(model) == expected
+    assert used.mapped()
 
 
 @pytest.mark.parametrize("place", ["magic", "length", "header", "short", "long", "empty"])
@@ -399,6 +522,91 @@ def test_cache_command(
     assert main(["cache", "prune", "--keep", "0"]) == 0
     assert files(directory) == []
     assert main(["cache", "prune", "--keep", "-1"]) == 2
+
+
+def sources(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    capsys.readouterr()
+    assert main(["cache", "list", "--json"]) == 0
+    return [e["source"] for e in json.loads(capsys.readouterr().out)]
+
+
+def test_files_whose_source_is_gone_or_changed(
+    model: Path, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies = [tmp_path / name for name in ("first", "second", "third")]
+    for i, copy in enumerate(copies):
+        subprocess.run(["cp", "-a", str(model), str(copy)], check=True)
+        os.utime(copy / "model.safetensors", (i + 1, i + 1))
+        tokens(copy)
+    for i, name in enumerate(files(directory)):
+        os.utime(directory / name, (1e9 + i, 1e9 + i))  # first, second, third
+    assert sources(capsys) == ["", "", ""]
+    os.utime(copies[1] / "model.safetensors", (9, 9))
+    subprocess.run(["rm", "-r", str(copies[2])], check=True)
+    assert sources(capsys) == ["", "changed", "gone"]
+    assert main(["cache"]) == 0
+    printed = capsys.readouterr().out
+    assert "source changed" in printed
+    assert "source gone or changed: 2 files" in printed
+    # Whoever puts the source back finds the file again.
+    assert main(["cache", "prune"]) == 0
+    assert len(files(directory)) == 3
+    os.utime(copies[1] / "model.safetensors", (2, 2))
+    assert sources(capsys) == ["", "", "gone"]
+    # A limit takes those without a source first, then the least recently used.
+    size = sum((directory / name).stat().st_size for name in files(directory)) / 2**30
+    assert main(["cache", "prune", "--keep", str(0.7 * size)]) == 0
+    assert [name[:5] for name in files(directory)] == ["first", "secon"]
+    (copies[0] / "model.safetensors").unlink()
+    assert main(["cache", "prune", "--gone", "--dry-run"]) == 0
+    assert main(["cache", "prune", "--gone"]) == 0
+    assert [name[:5] for name in files(directory)] == ["secon"]
+
+
+def test_a_source_on_a_disk_that_is_not_mounted_is_not_gone(
+    model: Path,
+    directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copy = tmp_path / "disk" / "models" / "m"
+    copy.parent.mkdir(parents=True)
+    subprocess.run(["cp", "-a", str(model), str(copy)], check=True)
+    mounted, real = True, os.path.ismount
+
+    def is_mount(path: str | Path) -> bool:
+        return mounted if Path(path) == (tmp_path / "disk").resolve() else real(path)
+
+    monkeypatch.setattr(os.path, "ismount", is_mount)
+    tokens(copy)
+    subprocess.run(["rm", "-r", str(copy.parent)], check=True)
+    assert sources(capsys) == ["gone"]
+    mounted = False
+    assert sources(capsys) == ["not mounted"]
+    assert main(["cache", "prune", "--gone"]) == 0
+    assert len(files(directory)) == 1
+    mounted = True
+    assert main(["cache", "prune", "--gone"]) == 0
+    assert files(directory) == []
+
+
+def test_files_of_versions_that_did_not_note_their_source(
+    model: Path,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = packed_cache.CacheFile._header
+
+    def header(self: CacheFile, blobs: list[packed_cache.Blob], file_bytes: int) -> bytes:
+        raw = json.loads(real(self, blobs, file_bytes))
+        del raw["root"], raw["mount"]
+        return json.dumps(raw).encode()
+
+    monkeypatch.setattr(packed_cache.CacheFile, "_header", header)
+    tokens(model)
+    assert sources(capsys) == [""]
 
 
 def test_prune_removes_files_of_other_layouts(

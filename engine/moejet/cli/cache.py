@@ -15,7 +15,7 @@ from typing import Any
 
 from moejet import atomic_file, block_file, prefix_store
 from moejet.cli.table import write_table
-from moejet.weights import packed_cache
+from moejet.weights import packed_cache, packed_header
 
 _ACTIONS = ("list", "prune", "verify")
 
@@ -24,7 +24,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moejet cache`."""
     parser.epilog = (
         "prune without options removes what can never be used again: files of another version and "
-        "what interrupted writers left; MOEJET_CACHE names the directory\n"
+        "what interrupted writers left; MOEJET_CACHE names the directory\n\n"
+        "list marks packed weights whose source, the checkpoint they were made from, is gone,\n"
+        "changed, or on a disk that is not mounted. They are kept, because a disk comes back and a\n"
+        "copy of the checkpoint can use them, unless --gone (not those of unmounted disks) or --keep\n"
+        "(these first) says otherwise.\n"
     )
     parser.add_argument("action", nargs="?", default="list", choices=_ACTIONS)
     parser.add_argument(
@@ -32,7 +36,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--all", action="store_true", help="prune: remove every file")
     parser.add_argument(
-        "--keep", type=float, metavar="GIB", help="prune: also the least recently used, down to GIB"
+        "--gone", action="store_true", help="prune: also files whose source is gone or has changed"
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        metavar="GIB",
+        help="prune: also those without their source and the least recently used, down to GIB",
     )
     parser.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
     parser.add_argument("--json", action="store_true", help="list: print one JSON array")
@@ -56,7 +66,10 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _entries(directory: Path) -> list[dict[str, Any]]:
-    """What is known of every file, the least recently used first; `problem` if it cannot be used."""
+    """What is known of every file, the least recently used first.
+
+    problem: why it cannot be used · source: `packed_header.source_state`.
+    """
     entries = []
     for file in packed_cache.cache_files(directory):
         stat = file.stat()
@@ -67,11 +80,13 @@ def _entries(directory: Path) -> list[dict[str, Any]]:
             "used": stat.st_mtime,
             "format": "",
             "problem": "",
+            "source": "",
         }
         try:
             header = _header(file)
             entry |= {"model": header.model, "format": header.key.get("expert_format", "")}
-            entry["problem"] = packed_cache.stale_reason(header)
+            entry["problem"] = packed_header.stale_reason(header)
+            entry["source"] = packed_header.source_state(header)
         except (ValueError, OSError) as error:
             entry["problem"] = str(error)
         entries.append(entry)
@@ -91,9 +106,14 @@ def _prefixes(root: Path) -> list[dict[str, Any]]:
                 "used": max((used for _, _, used in found), default=0) / 1e9,
                 "format": "prefixes",
                 "problem": "" if found else "empty",
+                "source": "",
             }
         )
     return entries
+
+
+def _is_gone(entry: dict[str, Any]) -> bool:
+    return entry["source"] in ("gone", "changed")
 
 
 def _files_of(entry: dict[str, Any]) -> list[Path]:
@@ -101,10 +121,10 @@ def _files_of(entry: dict[str, Any]) -> list[Path]:
     return sorted(path.glob(f"*{prefix_store.SUFFIX}")) if entry["format"] == "prefixes" else [path]
 
 
-def _header(file: Path) -> packed_cache.Header:
+def _header(file: Path) -> packed_header.Header:
     fd = os.open(file, os.O_RDONLY)
     try:
-        return packed_cache.read_header(fd)
+        return packed_header.read_header(fd)
     finally:
         os.close(fd)
 
@@ -120,12 +140,18 @@ def _list(directory: Path, entries: list[dict[str, Any]], *, as_json: bool) -> i
             ("format", 8, lambda e: e["format"]),
             ("GiB", 8, lambda e: f"{e['gib']:.2f}"),
             ("last used", 16, lambda e: _day(e["used"])),
-            ("problem", 7, lambda e: e["problem"]),
+            ("problem", 7, lambda e: e["problem"] or (e["source"] and f"source {e['source']}")),
         ],
         entries,
     )
     total = sum(e["gib"] for e in entries)
     print(f"{directory}: {len(entries)} files, {total:.2f} GiB")
+    gone = [e for e in entries if _is_gone(e)]
+    if gone:
+        size = sum(e["gib"] for e in gone)
+        print(
+            f"source gone or changed: {len(gone)} files, {size:.2f} GiB: moejet cache prune --gone"
+        )
     leftover = _abandoned(directory)
     if leftover:
         size = sum(f.stat().st_blocks * 512 for f in leftover) / 2**30
@@ -157,7 +183,7 @@ def _verify(entries: list[dict[str, Any]]) -> int:
 def _verify_weights(file: Path) -> None:
     fd = os.open(file, os.O_RDONLY)
     try:
-        packed_cache.verify_blobs(fd, packed_cache.read_header(fd))
+        packed_header.verify_blobs(fd, packed_header.read_header(fd))
     finally:
         os.close(fd)
 
@@ -171,8 +197,9 @@ def _abandoned(directory: Path) -> list[Path]:
 
 
 def _prune(directory: Path, entries: list[dict[str, Any]], args: argparse.Namespace) -> int:
-    chosen = [e for e in entries if args.all or e["problem"]]
+    chosen = [e for e in entries if args.all or e["problem"] or (args.gone and _is_gone(e))]
     rest = [e for e in entries if e not in chosen]
+    rest.sort(key=lambda e: not _is_gone(e))  # otherwise as they are, by their last use
     while args.keep is not None and rest and sum(e["gib"] for e in rest) > args.keep:
         chosen.append(rest.pop(0))
     files = [file for e in chosen for file in _files_of(e)] + _abandoned(directory)

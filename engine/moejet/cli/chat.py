@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default=options.DEFAULT_MODEL,
         metavar="MODEL",
-        help="directory, GGUF file or hub id (org/name); default: the embedded tiny reasoner",
+        help="directory, GGUF file or hub id (org/name, org/name:QUANT); default: the embedded tiny reasoner",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message of the conversation")
     parser.add_argument("--hide-thinking", action="store_true", help="print only the answers")

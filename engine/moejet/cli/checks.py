@@ -194,10 +194,7 @@ def _check_memory(report: Report, root: Path) -> None:
     memory = topology.memory(root)
     limits = topology.cgroup_limits(root)
     report.add(name, "total", _gib(memory.total_bytes))
-    usable = memory.available_bytes
-    if limits.memory_limit_bytes is not None:
-        room = limits.memory_limit_bytes - (limits.memory_used_bytes or 0)
-        usable = room if usable is None else min(usable, room)
+    usable = topology.available_bytes(root)
     if usable is not None and usable < 2 * _GIB:
         remedy = "less than 2 GiB: only very small models fit; end other programs or add memory"
         report.add(name, "available", _gib(usable), "warning", remedy)

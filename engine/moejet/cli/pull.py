@@ -21,6 +21,7 @@ from moejet.hub import (
     cache_root,
     find_orphans,
     gib,
+    is_offline,
     local_snapshot,
     pull,
     remove_orphans,
@@ -31,7 +32,7 @@ from moejet.progress import ProgressLine
 _EPILOG = """\
 examples:
   moejet pull org/name
-  moejet pull org/name-GGUF --quant Q4_K_M
+  moejet pull org/name-GGUF:Q4_K_M
   moejet pull org/name --verify
   moejet pull --sweep --dry-run
 
@@ -45,7 +46,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moejet pull`."""
     parser.usage = "moejet pull [options] [MODEL]"
     parser.epilog = _EPILOG
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="hub id (org/name)")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="hub id (org/name, org/name:QUANT)"
+    )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default main)")
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="default: the Hugging Face cache"
@@ -82,7 +85,7 @@ def execute(args: argparse.Namespace) -> int:
         return _sweep(args)
     if args.verify:
         return _verify(args)
-    if args.offline or _is_offline():
+    if args.offline or is_offline():
         path = local_snapshot(args.model, args.revision, args.cache_dir)
         return _finish(args, path, {"commit": path.name, "offline": True})
     return _pull(args)
@@ -93,6 +96,10 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("the model is missing: moejet pull org/name")
     if args.model is not None and args.model.count("/") != 1:
         raise ValueError(f"{args.model!r} is not a hub id: give org/name")
+    if args.model is not None and ":" in args.model and (args.verify or args.sweep):
+        raise ValueError(
+            f"{args.model!r}: --verify and --sweep look at all of a model: give org/name"
+        )
     if args.model is not None and Path(args.model).is_dir():
         note(f"{args.model} is also a directory here, which other commands take for the model")
     if (args.include or args.quant) and (args.sweep or args.verify or args.offline):
@@ -101,12 +108,6 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("--dry-run goes with a download or with --sweep")
     if args.revision is not None and args.sweep:
         raise ValueError("--revision does not go with --sweep, which looks at all revisions")
-
-
-def _is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _pull(args: argparse.Namespace) -> int:

@@ -15,9 +15,9 @@ from moejet.hub.cache import (
     verify_snapshot,
 )
 from moejet.hub.errors import HubError
-from moejet.hub.listing import HubFile, gib
+from moejet.hub.listing import HubFile, gib, quant_of, split_quant
 from moejet.hub.progress import Counter, Reporter, TransferProgress
-from moejet.hub.pull import PullResult, local_snapshot, pull, pull_config, pull_or_local
+from moejet.hub.pull import PullResult, is_offline, local_snapshot, pull, pull_or_local
 
 __all__ = [
     "Counter",
@@ -32,10 +32,12 @@ __all__ = [
     "cache_root",
     "find_orphans",
     "gib",
+    "is_offline",
     "local_snapshot",
     "pull",
-    "pull_config",
     "pull_or_local",
+    "quant_of",
     "remove_orphans",
+    "split_quant",
     "verify_snapshot",
 ]

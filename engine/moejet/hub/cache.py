@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from moejet.hub.listing import INDEX, HubFile, shards_of
+from moejet.hub.listing import INDEX, HubFile, quant_of, shards_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PART = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
@@ -147,9 +147,16 @@ class RepoCache:
         return self.root / ".locks" / self.name / f"{blob}.lock"
 
 
-def missing_files(snapshot: Path) -> list[str]:
-    """What a snapshot lacks to be loaded: configuration, tokenizer, weights that an index names."""
+def missing_files(snapshot: Path, quant: str | None = None) -> list[str]:
+    """What a snapshot lacks to be loaded: configuration, tokenizer, weights that an index names.
+
+    quant: only of this quantisation.
+    """
     parts = [str(p.relative_to(snapshot)) for p in snapshot.rglob("*.gguf") if p.is_file()]
+    if quant is not None:
+        parts = [part for part in parts if quant_of(part) == quant.upper()]
+        if not parts:
+            return [f"{quant.upper()} GGUF file"]
     if parts:
         return [name for part in parts for name in _siblings(part) if name not in parts]
     missing = [] if (snapshot / "config.json").is_file() else ["config.json"]

@@ -50,6 +50,12 @@ class Listing:
         return next((file for file in self.files if file.path == path), None)
 
 
+def split_quant(model: str) -> tuple[str, str | None]:
+    """("org/name", "Q4_K_M") of "org/name:Q4_K_M"; (model, None) if no quantisation is named."""
+    repo_id, colon, quant = model.rpartition(":")
+    return (repo_id, quant) if colon else (model, None)
+
+
 def fetch_listing(repo_id: str, revision: str | None) -> Listing:
     """Ask the hub; raises what huggingface_hub raises, and HubError for an answer without hashes."""
     from huggingface_hub import HfApi
@@ -146,13 +152,20 @@ def quantisations(files: Iterable[HubFile]) -> dict[str, list[HubFile]]:
     """GGUF files by quantisation, in order of size; the parts of a split model stay together."""
     groups: dict[str, list[HubFile]] = {}
     for file in files:
-        stem = file.path.removesuffix(".gguf")
-        if stem == file.path or PurePosixPath(stem).name.lower().startswith("mmproj"):
-            continue
-        stem = _SPLIT.sub("", stem)
-        tags: list[str] = _QUANT.findall(PurePosixPath(stem).name) or _QUANT.findall(stem)
-        groups.setdefault(tags[-1].upper() if tags else stem, []).append(file)
+        name = quant_of(file.path)
+        if name:
+            groups.setdefault(name, []).append(file)
     return dict(sorted(groups.items(), key=lambda group: sum(f.size for f in group[1])))
+
+
+def quant_of(path: str) -> str:
+    """The quantisation that a GGUF file's name tells, or its name without number; empty if it is no model."""
+    stem = path.removesuffix(".gguf")
+    if stem == path or PurePosixPath(stem).name.lower().startswith("mmproj"):
+        return ""
+    stem = _SPLIT.sub("", stem)
+    tags: list[str] = _QUANT.findall(PurePosixPath(stem).name) or _QUANT.findall(stem)
+    return tags[-1].upper() if tags else stem
 
 
 def _quantisation(listing: Listing, quant: str | None) -> list[HubFile]:
@@ -162,8 +175,8 @@ def _quantisation(listing: Listing, quant: str | None) -> list[HubFile]:
         return next(iter(groups.values()))
     if quant is None:
         raise ValueError(
-            f"model={listing.repo_id!r} holds several quantisations: {choices}; choose one with "
-            "--quant NAME"
+            f"model={listing.repo_id!r} holds several quantisations: {choices}; choose one, as in "
+            f"{listing.repo_id}:{next(iter(groups))}"
         )
     if quant.upper() not in groups:
         raise ValueError(f"model={listing.repo_id!r} has no quant={quant!r}; it has {choices}")

@@ -19,6 +19,7 @@ from moejet.hub.listing import (
     gib,
     is_gguf,
     small_files,
+    split_quant,
     weight_files,
 )
 from moejet.hub.progress import Counter, Reporter
@@ -33,13 +34,17 @@ _PIECE_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class PullResult:
-    """What a pull left behind. path: the snapshot's directory · bytes_fetched: what came in this run."""
+    """What a pull left behind. path: the snapshot's directory · bytes_fetched: what came in this run.
+
+    config: of the model; None for GGUF files chosen by patterns.
+    """
 
     repo_id: str
     commit: str
     path: Path
     files: tuple[HubFile, ...]
     bytes_fetched: int
+    config: ModelConfig | None
 
     @property
     def num_bytes(self) -> int:
@@ -58,12 +63,17 @@ def pull(
 ) -> PullResult:
     """Fetch a model; every file that arrives is compared with the hub's hash.
 
-    config.json and the tokenizer come first, and a model that moejet cannot run is refused before its weights.
+    config.json and the tokenizer come first (of GGUF files, which hold both, their first megabytes), and a model that
+    moejet cannot run is refused before its weights.
     include: patterns of paths to fetch instead of the usual weights · quant: which of several GGUF quantisations ·
-    weights: False fetches configuration and tokenizer only and reports the plan.
+    weights: False fetches configuration and tokenizer only and reports the plan. `repo_id` may name the quantisation
+    itself, "org/name:Q4_K_M".
     Raises ValueError, in one line with a remedy; HubError if network, hub or disk would not.
     """
-    choice = _Choice(tuple(include), quant, weights)
+    repo_id, named = split_quant(repo_id)
+    if named is not None and quant not in (None, named):
+        raise ValueError(f"quant={quant!r} contradicts model='{repo_id}:{named}': give one of them")
+    choice = _Choice(tuple(include), named or quant, weights)
     try:
         with _library_settings():
             listing = retried(lambda: fetch_listing(repo_id, revision))
@@ -75,10 +85,11 @@ def pull(
 def local_snapshot(
     repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
-    """The directory of a model that is in the cache, without the network.
+    """The directory of a model ("org/name", "org/name:QUANT") that is in the cache, without the network.
 
     Raises ValueError, which names the files that are missing.
     """
+    repo_id, quant = split_quant(repo_id)
     cache = RepoCache.of(repo_id, cache_dir)
     at = f" at revision {revision!r}" if revision else ""
     remedy = "go online and run `moejet pull`, or give a local directory"
@@ -89,7 +100,7 @@ def local_snapshot(
             f"reached or is switched off (--offline, HF_HUB_OFFLINE); {remedy}"
         )
     path = cache.snapshot(commit)
-    missing = missing_files(path)
+    missing = missing_files(path, quant)
     if missing:
         names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" * (len(missing) > 4))
         raise ValueError(
@@ -104,15 +115,19 @@ def pull_or_local(
     cache_dir: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Path:
-    """The directory of a model: as the hub has it now, or what is here if the hub cannot be asked."""
-    from huggingface_hub import constants
+    """The directory of a model, "org/name" or "org/name:QUANT".
+
+    As the hub has it now, or what is here if the hub cannot be asked.
+    """
     from huggingface_hub.errors import RevisionNotFoundError
 
-    if constants.HF_HUB_OFFLINE:
+    if is_offline():
         return local_snapshot(repo_id, revision, cache_dir)
     here: Path | None
+    model = repo_id
+    repo_id, quant = split_quant(model)
     try:
-        here = local_snapshot(repo_id, revision, cache_dir)
+        here = local_snapshot(model, revision, cache_dir)
     except ValueError:
         here = None
     if here is not None and here.name == revision:  # a commit does not change
@@ -130,16 +145,15 @@ def pull_or_local(
         return here
     if here is not None and here.name == listing.commit:
         return here
-    return _pull(listing, revision, cache_dir, _Choice(), reporter or Reporter()).path
+    choice = _Choice(quant=quant)
+    return _pull(listing, revision, cache_dir, choice, reporter or Reporter()).path
 
 
-def pull_config(repo_id: str, revision: str | None = None) -> Path:
-    """A directory with the model's configuration, as the hub has it, or of what is here when offline."""
+def is_offline() -> bool:
+    """HF_HUB_OFFLINE: only what is here counts."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return local_snapshot(repo_id, revision)
-    return pull(repo_id, revision, weights=False).path
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +193,15 @@ def _fetch_all(
     path = cache.snapshot(commit)
     fetcher = Fetcher(listing, cache)
     small = small_files(listing)
-    fetched = _fetch_small(listing, small, cache, fetcher)
+    silent = Counter(Reporter(), 0, 0)
+    config = _fetch_small(listing, small, cache, fetcher, silent)
     if cache.commit_of(revision) is None:
         cache.set_ref(revision, commit)  # so that offline use can say what is missing
-    files = [*small, *weight_files(listing, path, choice.include, choice.quant)]
+    chosen = weight_files(listing, path, choice.include, choice.quant)
+    if config is None and not choice.include:
+        config = _fetch_headers(listing, chosen, fetcher, silent)
+    fetched = silent.transferred
+    files = [*small, *chosen]
     total = sum(file.size for file in files)
     present = sum(cache.present_bytes(file, commit) for file in files)
     reporter.plan(files, total, present - fetched)
@@ -192,26 +211,41 @@ def _fetch_all(
         fetcher.fetch(files, counter)
         fetched += counter.transferred
         cache.set_ref(revision, commit)
-    return PullResult(listing.repo_id, commit, path, tuple(files), fetched)
+    return PullResult(listing.repo_id, commit, path, tuple(files), fetched, config)
 
 
-def _fetch_small(listing: Listing, small: list[HubFile], cache: RepoCache, fetcher: Fetcher) -> int:
-    """Configuration, then tokenizer; refuses what moejet cannot run. Returns the bytes that came."""
-    silent = Counter(Reporter(), 0, 0)
+def _fetch_headers(
+    listing: Listing, files: list[HubFile], fetcher: Fetcher, counter: Counter
+) -> ModelConfig:
+    """The beginnings of GGUF files; refuses what moejet cannot run."""
+    from moejet.hub.gguf import fetch_config
+
+    try:
+        return fetch_config(fetcher, files, counter)
+    except HubError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"model={listing.repo_id!r}: {error}") from error
+
+
+def _fetch_small(
+    listing: Listing, small: list[HubFile], cache: RepoCache, fetcher: Fetcher, counter: Counter
+) -> ModelConfig | None:
+    """Configuration, then tokenizer; refuses what moejet cannot run. None: the weights hold both."""
     path = cache.snapshot(listing.commit)
     if is_gguf(listing):  # these hold their own configuration and tokenizer
-        fetcher.fetch(small, silent)
-        return silent.transferred
-    config = listing.find("config.json")
-    if config is None:
+        fetcher.fetch(small, counter)
+        return None
+    file = listing.find("config.json")
+    if file is None:
         raise ValueError(
             f"model={listing.repo_id!r} holds no config.json: it is not a transformers checkpoint"
         )
-    fetcher.fetch([config], silent)
-    ModelConfig.from_hf(path / "config.json")
-    fetcher.fetch(small, silent)
+    fetcher.fetch([file], counter)
+    config = ModelConfig.from_hf(path / "config.json")
+    fetcher.fetch(small, counter)
     Tokenizer.from_path(path)
-    return silent.transferred
+    return config
 
 
 def _check_space(repo_id: str, cache: RepoCache, needed: int) -> None:

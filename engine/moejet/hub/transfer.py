@@ -13,6 +13,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from moejet.hub.cache import RepoCache, Stopped, hash_file, new_digest
@@ -30,11 +32,26 @@ _CHUNK = 8 * 2**20
 LARGEST_PLAIN_BYTES = 50 * 10**9
 
 
-class _Sink(io.RawIOBase):
-    """The file that `http_get` writes to: counts and hashes what goes in."""
+class _Enough(Exception):
+    """All that was wanted of a file is here."""
 
-    def __init__(self, raw: BinaryIO, file: HubFile, counter: Counter, stop: threading.Event):
+
+class _Sink(io.RawIOBase):
+    """The file that `http_get` writes to: counts and hashes what goes in.
+
+    limit: of its size; at the first write that reaches it _Enough is raised.
+    """
+
+    def __init__(
+        self,
+        raw: BinaryIO,
+        file: HubFile,
+        counter: Counter,
+        stop: threading.Event,
+        limit: int | None = None,
+    ):
         self._raw = raw
+        self._limit = limit
         self._file = file
         self._counter = counter
         self._stop = stop
@@ -49,6 +66,8 @@ class _Sink(io.RawIOBase):
             view = view[self._raw.write(view) :]
         self._digest.update(data)
         self._counter.add(len(data))
+        if self._limit is not None and self.tell() >= self._limit:
+            raise _Enough
         return len(data)
 
     def tell(self) -> int:
@@ -116,6 +135,25 @@ class Fetcher:
         if errors:
             raise errors[0]
 
+    def fetch_start(self, file: HubFile, num_bytes: int, counter: Counter) -> Path:
+        """Something that begins with at least `num_bytes` of the file, or all of it; `fetch` goes on from there."""
+        self._stop = threading.Event()
+        num_bytes = min(num_bytes, file.size)
+        if self._cache.has(file, self._listing.commit):
+            self._cache.link(file, self._listing.commit)
+            return self._cache.snapshot(self._listing.commit) / file.path
+        partial = self._cache.partial(file)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with self._cache.lock(file.blob, self._stop):
+            if self._cache.has(file, self._listing.commit):  # another program was faster
+                return self.fetch_start(file, num_bytes, counter)
+            if self._cache.present_bytes(file, self._listing.commit) < num_bytes:
+                with _open_partial(partial, file) as raw:
+                    sink = _Sink(raw, file, counter, self._stop, limit=num_bytes)
+                    with suppress(_Enough):
+                        self._transfer(file, sink, num_bytes)
+        return partial
+
     def _work(self, todo: list[HubFile], counter: Counter, errors: list[Exception]) -> None:
         stop = self._stop
         try:
@@ -149,10 +187,7 @@ class Fetcher:
 
     def _fetch_plain(self, file: HubFile, counter: Counter) -> None:
         partial = self._cache.partial(file)
-        mode = os.O_RDWR | os.O_CREAT
-        with os.fdopen(os.open(partial, mode, 0o666), "r+b", buffering=0) as raw:
-            if os.fstat(raw.fileno()).st_size > file.size:
-                raw.truncate(0)
+        with _open_partial(partial, file) as raw:
             sink = _Sink(raw, file, counter, self._stop)
             was_resumed = sink.tell() > 0
             self._transfer(file, sink)
@@ -181,13 +216,18 @@ class Fetcher:
         if hash_file(blob, file.blob) != file.blob:
             os.unlink(blob)
             raise self._corrupt(file)
+        self._cache.partial(file).unlink(missing_ok=True)  # of `fetch_start`
 
-    def _transfer(self, file: HubFile, sink: _Sink) -> None:
-        """Bring `sink` to its full length, through failures that may pass."""
+    def _transfer(self, file: HubFile, sink: _Sink, num_bytes: int | None = None) -> None:
+        """Bring `sink` to its full length, or to `num_bytes`, through failures that may pass."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
 
         url = hf_hub_url(self._listing.repo_id, file.path, revision=self._listing.commit)
+
+        headers = dict(self._headers)
+        if num_bytes is not None:
+            headers["Range"] = f"bytes=0-{num_bytes - 1}"
 
         def attempt() -> None:
             if sink.tell() > file.size:
@@ -196,8 +236,8 @@ class Fetcher:
                 url,
                 sink,  # type: ignore[arg-type]  # it needs write, tell, seek and truncate
                 resume_size=sink.tell(),
-                headers=dict(self._headers),
-                expected_size=file.size,
+                headers=headers,
+                expected_size=file.size if num_bytes is None else num_bytes,
                 displayed_filename=file.path,
             )
 
@@ -209,6 +249,14 @@ class Fetcher:
             f"model={self._listing.repo_id!r}: {file.path} arrived with another {kind} than the hub "
             f"names ({file.blob}); it was removed, run the command again"
         )
+
+
+def _open_partial(partial: Path, file: HubFile) -> BinaryIO:
+    """The beginning of a file, to go on with; emptied if it is longer than the whole."""
+    raw = os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+    if os.fstat(raw.fileno()).st_size > file.size:
+        raw.truncate(0)
+    return raw
 
 
 def retried(

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from moejet.config import RopeConfig
 from moejet.extension import load_extension
 from moejet.ops.native import cpu_isa, runs_native
+from moejet.rope_config import RopeConfig
 
 _MAX_NATIVE_DIM = 512
 

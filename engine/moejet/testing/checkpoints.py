@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from moejet.testing.byte_tokenizer import write_json, write_tokenizer
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 320,
@@ -169,22 +170,6 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 # DeepSeek-R1's conversation form: past answers without their reasoning, the next one opened with <think>.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] }}"
-    "{% elif message['role'] == 'user' %}<|user|>{{ message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "<|assistant|>{{ message['content'].split('</think>')[-1] }}{{ eos_token }}"
-    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
-)
-# Ids 0-5; the tags of thinking are ordinary added tokens, so they survive skip_special_tokens.
-_SPECIAL = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|end|>")
-_TAGS = ("<think>", "</think>")
-_MERGES = (
-    *(("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("Ġ", "a"), ("r", "e"), ("o", "n"), ("e", "r")),
-    *(("Ġ", "s"), ("n", "d"), ("Ġa", "nd"), ("a", "t"), ("e", "n"), ("o", "r"), ("in", "g"), ("e", "s")),
-)  # fmt: skip
 
 
 def hf_config(family: str, **overrides: Any) -> dict[str, Any]:
@@ -245,108 +230,11 @@ def tiny_checkpoint(
     _initialise(model, config, seed)
     tensors = _published_tensors(model, dtype, fused_experts=fused_experts)
     write_safetensors(root, {name_prefix + k: v for k, v in tensors.items()}, num_shards=num_shards)
-    _write_json(root / "config.json", config)
+    write_json(root / "config.json", config)
     write_tokenizer(root, config["vocab_size"])
     eos = config["eos_token_id"]
-    _write_json(root / "generation_config.json", {"bos_token_id": 0, "eos_token_id": eos})
+    write_json(root / "generation_config.json", {"bos_token_id": 0, "eos_token_id": eos})
     return root
-
-
-def quantise_checkpoint(
-    source: Path, path: str | Path, method: str, *, num_shards: int = 1
-) -> Path:
-    """A copy of a checkpoint, quantised as published ones are, and in its `dequantized/` the values that it means.
-
-    method: "fp8" (DeepSeek-V3: all projections), "fp8_ue8m0" (V3.1: power-of-two scales, stored as such) or "int4"
-    (Kimi-K2-Thinking: routed experts as compressed-tensors' pack-quantized; sizes must be multiples of 32).
-    """
-    from safetensors.torch import load_file
-
-    root = Path(path)
-    (root / "dequantized").mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Tensor] = {}
-    for file in sorted(source.glob("*.safetensors")):
-        for name, value in load_file(file).items():
-            wanted = name.endswith("_proj.weight") or name.endswith("_with_mqa.weight")
-            if method == "int4":
-                wanted = wanted and ".experts." in name
-            if not wanted:
-                tensors[name] = plain[name] = value
-                continue
-            parts, plain[name] = (
-                _to_int4(value) if method == "int4" else _to_fp8(value, method == "fp8_ue8m0")
-            )
-            tensors |= {name.removesuffix("weight") + key: part for key, part in parts.items()}
-    write_safetensors(root, tensors, num_shards=num_shards)
-    write_safetensors(root / "dequantized", plain)
-    for file in source.glob("*.json"):
-        if not file.name.endswith(".index.json"):
-            shutil.copy(file, root)
-            shutil.copy(file, root / "dequantized")
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = _quantization_config(method)
-    _write_json(root / "config.json", config)
-    return root
-
-
-def _to_fp8(value: Tensor, power_of_two: bool) -> tuple[dict[str, Tensor], Tensor]:
-    rows, cols = value.shape
-    high, wide = -(-rows // 128), -(-cols // 128)
-    padded = torch.zeros(high * 128, wide * 128)
-    padded[:rows, :cols] = value
-    blocks = padded.view(high, 128, wide, 128).permute(0, 2, 1, 3)
-    scale = blocks.abs().amax((2, 3)) / 448.0
-    if power_of_two:
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    codes = (blocks / scale[..., None, None]).to(torch.float8_e4m3fn)
-    exact = codes.float() * scale[..., None, None]
-
-    def whole(parts: Tensor) -> Tensor:
-        joined = parts.permute(0, 2, 1, 3).reshape(high * 128, wide * 128)
-        return joined[:rows, :cols].contiguous()
-
-    stored = scale
-    if power_of_two:
-        stored = (torch.log2(scale) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
-    codes = whole(codes.view(torch.uint8)).view(torch.float8_e4m3fn)
-    return {"weight": codes, "weight_scale_inv": stored}, whole(exact)
-
-
-def _to_int4(value: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    rows, cols = value.shape
-    grouped = value.float().view(rows, -1, 32)
-    scale = (grouped.abs().amax(-1, keepdim=True) / 7.5).to(torch.bfloat16)
-    codes = (grouped / scale.float()).round().clamp(-8, 7)
-    exact = (codes * scale.float()).view(rows, cols)
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    unsigned = (codes + 8).to(torch.int32).view(rows, cols // 8, 8)
-    packed = (unsigned << shifts).sum(-1, dtype=torch.int32)
-    shape = torch.tensor([rows, cols], dtype=torch.int32)
-    return {
-        "weight_packed": packed,
-        "weight_scale": scale.squeeze(-1),
-        "weight_shape": shape,
-    }, exact
-
-
-def _quantization_config(method: str) -> dict[str, Any]:
-    if method == "int4":
-        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
-        group = {"weights": {**weights, "group_size": 32, "actorder": None}}
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "config_groups": {
-                "group_0": {**group, "targets": ["Linear"], "input_activations": None}
-            },
-            "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.gate$"],
-            "quantization_status": "compressed",
-        }
-    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-    return {**fp8, "activation_scheme": "dynamic"} | (
-        {"scale_fmt": "ue8m0"} if method == "fp8_ue8m0" else {}
-    )
 
 
 def write_safetensors(root: Path, tensors: dict[str, Tensor], *, num_shards: int = 1) -> None:
@@ -366,44 +254,7 @@ def write_safetensors(root: Path, tensors: dict[str, Tensor], *, num_shards: int
         weight_map.update(dict.fromkeys(part, file))
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(root / "model.safetensors.index.json", index)
-
-
-def write_tokenizer(root: Path, vocab_size: int = 320) -> None:
-    """Writes a byte-level BPE tokenizer of at most `vocab_size` tokens with an R1-style chat template.
-
-    Ids: 0 bos, 1 eos, 2-4 turn markers, 5-6 the thinking tags, then 256 bytes and a few merges.
-    """
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-    from tokenizers import Tokenizer as RawTokenizer
-
-    fixed = (*_SPECIAL, *_TAGS)
-    if vocab_size < len(fixed) + 256:
-        raise ValueError(f"vocab_size={vocab_size} is below the {len(fixed) + 256} that bytes need")
-    vocab = {token: i for i, token in enumerate(fixed)}
-    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocab[symbol] = len(vocab)
-    merges = list(_MERGES[: vocab_size - len(vocab)])
-    for left, right in merges:
-        vocab[left + right] = len(vocab)
-    raw = RawTokenizer(models.BPE(vocab=vocab, merges=merges))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in _SPECIAL])
-    raw.add_tokens([AddedToken(t, normalized=False, special=False) for t in _TAGS])
-    raw.post_processor = processors.TemplateProcessing(
-        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", 0)]
-    )
-    raw.save(str(root / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|bos|>",
-        "eos_token": "<|eos|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 512,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    _write_json(root / "tokenizer_config.json", settings)
+    write_json(root / "model.safetensors.index.json", index)
 
 
 def load_reference(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -529,7 +380,3 @@ def _published_tensors(model: Any, dtype: torch.dtype, *, fused_experts: bool) -
             else:
                 result[f"{prefix}.{expert}.{projection}.weight"] = weight.clone()
     return result
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

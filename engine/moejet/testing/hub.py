@@ -130,18 +130,19 @@ class StandInHub:
         headers = {"X-Repo-Commit": self.commit, "ETag": f'"{git_sha1(data)}"'}
         if name in self.corrupt:
             data = data[:-1] + bytes([data[-1] ^ 1])
-        start = 0
+        start, end = 0, len(data)
         wanted = http.headers.get("Range")
-        if wanted and not self.ignores_range:
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        http.send_response(206 if start else 200)
-        for key, value in {**headers, "Content-Length": str(len(data) - start)}.items():
+        is_part = bool(wanted) and not self.ignores_range
+        if wanted and is_part:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(end, int(last) + 1) if last else end
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+        http.send_response(206 if is_part else 200)
+        for key, value in {**headers, "Content-Length": str(end - start)}.items():
             http.send_header(key, value)
         http.end_headers()
         if http.command == "HEAD":
             return
-        end = len(data)
         if self.cut_after.get(name):
             end = min(end, start + self.cut_after[name].pop(0))
         stall = self.stall_after.get(name)

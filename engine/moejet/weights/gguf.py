@@ -143,19 +143,28 @@ def _split_problems(headers: list[GgufHeader], num_tensors: int) -> list[str]:
     return problems
 
 
-def read_gguf_header(file: Path) -> GgufHeader:
+def read_gguf_header(file: Path, size: int | None = None) -> GgufHeader:
     """Parses and checks the header of one file.
 
-    Raises ValueError (one line, naming the file) if anything in it does not fit the file.
+    size: of the whole file, where only its beginning is here.
+    Raises ValueError (one line, naming the file) if anything in it does not fit the file; HeaderBeyond if the beginning
+    ends too early.
     """
     with file.open("rb") as stream:
-        cursor = _Cursor(stream.fileno(), os.fstat(stream.fileno()).st_size)
+        present = os.fstat(stream.fileno()).st_size
+        cursor = _Cursor(stream.fileno(), present if size is None else size)
         try:
             return _read_header(file, cursor)
+        except HeaderBeyond:
+            raise
         except _Truncated as error:
             raise ValueError(f"{file.name} is truncated: {error}") from error
         except ValueError as error:
             raise ValueError(f"{file.name} has a corrupt GGUF header: {error}") from error
+
+
+class HeaderBeyond(ValueError):
+    """The header is longer than what is here of the file."""
 
 
 class _Truncated(ValueError):
@@ -186,7 +195,7 @@ class _Cursor:
             wanted = max(end - len(self.blob), _CHUNK_BYTES)
             chunk = os.pread(self.fd, min(wanted, MAX_HEADER_BYTES), len(self.blob))
             if not chunk:
-                raise _Truncated(f"it ends inside {what}")
+                raise HeaderBeyond(f"it ends inside {what}")
             self.blob += chunk
 
     def uint32(self, what: str) -> int:

@@ -2,7 +2,7 @@
 
 One file holds a model in the very bytes that the kernels read, framed as `framed_file` says:
 
-    header  {"key": ..., "blobs": [{"name", "offset", "nbytes", "checksum"}, ...], "file_bytes", ...}
+    header  {"key": ..., "blobs": [{"name", "offset", "nbytes", "checksum"}, ...], "file_bytes", "root", ...}
     data    blobs, each at a multiple of 65536
 
 The key says what the file was made from and for: sizes, times and samples of the source files, the model's
@@ -21,14 +21,13 @@ import errno
 import hashlib
 import json
 import logging
-import mmap
 import os
 import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,17 +35,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moejet import atomic_file, framed_file
+from moejet import atomic_file, framed_file, topology
 from moejet.atomic_file import Abandoned, read_all, replace_atomically, reserve, write_all
 from moejet.config import EngineConfig, ModelConfig, env_cache_dir
 from moejet.extension import load_extension
 from moejet.weights.gguf import list_shards
+from moejet.weights.packed_header import (
+    ALIGNMENT,
+    MAGIC,
+    Blob,
+    mount_of,
+    read_header,
+    verify_blobs,
+)
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".packed"
-_MAGIC = b"moejet-packed\n\0\0"
-_ALIGNMENT = 1 << 16  # of the largest pages that a kernel maps files with
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _WRITE_BYTES = 64 << 20
 _READ_AHEAD_BYTES = 2 << 20
@@ -55,51 +60,47 @@ MIN_BYTES = 256 << 20
 FREE_BYTES = 1 << 30  # of the disk, that stay free
 
 
+class PartlyFilled(Exception):
+    """A file could not be read to its end: what was mapped from it stays so as long as the state lives."""
+
+
 class Packed(Protocol):
     """Weights in memory of their own: `PackedMatrices`, `CpuExperts`."""
 
     @property
     def weights(self) -> Any: ...
 
+    @property
+    def pool(self) -> Any: ...
+
 
 State = Mapping[str, "Tensor | Packed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """`nbytes` bytes at `offset`, a multiple of the page size."""
-
-    name: str
-    offset: int
-    nbytes: int
-    checksum: str
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a cache file says about itself."""
-
-    key: dict[str, Any]
-    blobs: tuple[Blob, ...]
-    file_bytes: int
-    model: str
-    created: float
-
-
 class CacheFile:
-    """The place of one model's packed weights in the cache directory; the file may not exist."""
+    """The place of one model's packed weights in the cache directory; the file may not exist.
 
-    def __init__(self, directory: Path, model: str, key: dict[str, Any]):
+    sources: where the weights come from, a directory or a file; None if from nowhere.
+    """
+
+    def __init__(
+        self, directory: Path, model: str, key: dict[str, Any], sources: Path | None = None
+    ):
         digest = framed_file.fingerprint_of(key)
         slug = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
         self.model, self.key = model, key
+        self.root, self.mount = "", ""
+        if sources is not None:
+            root = (sources.parent if sources.is_file() else sources).absolute()
+            self.root, self.mount = str(root), mount_of(root)
         self.path = directory / f"{slug[:60]}-{digest}{SUFFIX}"
 
     def load(self, state: State, *, verify: bool = False) -> bool:
         """Fills `state` from the file: packed weights become views of it, tensors are read.
 
         False if there is no file, or none that fits (with a warning; it will be written anew). verify: compare all
-        checksums first.
+        checksums first. Raises PartlyFilled, after a warning, if reading fails in the middle: then the state must be
+        thrown away.
         """
         try:
             fd = os.open(self.path, os.O_RDONLY)
@@ -107,6 +108,7 @@ class CacheFile:
             if error.errno != errno.ENOENT:
                 logger.warning("packed weights cannot be read: %s", error)
             return False
+        is_touched = False
         try:
             header = read_header(fd)
             if header.key != self.key:
@@ -117,9 +119,13 @@ class CacheFile:
                 raise ValueError("its parts are not those of the model")
             if verify:
                 verify_blobs(fd, header)
+            is_touched = True
             _fill(fd, state, blobs)
         except (ValueError, OSError) as error:
-            logger.warning("%s is not used, and will be written again: %s", self.path, error)
+            # As text: whoever keeps the record would keep the error's frames, and with them the state.
+            logger.warning("%s is not used, and will be written again: %s", self.path, str(error))
+            if is_touched:
+                raise PartlyFilled(str(error)) from error
             return False
         finally:
             os.close(fd)
@@ -158,10 +164,10 @@ class CacheFile:
         """The size of the file, or 0 if it was stopped."""
         parts = list(_parts(state))
         blobs = [Blob(name, 0, part.nbytes, "0" * 16) for name, part in parts]
-        offset = framed_file.data_offset(self._header(blobs, 2**62), _ALIGNMENT)
+        offset = framed_file.data_offset(self._header(blobs, 2**62), ALIGNMENT)
         for i, blob in enumerate(blobs):
             blobs[i] = dataclasses.replace(blob, offset=offset)
-            offset = framed_file.aligned(offset + blob.nbytes, _ALIGNMENT)
+            offset = framed_file.aligned(offset + blob.nbytes, ALIGNMENT)
         reserve(fd, offset, keep_free=FREE_BYTES)
         checksum = load_extension().checksum
         for i, (_, part) in enumerate(parts):
@@ -171,7 +177,7 @@ class CacheFile:
                     return 0
                 write_all(fd, view[begin : begin + _WRITE_BYTES], blobs[i].offset + begin)
             blobs[i] = dataclasses.replace(blobs[i], checksum=f"{checksum(part):016x}")
-        framed_file.write_header(fd, _MAGIC, self._header(blobs, offset))
+        framed_file.write_header(fd, MAGIC, self._header(blobs, offset))
         return offset
 
     def _header(self, blobs: list[Blob], file_bytes: int) -> bytes:
@@ -192,6 +198,8 @@ class CacheFile:
                 "file_bytes": f"{file_bytes:020d}",
                 "model": self.model,
                 "created": f"{time.time():020.3f}",
+                "root": self.root,
+                "mount": self.mount,
             }
         )
 
@@ -248,46 +256,6 @@ def weights_key(
     return parsed
 
 
-def read_header(fd: int) -> Header:
-    """Reads and checks a header; ValueError if anything in it does not fit the file."""
-    size = os.fstat(fd).st_size
-    text = framed_file.read_header(fd, _MAGIC, "packed weights")
-    try:
-        raw = json.loads(text)
-        blobs = tuple(
-            Blob(b["name"], int(b["offset"]), int(b["nbytes"]), b["checksum"]) for b in raw["blobs"]
-        )
-        header = Header(
-            raw["key"], blobs, int(raw["file_bytes"]), raw["model"], float(raw["created"])
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its header cannot be read ({error})") from error
-    if size != header.file_bytes:
-        raise ValueError(f"it has {size} bytes instead of {header.file_bytes}")
-    for blob in blobs:
-        if blob.offset % _ALIGNMENT or not 0 <= blob.offset <= size - blob.nbytes:
-            raise ValueError(f"{blob.name} does not lie inside it")
-    return header
-
-
-def verify_blobs(fd: int, header: Header) -> None:
-    """Compares all checksums; ValueError names the first part that is damaged."""
-    checksum = load_extension().checksum
-    with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as view, memoryview(view) as data:
-        for blob in header.blobs:
-            with data[blob.offset : blob.offset + blob.nbytes] as part:
-                if f"{checksum(part):016x}" != blob.checksum:
-                    raise ValueError(f"{blob.name} is damaged: its checksum differs")
-
-
-def stale_reason(header: Header) -> str:
-    """Why no version like this one can use the file, or nothing."""
-    version = load_extension().PACK_LAYOUT_VERSION
-    if header.key.get("layout") != version:
-        return f"layout {header.key.get('layout')}, this version has {version}"
-    return ""
-
-
 def cache_files(directory: Path) -> list[Path]:
     """Finished cache files, the least recently used first."""
     if not directory.is_dir():
@@ -324,6 +292,8 @@ def _parts(state: State) -> Iterable[tuple[str, NDArray[Any]]]:
 
 
 def _fill(fd: int, state: State, blobs: dict[str, Blob]) -> None:
+    # Pages of a file lie where they were first read; placed memory is read into, to lie with its workers.
+    placed: dict[int, list[tuple[NDArray[Any], Blob]]] = {}
     for name, value in state.items():
         if isinstance(value, Tensor):
             _read_into(fd, value.view(-1).view(torch.uint8).numpy(), blobs[name])
@@ -332,11 +302,37 @@ def _fill(fd: int, state: State, blobs: dict[str, Blob]) -> None:
         parts = weights.buffers()
         mine = [blobs[f"{name}/{node}"] for node in range(len(parts))]
         if weights.is_placed:
-            # Pages of a file lie where they were first read; these are to lie with their workers.
-            for part, blob in zip(parts, mine, strict=True):
-                _read_into(fd, part, blob)
+            for node, part, blob in zip(value.pool.memory_nodes, parts, mine, strict=True):
+                placed.setdefault(node, []).append((part, blob))
         else:
             weights.map_file(fd, [blob.offset for blob in mine])
+    _read_placed(fd, placed)
+
+
+def _read_placed(fd: int, placed: Mapping[int, list[tuple[NDArray[Any], Blob]]]) -> None:
+    """Reads the blobs of every memory node on its own CPUs, all nodes at a time."""
+    failed = threading.Event()
+    cpus = {node.node: set(node.cpus) for node in topology.numa_nodes()}
+
+    def read(node: int) -> None:
+        own = cpus.get(node, set()) & set(topology.allowed_cpus())
+        if own:
+            with suppress(OSError):  # advice; where the pages lie is decided
+                os.sched_setaffinity(0, own)  # of this thread
+        try:
+            for part, blob in placed[node]:
+                if failed.is_set():
+                    return
+                _read_into(fd, part, blob)
+        except BaseException:
+            failed.set()
+            raise
+
+    if not placed:
+        return
+    with ThreadPoolExecutor(len(placed), "moejet-node") as threads:
+        for done in [threads.submit(read, node) for node in placed]:
+            done.result()
 
 
 def _read_into(fd: int, target: NDArray[Any], blob: Blob) -> None:

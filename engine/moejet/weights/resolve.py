@@ -13,13 +13,15 @@ from moejet.weights.gguf import list_shards
 from moejet.weights.gguf_model import GgufCheckpoint
 
 TINY_REASONER = "tiny-reasoner"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 
 
 def resolve_model(
     model: str, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
     """Directory or .gguf file that holds `model`, downloaded if it is a hub id ("org/name").
+
+    Of a repository with several GGUF quantisations, "org/name:Q4_K_M" is one.
 
     "tiny-reasoner" is the embedded model. A .gguf file is a model of its own, and so is a directory whose only model is
     one, in any number of shards: the first one is returned. Existing paths win over a hub id of the same spelling.
@@ -48,20 +50,16 @@ def resolve_model(
 def resolve_config(model: str, revision: str | None = None) -> ModelConfig:
     """The configuration of a preset by name, or of anything that `resolve_model` takes.
 
-    Of hub models only config.json is downloaded.
+    Of hub models only config.json is downloaded, or the beginnings of the GGUF files.
     """
     if model in PRESETS and not Path(model).exists():
         return PRESETS[model]
     if _HUB_ID.fullmatch(model) and not Path(model).expanduser().exists():
-        from moejet.hub import pull_config
+        from moejet.hub import is_offline, pull
 
-        path = pull_config(model, revision)
-        if not (path / "config.json").is_file():
-            raise ValueError(
-                f"model={model!r} has no config.json; if it holds GGUF files, `moejet pull` one and "
-                "give its path"
-            )
-        return ModelConfig.from_hf(path)
+        config = None if is_offline() else pull(model, revision, weights=False).config
+        if config is not None:
+            return config
     path = resolve_model(model, revision)
     return GgufCheckpoint.open(path).config if path.is_file() else ModelConfig.from_hf(path)
 
@@ -114,9 +112,21 @@ def _looks_like_path(model: str) -> bool:
     return starts or "\\" in model or model.count("/") > 1 or model.endswith((".gguf", "/"))
 
 
-def _download(repo_id: str, revision: str | None, cache_dir: Path | None) -> Path:
+def _download(model: str, revision: str | None, cache_dir: Path | None) -> Path:
     # Imported here: it costs a noticeable part of a second and local models do not need it.
-    from moejet.hub import pull_or_local
+    from moejet.hub import pull_or_local, quant_of, split_quant
     from moejet.hub.progress import LineReporter
 
-    return _local(pull_or_local(repo_id, revision, cache_dir, LineReporter()))
+    root = pull_or_local(model, revision, cache_dir, LineReporter())
+    repo_id, quant = split_quant(model)
+    if (root / "config.json").is_file() and any(root.glob("*.safetensors")):
+        return _local(root)
+    names = [str(f.relative_to(root)) for f in sorted(root.rglob("*.gguf"))]
+    quants = {quant_of(name): root / name for name in reversed(names) if quant_of(name)}
+    if quant is None and len(quants) > 1:
+        raise ValueError(
+            f"model={model!r}: several quantisations are here; choose one of "
+            + ", ".join(f"{repo_id}:{name}" for name in sorted(quants))
+        )
+    file = next(iter(quants.values()), None) if quant is None else quants[quant.upper()]
+    return _local(root) if file is None else list_shards(file)[0]
