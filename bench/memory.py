@@ -25,8 +25,8 @@ from load import write_checkpoint
 
 from moejet import LLM, SamplingParams
 from moejet.cli.environment import describe_environment
-from moejet.llm import parse_preset
 from moejet.plan import Machine, make_plan, process_bytes
+from moejet.presets import parse_preset
 
 
 def resident_bytes() -> dict[str, int]:
