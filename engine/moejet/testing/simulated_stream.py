@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +52,7 @@ class SimulatedStream:
         self._error: str | None = None
         self._changed = threading.Condition()
         self._graph: SimulatedGraph | None = None
+        self._attached: list[ExpertBridge] = []
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -108,7 +109,10 @@ class SimulatedStream:
                 self._changed.wait(0.01)
 
     def close(self) -> None:
-        """Ends the thread after the operation in progress; the others are dropped."""
+        """Lets the stream through where it waits for a bridge, and ends the thread. What is left is dropped."""
+        for native in self._attached:
+            with suppress(RuntimeError):
+                native.reset(1.0, self.query)
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -122,6 +126,7 @@ class SimulatedStream:
 
     def attach(self, native: ExpertBridge) -> None:
         self._native = native
+        self._attached.append(native)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         self.call(lambda: target.copy_(source))
