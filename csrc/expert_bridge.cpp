@@ -123,11 +123,8 @@ void ExpertBridge::run_step(int64_t num_tokens, const std::vector<int>& layers, 
   }
   size_t position = 0;
   bool was_submitted = false;
+  wake_workers(layers);
   try {
-    if (!layers.empty() && load(submitted_flag(layers[0])) == 0) {
-      // The stream has work before its first submission: time to wake the workers up.
-      pool_->acquire().run(0, [](int, int) {});
-    }
     for (; position < layers.size(); ++position) {
       was_submitted = false;
       await_submission(layers[position], timeout_s, query);
@@ -141,6 +138,15 @@ void ExpertBridge::run_step(int64_t num_tokens, const std::vector<int>& layers, 
   }
   const std::lock_guard<std::mutex> counting(counters_mutex_);
   ++counters_.steps;
+}
+
+// If the stream still has work before its first submission.
+void ExpertBridge::wake_workers(const std::vector<int>& layers) {
+  if (layers.empty() || load(submitted_flag(layers[0])) == 1) return;
+  try {
+    pool_->acquire().run(0, [](int, int) {});
+  } catch (const std::exception&) {  // a closed pool, which the first layer with work reports
+  }
 }
 
 // Clears the flag and returns true if the stream sets it within a few looks.
@@ -268,10 +274,8 @@ void ExpertBridge::compute(Layer* layer, int64_t num_tokens) {
 // submit any more, lets it through all of them.
 void ExpertBridge::abandon(const std::vector<int>& layers, size_t position, bool was_submitted,
                            int64_t num_tokens, const StreamQuery& query) {
-  // All bits set is a NaN in fp32 and in bf16.
-  std::memset(
-      buffers_.out, 0xff,
-      static_cast<size_t>(num_tokens * buffers_.hidden_size * dtype_bytes(buffers_.out_dtype)));
+  // Before its first submission, the stream may still be copying the result of the step before.
+  if (was_submitted || position > 0) spoil(num_tokens);
   if (was_submitted) {
     const Clock::time_point start = Clock::now();
     try {
@@ -286,10 +290,18 @@ void ExpertBridge::abandon(const std::vector<int>& layers, size_t position, bool
   for (; position < layers.size(); ++position) store(finished_flag(layers[position]), 1);
 }
 
+// All bits set is a NaN in fp32 and in bf16.
+void ExpertBridge::spoil(int64_t num_tokens) {
+  std::memset(
+      buffers_.out, 0xff,
+      static_cast<size_t>(num_tokens * buffers_.hidden_size * dtype_bytes(buffers_.out_dtype)));
+}
+
 bool ExpertBridge::answer_all() {
   bool any = false;
   for (int layer = 0; layer < num_layers(); ++layer) {
     if (load(submitted_flag(layer)) == 0) continue;
+    spoil(buffers_.max_tokens);
     store(submitted_flag(layer), 0);
     store(finished_flag(layer), 1);
     any = true;

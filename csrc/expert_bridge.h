@@ -99,8 +99,9 @@ class ExpertBridge {
                 const StreamQuery& query);
 
   // Makes the bridge ready again after a failure, or after a step was launched and not served:
-  // answers everything that the stream submits until it is idle, then clears all flags. Throws what
-  // query throws, or std::runtime_error after timeout_s. Without query the stream must be idle.
+  // answers all that the stream submits with NaN until it is idle, then clears all flags. Throws
+  // what query throws, or std::runtime_error after timeout_s. Without query the stream must be
+  // idle.
   void reset(double timeout_s, const StreamQuery& query);
 
   // The stream's side, for streams that call host functions. wait() returns when the layer is
@@ -128,6 +129,7 @@ class ExpertBridge {
   uint32_t* flag(int index) const { return buffers_.flags + int64_t{index} * kFlagStride; }
   void check_process() const;
   std::unique_lock<std::mutex> only_caller();
+  void wake_workers(const std::vector<int>& layers);
   bool take_submission(int layer);
   void await_submission(int layer, double timeout_s, const StreamQuery& query);
   void await_slow_submission(int layer, double timeout_s, const StreamQuery& query);
@@ -136,6 +138,7 @@ class ExpertBridge {
   void compute(Layer* layer, int64_t num_tokens);
   void abandon(const std::vector<int>& layers, size_t position, bool was_submitted,
                int64_t num_tokens, const StreamQuery& query);
+  void spoil(int64_t num_tokens);
   bool answer_all();
 
   ThreadPool* const pool_;

@@ -138,7 +138,24 @@ def test_a_step_that_was_not_served(layers: list[CpuExperts], make_stream: MakeS
     for _ in range(3):
         step.launch()
     step.bridge.reset()
+    assert step.out.isnan().all()
     assert torch.equal(step.run(), expected)
+
+
+def test_a_failure_spares_the_step_before(layers: list[CpuExperts]) -> None:
+    """The stream may still be copying its result."""
+    with SimulatedStream() as stream:
+        bridge = make_bridge(layers, stream)
+        (x, ids, mix), _ = example(layers, 3, 0)
+        bridge.submit(2, x, ids[2], mix[2])
+        bridge._native.run_step(3, [2])
+        expected = torch.empty(3, HIDDEN)
+        layers[2].run_kernels(x, ids[2], mix[2], expected)
+        for query, message in ((None, "nothing came"), (lambda: True, "run out of work")):
+            with pytest.raises(RuntimeError, match=message):
+                bridge._native.run_step(3, timeout_s=0.01, query=query)
+            bridge._native.reset()
+            assert torch.equal(bridge._out[:3], expected)
 
 
 def test_a_query_that_raises(layers: list[CpuExperts]) -> None:
