@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention_bindings.h"
+#include "bridge_bindings.h"
 #include "expert_weights.h"
 #include "gguf_blocks.h"
 #include "isa.h"
@@ -500,6 +501,7 @@ PYBIND11_MODULE(_C, m) {
   register_ops(m);
   register_ceilings(m);
   register_program(m);
+  register_bridge(m);
   m.def("linear_forward", &linear_forward_py, py::arg("weights"), py::arg("x"), py::arg("out"),
         py::arg("pool"), py::arg("isa") = "auto",
         "out[t, g] = W_g x[t, g] (x [T, cols]: all matrices read the same row); returns the "

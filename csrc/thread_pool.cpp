@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "cpu_relax.h"
 #include "packed_memory.h"
 
 namespace moejet {
@@ -23,14 +24,6 @@ namespace {
 constexpr auto kIdleSpin = std::chrono::microseconds(100);
 // Waits inside a region yield after this many pauses: another process may hold a worker's CPU.
 constexpr int kSpinsBeforeYield = 4096;
-
-inline void cpu_relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
 
 cpu_set_t single_cpu(int cpu) {
   cpu_set_t set;
@@ -136,6 +129,7 @@ struct ThreadPool::State {
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<uint32_t> phase_epoch{0};
   alignas(64) std::atomic<int> sleepers{0};
+  alignas(64) std::atomic<int> watchers{0};  // KeepAwake objects
   std::mutex sleep_mutex;
   std::condition_variable wake;
 
@@ -199,7 +193,9 @@ struct ThreadPool::State {
         if (epoch.load(std::memory_order_acquire) != last) return;
         cpu_relax();
       }
-      if (std::chrono::steady_clock::now() >= deadline) break;
+      if (std::chrono::steady_clock::now() < deadline) continue;
+      if (watchers.load(std::memory_order_relaxed) == 0) break;
+      sched_yield();
     }
     std::unique_lock<std::mutex> lock(sleep_mutex);
     sleepers.fetch_add(1);
@@ -310,6 +306,8 @@ void ThreadPool::work(State* state, int worker, int node) {
     run_task(state, worker);
   }
 }
+
+void ThreadPool::keep_awake(int count) { state_->watchers.fetch_add(count); }
 
 void ThreadPool::run_region(Task* task) {
   State* state = state_.get();

@@ -85,6 +85,19 @@ class ThreadPool {
     std::unique_lock<std::mutex> lock_;
   };
 
+  // While one exists, workers without work keep looking for some instead of falling asleep, which
+  // saves a wake-up where regions follow one another at short intervals. Not longer than the pool.
+  class KeepAwake {
+   public:
+    explicit KeepAwake(ThreadPool* pool) : pool_(pool) { pool_->keep_awake(1); }
+    ~KeepAwake() { pool_->keep_awake(-1); }
+    KeepAwake(const KeepAwake&) = delete;
+    KeepAwake& operator=(const KeepAwake&) = delete;
+
+   private:
+    ThreadPool* const pool_;
+  };
+
   // Waits until no other caller uses the pool. Throws std::runtime_error if it is closed, or if
   // this process was forked after the pool was made.
   Lease acquire();
@@ -93,6 +106,7 @@ class ThreadPool {
   struct State;
 
   void run_region(Task* task);
+  void keep_awake(int count);
   void check_process() const;
   static void work(State* state, int worker, int node);
   static void run_task(State* state, int worker);

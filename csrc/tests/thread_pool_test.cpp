@@ -99,6 +99,25 @@ TEST(sleeping_workers_wake_up) {
   }
 }
 
+TEST(workers_that_are_kept_awake_work_sleep_and_end) {
+  ThreadPool pool(kThree, false);
+  for (int i = 0; i < 10; ++i) {
+    {
+      const ThreadPool::KeepAwake first(&pool), second(&pool);
+      std::this_thread::sleep_for(std::chrono::microseconds(200 * i));
+      Relay relay(3, 2);
+      pool.acquire().run(&relay);
+      CHECK_OP(relay.sum(), ==, 9);
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(200 * i));
+    Relay relay(3, 1);
+    pool.acquire().run(&relay);
+    CHECK_OP(relay.sum(), ==, 3);
+  }
+  const ThreadPool::KeepAwake open_end(&pool);
+  pool.close();
+}
+
 TEST(exceptions_reach_the_caller_and_skip_later_phases) {
   ThreadPool pool(kThree, false);
   for (int worker = 0; worker < 3; ++worker) {

@@ -6,7 +6,7 @@ nor avx512_bf16 on Intel's processors, where its dot product is slow.
 Errors: ValueError (shapes, ranges, names), TypeError (dtypes), MemoryError, RuntimeError (pool).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -398,6 +398,91 @@ class Program:
 
     @property
     def isa(self) -> str: ...
+
+FLAG_WORDS: int
+"""Words of 32 bits between two flags of an ExpertBridge: each has a cache line of its own."""
+
+class ExpertBridge:
+    """Routed experts on the CPU for steps whose other operations run on a stream.
+
+    x [max_tokens, D] fp32 or bf16 · topk_ids [max_tokens, K] i32, -1 skips · topk_weights
+    [max_tokens, K] fp32 · out [max_tokens, D] fp32 or bf16 · flags [2 layers + 1, FLAG_WORDS] i32;
+    all contiguous, pinned if a GPU is to reach them, and kept alive. `moejet.experts.bridge` explains
+    the use, csrc/expert_bridge.h the protocol.
+    """
+
+    def __init__(
+        self,
+        pool: ThreadPool,
+        layers: Sequence[ExpertWeights],
+        x: _Tensor,
+        topk_ids: _Tensor,
+        topk_weights: _Tensor,
+        out: _Tensor,
+        flags: _Tensor,
+        isa: str = "auto",
+    ) -> None: ...
+    def run_step(
+        self,
+        num_tokens: int,
+        layers: Sequence[int] | None = None,
+        timeout_s: float = 30.0,
+        query: Callable[[], bool] | None = None,
+        signals: CudaSignals | None = None,
+        stream: int = 0,
+    ) -> None:
+        """Serves the layers (all of them in order) of a step that was launched; see CpuBridge.run_step.
+
+        How the stream is, is asked of query() (True: out of work; raises if it failed) or, given
+        signals, of the driver with the handle `stream`.
+        """
+
+    def reset(
+        self,
+        timeout_s: float = 5.0,
+        query: Callable[[], bool] | None = None,
+        signals: CudaSignals | None = None,
+        stream: int = 0,
+    ) -> None:
+        """Answers what the stream still submits until it is idle, then makes all ready again."""
+
+    def submit(self, layer: int) -> None:
+        """What the stream does after its copies, for streams that call functions."""
+
+    def wait(self, layer: int) -> None:
+        """What the stream does before it uses the result: waits for it and clears the flag."""
+
+    def counters(self) -> dict[str, Any]:
+        """{"steps", "layers", "wait_s", "layer_s": [float], "distinct_experts", "weight_bytes"}"""
+
+    def fail_once(self, layer: int, worker: int) -> None:
+        """For tests: the worker throws when it next computes this layer."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+class CudaSignals:
+    """The stream's side of a bridge on CUDA streams; it must outlive graphs captured with it."""
+
+    def __init__(
+        self, bridge: ExpertBridge, library: str, stream: int, host_functions: bool = False
+    ) -> None:
+        """library: of the CUDA driver. RuntimeError if it cannot be loaded.
+
+        stream: a handle, not capturing, on which stream memory operations are tried out.
+        """
+
+    def submit(self, layer: int, stream: int) -> None: ...
+    def wait(self, layer: int, stream: int) -> None: ...
+    @property
+    def mode(self) -> str:
+        """memory_operations or host_functions"""
+
+    @property
+    def reason(self) -> str:
+        """Why memory operations are not used although they were wanted; else empty."""
 
 # Small operations on whole tensors: fp32, elements of a row adjacent, rows may be apart. Rows are
 # shared out over the pool's workers; without a pool the caller computes. Results do not depend on

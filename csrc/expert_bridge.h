@@ -1,0 +1,155 @@
+// The bridge between a GPU and the CPU's routed experts: layers of a step whose other operations
+// run on a stream, possibly inside a captured CUDA graph, are computed by the thread pool.
+//
+// Everything passes through host memory that the GPU can reach. Each layer has two flags, which
+// only ever hold 0 or 1, so that a graph with constant values can be replayed:
+//
+//   stream: copy x, topk_ids, topk_weights to the host      CPU: wait until submitted == 1
+//           submitted = 1                                        submitted = 0
+//           (shared and resident experts)                        out = experts(x)
+//           wait until finished == 1                             finished = 1
+//           finished = 0
+//           copy out to the GPU
+//
+// Replays cannot overtake each other. Between replays both flags of a layer are 0 (at first: the
+// owner's zeroes). The stream passes its wait only after the CPU's finished = 1, which follows, in
+// this order, submitted = 0 and the stream's submitted = 1 of the same replay. So when the next
+// replay sets submitted, the last value has been taken and cleared: none is lost or seen twice. And
+// the stream clears finished before anything of the next replay; a stream's write has a fence
+// before it, so the CPU that sees the next submitted == 1 writes finished after that 0 has arrived:
+// it is not overwritten, and no wait passes on the answer to an earlier replay. This needs every
+// layer's operations in one order, that is, on one stream or on streams joined by events.
+//
+// One set of x, ids, weights and out serves all layers and all replays: the stream overwrites x
+// only after some finished == 1, by when the CPU has read the last one; the CPU writes out only
+// after some submitted == 1, by when the stream has copied the last one. (Layers in flight at the
+// same time would need a set each.)
+//
+// When a step fails, the GPU must not be left waiting. The rest of the step is then answered
+// without computing: out is NaN, so that nobody takes the step for a good one. If the stream does
+// not even submit, all its waits are let through. Either way the exception is thrown, and further
+// steps are refused until reset().
+#pragma once
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "expert_weights.h"
+#include "kernels.h"
+#include "moe.h"
+#include "thread_pool.h"
+
+namespace moejet {
+
+// Flags are 64 bytes apart: the GPU's write to one and the CPU's polling of another do not meet.
+constexpr int kFlagStride = 16;
+// For each layer submitted and finished, then one for trying out the driver.
+constexpr int64_t num_flags(int64_t num_layers) { return 2 * num_layers + 1; }
+
+// Host memory of the caller, pinned if a GPU is to reach it. Rows are adjacent.
+struct BridgeBuffers {
+  int64_t max_tokens, hidden_size, top_k;
+  const void* x;  // [max_tokens, hidden_size], fp32 or bf16
+  DType x_dtype;
+  const int32_t* topk_ids;    // [max_tokens, top_k], -1: not for the CPU
+  const float* topk_weights;  // [max_tokens, top_k]
+  void* out;                  // [max_tokens, hidden_size], fp32 or bf16
+  DType out_dtype;
+  uint32_t* flags;  // [num_flags(layers), kFlagStride], on a 64-byte boundary, zeroed by the bridge
+};
+
+enum class StreamState { kBusy, kIdle };
+// The state of the stream that submits; throws if the stream has failed. May be empty: not known.
+using StreamQuery = std::function<StreamState()>;
+
+struct BridgeCounters {
+  int64_t steps = 0;            // completed
+  double wait_s = 0;            // run_step waiting for the stream
+  std::vector<double> layer_s;  // run_step computing, by layer
+  int64_t layers = 0;           // computed
+  int64_t distinct_experts = 0;
+  int64_t weight_bytes = 0;  // of those experts: what had to be read at least
+};
+
+class ExpertBridge {
+ public:
+  // layers: of equal hidden size; not owned, nor is the pool. Throws std::invalid_argument.
+  ExpertBridge(ThreadPool* pool, const std::vector<const ExpertWeights*>& layers,
+               const KernelTable& table, const BridgeBuffers& buffers);
+  ExpertBridge(const ExpertBridge&) = delete;
+  ExpertBridge& operator=(const ExpertBridge&) = delete;
+
+  int num_layers() const { return static_cast<int>(layers_.size()); }
+  // Throws std::invalid_argument if there is no such layer.
+  void check_layer(int layer) const;
+
+  // Serves these layers, in the order in which the stream submits them, for num_tokens rows; the
+  // calling thread is worker 0 of the pool. To be called once the step has been launched. A wait
+  // for one layer's submission longer than timeout_s, a stream that fails or that runs out of work
+  // without submitting, ids out of range and failing workers throw std::runtime_error that names
+  // the layer. The pool is held while a layer is computed, not while waiting.
+  void run_step(int64_t num_tokens, const std::vector<int>& layers, double timeout_s,
+                const StreamQuery& query);
+
+  // Makes the bridge ready again after a failure, or after a step was launched and not served:
+  // answers all that the stream submits with NaN until it is idle, then clears all flags. Throws
+  // what query throws, or std::runtime_error after timeout_s. Without query the stream must be
+  // idle.
+  void reset(double timeout_s, const StreamQuery& query);
+
+  // The stream's side, for streams that call host functions. wait() returns when the layer is
+  // finished, and clears the flag.
+  void submit(int layer);
+  void wait(int layer);
+
+  uint32_t* submitted_flag(int layer) const { return flag(2 * layer); }
+  uint32_t* finished_flag(int layer) const { return flag(2 * layer + 1); }
+  uint32_t* trial_flag() const { return flag(2 * num_layers()); }
+
+  BridgeCounters counters() const;
+
+  // For tests: the worker throws when it next computes this layer.
+  void fail_once(int layer, int worker);
+
+ private:
+  struct Layer {
+    const ExpertWeights* weights;
+    std::unique_ptr<MoeTask> task;
+    std::vector<int64_t> last_use;  // of each expert: number of the call
+    int failing_worker = -1;
+  };
+
+  uint32_t* flag(int index) const { return buffers_.flags + int64_t{index} * kFlagStride; }
+  void check_process() const;
+  std::unique_lock<std::mutex> only_caller();
+  void wake_workers(const std::vector<int>& layers);
+  bool take_submission(int layer);
+  void await_submission(int layer, double timeout_s, const StreamQuery& query);
+  void await_slow_submission(int layer, double timeout_s, const StreamQuery& query);
+  void serve(int layer, int64_t num_tokens);
+  int64_t count_experts(int layer, int64_t num_tokens);
+  void compute(Layer* layer, int64_t num_tokens);
+  void abandon(const std::vector<int>& layers, size_t position, bool was_submitted,
+               int64_t num_tokens, const StreamQuery& query);
+  void spoil(int64_t num_tokens);
+  bool answer_all();
+
+  ThreadPool* const pool_;
+  const BridgeBuffers buffers_;
+  const pid_t pid_;
+  std::vector<Layer> layers_;
+  int64_t num_calls_ = 0;
+  std::mutex caller_mutex_;
+  std::string failure_;  // of the last step; empty: ready. Under caller_mutex_
+  mutable std::mutex counters_mutex_;
+  BridgeCounters counters_;
+};
+
+}  // namespace moejet

@@ -1,0 +1,245 @@
+"""Routed experts on the CPU for a model whose other operations run on a GPU's stream.
+
+A layer's forward, on the model's stream:
+
+    bridge.submit(layer, x, topk_ids, topk_weights)    copies to pinned memory, tells the CPU
+    shared = shared_experts(x)                         the GPU's share, at the same time
+    routed = bridge.collect(layer)                     waits for the CPU, copies back
+
+Captured in a CUDA graph, this runs without Python: after each `graph.replay()`, `bridge.run_step(T)` serves all layers
+on the calling thread, as worker 0 of the pool, and returns when the last one is computed. T is the number of rows that
+the graph was captured with; rows of padding have ids -1 and come back as zeros.
+
+Eagerly, `collect` serves its layer itself. Launching a whole step first and serving it then would hang: a stream takes
+only about a thousand operations before the launching thread has to wait, and the stream waits for the CPU.
+
+Ids are those of the layer's experts in RAM, -1 for what is not for the CPU: padding, and experts that live on the GPU.
+The protocol, and why one set of buffers is enough, is explained in csrc/expert_bridge.h.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moejet.experts.cpu_experts import CpuExperts
+from moejet.extension import load_extension
+
+if TYPE_CHECKING:
+    from moejet._C import ExpertBridge
+
+logger = logging.getLogger(__name__)
+
+CUDA_DRIVER = "libcuda.so.1"
+
+
+class Stream(Protocol):
+    """Operations that run later, in the order in which they were asked for."""
+
+    device: torch.device
+    pin_memory: bool  # whether host memory must be pinned for `copy`
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether operations are being recorded, to be replayed, instead of run."""
+
+    def attach(self, native: ExpertBridge) -> None:
+        """Called once, before `submit` and `wait`."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None: ...
+    def submit(self, layer: int) -> None: ...
+    def wait(self, layer: int) -> None: ...
+
+    def settle(self) -> None:
+        """Makes results readable by operations that are not on the stream, if the model uses such."""
+
+    def state(self) -> dict[str, Any]:
+        """The arguments by which `ExpertBridge.run_step` learns how the stream is."""
+
+
+class CudaStream:
+    """PyTorch's current stream of a CUDA device."""
+
+    pin_memory = True
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        driver: str = CUDA_DRIVER,
+        host_functions: bool = False,
+    ) -> None:
+        """driver: the library of the CUDA driver. host_functions: do not use stream memory operations."""
+        self.device = device
+        self._driver = driver
+        self._host_functions = host_functions
+
+    def attach(self, native: ExpertBridge) -> None:
+        self._signals = load_extension().CudaSignals(
+            native, self._driver, self._handle, self._host_functions
+        )
+        if self._signals.reason:
+            logger.warning(
+                "stream memory operations do not work here (%s): layers are handed to the CPU by "
+                "host functions, which costs some 10 us more per layer",
+                self._signals.reason,
+            )
+
+    @property
+    def mode(self) -> str:
+        """How flags are set and awaited: "memory_operations" or "host_functions"."""
+        return str(self._signals.mode)
+
+    @property
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source.to(target.dtype), non_blocking=True)
+
+    def submit(self, layer: int) -> None:
+        self._signals.submit(layer, self._handle)
+
+    def wait(self, layer: int) -> None:
+        self._signals.wait(layer, self._handle)
+
+    def settle(self) -> None:
+        pass  # whatever uses the result comes later on the same stream
+
+    def state(self) -> dict[str, Any]:
+        return {"signals": self._signals, "stream": self._handle}
+
+    @property
+    def _handle(self) -> int:
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+
+class CpuBridge:
+    """Hands the routed experts of L layers to the CPU and brings their results back."""
+
+    def __init__(
+        self,
+        layers: Sequence[CpuExperts],
+        stream: Stream,
+        *,
+        top_k: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        out_dtype: torch.dtype | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        """layers: all of one pool and instruction set, numbered from 0 as the model submits them.
+
+        dtype: of x as it travels, fp32 or bf16; out_dtype: of the results, by default the same. timeout_s: how long the
+        GPU may take from one layer to the next before `run_step` gives up.
+        """
+        if not layers:
+            raise ValueError("layers is empty: a bridge needs at least one layer of experts")
+        first = layers[0]
+        for number, layer in enumerate(layers):
+            if layer.pool is not first.pool or layer.isa != first.isa:
+                raise ValueError(
+                    f"layers[{number}] has another pool or instruction set ({layer.isa}) than layers[0] ({first.isa}): "
+                    "create all with the same"
+                )
+        self.stream = stream
+        self.timeout_s = timeout_s
+        self._pending: dict[int, int] = {}
+        hidden = first.weights.hidden_size
+
+        def memory(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, pin_memory=stream.pin_memory)
+
+        native = load_extension()
+        self._x = memory(max_tokens, hidden, dtype=dtype)
+        self._topk_ids = memory(max_tokens, top_k, dtype=torch.int32)
+        self._topk_weights = memory(max_tokens, top_k, dtype=torch.float32)
+        self._out = memory(max_tokens, hidden, dtype=out_dtype or dtype)
+        self._flags = memory(2 * len(layers) + 1, native.FLAG_WORDS, dtype=torch.int32)
+        self._native: ExpertBridge = native.ExpertBridge(
+            first.pool,
+            [layer.weights for layer in layers],
+            self._x,
+            self._topk_ids,
+            self._topk_weights,
+            self._out,
+            self._flags,
+            first.isa,
+        )
+        stream.attach(self._native)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Size of the host memory that the GPU reaches."""
+        buffers = (self._x, self._topk_ids, self._topk_weights, self._out, self._flags)
+        return sum(buffer.nbytes for buffer in buffers)
+
+    def submit(self, layer: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        """Enqueues the hand-over of x [T, D], topk_ids [T, K] and topk_weights [T, K] to the CPU."""
+        num_tokens = x.shape[0]
+        if not 1 <= num_tokens <= self._x.shape[0]:
+            raise ValueError(
+                f"x has {num_tokens} rows: the bridge takes 1 to max_tokens={self._x.shape[0]}"
+            )
+        if layer in self._pending:
+            raise ValueError(f"layer={layer} was submitted already: collect it first")
+        for target, source, name in (
+            (self._x, x, "x"),
+            (self._topk_ids, topk_ids, "topk_ids"),
+            (self._topk_weights, topk_weights, "topk_weights"),
+        ):
+            if source.shape != (num_tokens, target.shape[1]):
+                raise ValueError(
+                    f"{name} has shape {list(source.shape)}, expected [{num_tokens}, {target.shape[1]}]"
+                )
+            self.stream.copy(target[:num_tokens], source)
+        self.stream.submit(layer)
+        self._pending[layer] = num_tokens
+
+    def collect(self, layer: int) -> Tensor:
+        """Enqueues the wait for the layer's result, [T, D] in out_dtype on the stream's device.
+
+        Unless a graph is being captured, the CPU computes the layer now, on the calling thread.
+        """
+        if layer not in self._pending:
+            raise ValueError(f"layer={layer} was not submitted: submit it first")
+        num_tokens = self._pending.pop(layer)
+        is_eager = not self.stream.is_capturing
+        if is_eager:
+            self._serve(num_tokens, [layer])
+        out = torch.empty(
+            num_tokens, self._out.shape[1], dtype=self._out.dtype, device=self.stream.device
+        )
+        self.stream.wait(layer)
+        self.stream.copy(out, self._out[:num_tokens])
+        if is_eager:
+            self.stream.settle()
+        return out
+
+    def run_step(self, num_tokens: int) -> None:
+        """Serves all layers of a graph that was just replayed, of num_tokens rows.
+
+        Raises RuntimeError if the CPU or the GPU fails, or if the GPU takes longer than timeout_s for a layer; the GPU
+        is then let through the rest of the step, whose results are NaN, and `reset` must be called.
+        """
+        self._serve(num_tokens, None)
+
+    def reset(self, timeout_s: float = 5.0) -> None:
+        """Lets the stream run out of work, without computing, and makes the bridge ready for the next step.
+
+        For the time after an exception, wherever it came from between the launch of a step and the end of `run_step`.
+        Raises RuntimeError if the stream has failed or does not come to its end within timeout_s.
+        """
+        self._pending.clear()
+        self._native.reset(timeout_s, **self.stream.state())
+
+    def counters(self) -> dict[str, Any]:
+        """So far: steps; layers, distinct_experts, weight_bytes computed; wait_s for the GPU, layer_s by layer."""
+        return self._native.counters()
+
+    def _serve(self, num_tokens: int, layers: list[int] | None) -> None:
+        self._native.run_step(num_tokens, layers, self.timeout_s, **self.stream.state())
