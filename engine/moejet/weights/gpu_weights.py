@@ -133,11 +133,11 @@ def from_stored(weight: StoredWeight, format: str) -> GpuWeights:
         if bool(((weight.data & _FP8_NAN) == _FP8_NAN).any()):
             raise ValueError("weight has NaN among its fp8 codes")
         return GpuWeights("fp8", weight.shape, weight.data, scale.float().contiguous())
-    if weight.encoding == "int4" and format == "int4_g32" and scale is not None:
-        if scale.dtype == torch.bfloat16:
-            check_shape(format, weight.shape)
-            codes = torch.stack((weight.data & 15, weight.data >> 4), dim=-1)
-            return GpuWeights(format, weight.shape, pack_nibbles(codes.flatten(-2)), scale)
+    keeps_int4 = weight.encoding == "int4" and format == "int4_g32"
+    if keeps_int4 and scale is not None and scale.dtype == torch.bfloat16:
+        check_shape(format, weight.shape)
+        codes = torch.stack((weight.data & 15, weight.data >> 4), dim=-1)
+        return GpuWeights(format, weight.shape, pack_nibbles(codes.flatten(-2)), scale)
     return quantize(weight.dequantize(), format)
 
 
