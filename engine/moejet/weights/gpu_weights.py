@@ -84,7 +84,7 @@ class GpuWeights:
             f"{other.format} {other.shape} into {self.format} {self.shape}"
         )
         self.codes.copy_(other.codes, non_blocking=True)
-        if self.scales is not None:
+        if self.scales is not None and other.scales is not None:
             self.scales.copy_(other.scales, non_blocking=True)
 
 
@@ -150,20 +150,21 @@ def dequantize(weights: GpuWeights) -> Tensor:
     if weights.format == "fp8":
         flat = codes.reshape(-1, *codes.shape[-2:])
         blocks = scales.reshape(-1, *scales.shape[-2:])
-        values = [dequantize_fp8(c, s) for c, s in zip(flat, blocks, strict=True)]
-        return torch.stack(values).view(weights.shape)
+        matrices = [dequantize_fp8(c, s) for c, s in zip(flat, blocks, strict=True)]
+        return torch.stack(matrices).view(weights.shape)
     if weights.format == "int8":
         wide = scales.repeat_interleave(_INT8_GROUP, -1)[..., : weights.shape[-1]]
         return codes.float() * wide
-    pairs = codes.unflatten(-1, (-1, _HALF))
+    pairs = codes.view(*codes.shape[:-1], -1, _HALF)
     values = torch.cat((pairs & 15, pairs >> 4), dim=-1).float() - 8.0
-    return (values * scales.float().unsqueeze(-1)).flatten(-2)
+    return (values * scales.float().unsqueeze(-1)).view(weights.shape)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """uint8 codes 0..15 [.., K] to bytes [.., K / 2] in the order of int4_g32."""
-    halves = codes.unflatten(-1, (-1, 2, _HALF))
-    return (halves[..., 0, :] | (halves[..., 1, :] << 4)).flatten(-2)
+    halves = codes.view(*codes.shape[:-1], -1, 2, _HALF)
+    packed = halves[..., 0, :] | (halves[..., 1, :] << 4)
+    return packed.view(*codes.shape[:-1], -1)
 
 
 def _quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
