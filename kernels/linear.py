@@ -239,10 +239,13 @@ def _config(
     """
     big = card.shared_memory > 100 << 10
     if tokens > 16:
-        block_t = 32 if tokens <= 32 else 64
         if x_bytes == 4:
             return LinearConfig(32, 16, 128, 1, 4, 2)
-        return LinearConfig(64 if block_t == 32 else 128, block_t, 128, 1, 4, 3 if big else 2)
+        if tokens <= 32:
+            return LinearConfig(64, 32, 128, 1, 4, 3 if big else 2)
+        if card.capability in (90, 100):
+            return LinearConfig(128, 64 if tokens <= 64 else 128, 128, 1, 8, 3)
+        return LinearConfig(128, 64, 128, 1, 4, 3 if big else 2)
     block_n, block_t = 64, 8 if tokens <= 8 else 16
     if x_bytes == 4:
         block_n = 16

@@ -163,6 +163,9 @@ def weights_times_columns(
             acc *= INT4_RESULT
         return acc
     offsets = tl.arange(0, BLOCK_K)
+    scaled: tl.constexpr = FORMAT == "fp8" or FORMAT == "int8"
+    if scaled:
+        scale = tl.load(scales_ptr + scale_rows + first)
     for block in range(first, last):
         k = block * BLOCK_K + offsets
         codes_at = codes_ptr + (code_rows[:, None] + k[None, :])
@@ -173,12 +176,15 @@ def weights_times_columns(
         else:
             codes = tl.load(codes_at, mask=(k < K)[None, :], other=0)
             x = tl.load(x_at, mask=t_mask[None, :] & (k < K)[:, None], other=0.0)
-        if FORMAT == "fp8":
-            part = tl.dot(fp8_values(codes, dtype, PACKED), x, input_precision="ieee")
-            acc += part * tl.load(scales_ptr + scale_rows + block)[:, None]
-        elif FORMAT == "int8":
-            part = tl.dot(int8_values(codes, dtype, PACKED), x, input_precision="ieee")
-            acc += part * tl.load(scales_ptr + scale_rows + block)[:, None]
+        if scaled:
+            # The next block's, early: it does not go through the pipeline of what tl.dot takes.
+            next_scale = tl.load(scales_ptr + scale_rows + tl.minimum(block + 1, last - 1))
+            if FORMAT == "fp8":
+                values = fp8_values(codes, dtype, PACKED)
+            else:
+                values = int8_values(codes, dtype, PACKED)
+            acc += tl.dot(values, x, input_precision="ieee") * scale[:, None]
+            scale = next_scale
         else:
             acc = tl.dot(codes.to(dtype), x, acc, input_precision="ieee")
     if FORMAT == "int8" and PACKED:
