@@ -2,7 +2,7 @@
 
 Three ways, by the number of tokens T:
 
-  up to 16    one column of programs; each streams 64 rows of W and, where those are too few programs to keep enough
+  up to 32    one column of programs; each streams 64 rows of W and, where those are too few programs to keep enough
               bytes in flight, part of the inputs. Partial sums are added in order by a second kernel.
   more        tiles of outputs x tokens, W dequantised in the tile (`weight_tiles`)
   many        W is dequantised slab by slab into bf16 or fp16, which stays in the L2 cache, and torch multiplies
@@ -238,17 +238,13 @@ def _config(
     more than it gains.
     """
     big = card.shared_memory > 100 << 10
-    if tokens > 16:
-        if x_bytes == 4:
-            return LinearConfig(32, 16, 128, 1, 4, 2)
-        if tokens <= 32:
-            return LinearConfig(64, 32, 128, 1, 4, 3 if big else 2)
+    if tokens > 32 and x_bytes == 2:
         if card.capability in (90, 100):
             return LinearConfig(128, 64 if tokens <= 64 else 128, 128, 1, 8, 3)
         return LinearConfig(128, 64, 128, 1, 4, 3 if big else 2)
-    block_n, block_t = 64, 8 if tokens <= 8 else 16
-    if x_bytes == 4:
-        block_n = 16
+    block_n, block_t = 64, 8 if tokens <= 8 else 16 if tokens <= 16 else 32
+    if x_bytes == 4:  # multiplied one by one: small tiles spare registers
+        block_n, block_t = 16, min(block_t, 16)
     programs = triton.cdiv(rows, block_n) * heads
     most = max(1, triton.cdiv(cols, 128) // 6)
     splits = min(most, 16, max(1, 4 * card.num_sms // programs))

@@ -179,10 +179,11 @@ def weights_times_columns(
         if scaled:
             # The next block's, early: it does not go through the pipeline of what tl.dot takes.
             next_scale = tl.load(scales_ptr + scale_rows + tl.minimum(block + 1, last - 1))
-            if FORMAT == "fp8":
-                values = fp8_values(codes, dtype, PACKED)
-            else:
-                values = int8_values(codes, dtype, PACKED)
+            values = (
+                fp8_values(codes, dtype, PACKED)
+                if FORMAT == "fp8"
+                else int8_values(codes, dtype, PACKED)
+            )
             acc += tl.dot(values, x, input_precision="ieee") * scale[:, None]
             scale = next_scale
         else:
