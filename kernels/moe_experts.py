@@ -300,7 +300,7 @@ def _check(
 
 
 def _config(pairs: int, experts: int, format: str, x_bytes: int, card: Card) -> ExpertsConfig:
-    """Blocks and pipeline; see `linear._config` for why two warps where few tokens share a tile.
+    """Blocks and pipeline; see `linear._config`.
 
     block_t follows the pairs per expert when all experts are asked alike: padding costs as much as work.
     """
@@ -313,5 +313,6 @@ def _config(pairs: int, experts: int, format: str, x_bytes: int, card: Card) -> 
         stages = (6 if big else 4) if format == "int4_g32" else (4 if big else 3)
         return ExpertsConfig(64, block_t, 2, stages)
     if card.capability in (90, 100):
-        return ExpertsConfig(128, 64 if average <= 64 else 128, 8, 3 if format != "bf16" else 2)
-    return ExpertsConfig(128, 64, 4, 3 if big else 2)
+        block_t = 64 if average <= 64 else 128
+        return ExpertsConfig(128, block_t, 8, 2 if format in ("bf16", "fp16") else 3)
+    return ExpertsConfig(128, 64, 8, 3 if big else 2)
