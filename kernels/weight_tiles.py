@@ -28,7 +28,7 @@ and.b32 $1, b, 0x000f000f;
 and.b32 $2, a, 0x00f000f0;
 and.b32 $3, b, 0x00f000f0;
 }""")
-# Products are 2^-24 of what they stand for: then scales from 2^-110 to 2^18 keep every factor in range.
+# Products are 2^-24 of what they stand for: then scales from 2^-105 to 2^18 keep every factor in range.
 INT4_LOW = tl.constexpr(2.0**109)
 INT4_HIGH = tl.constexpr(2.0**105)
 INT4_OFFSET = tl.constexpr(-8 * 2.0**-24)

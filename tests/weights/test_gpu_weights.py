@@ -102,6 +102,11 @@ def test_infinity_is_refused(format):
         quantize(w, format)
 
 
+def test_scales_out_of_the_kernels_range_are_refused():
+    with pytest.raises(ValueError, match="int4 scale"):
+        quantize(torch.full((2, 32), 4e6), "int4_g32")
+
+
 def test_shapes_without_a_format_are_refused():
     with pytest.raises(ValueError, match="no multiple"):
         quantize(torch.randn(4, 48), "int4_g32")

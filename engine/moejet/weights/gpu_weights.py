@@ -32,6 +32,8 @@ _HALF = INT4_GROUP // 2
 # As in csrc: e4m3's largest value, and the magnitude below which a block becomes zero.
 _FP8_MAX, _FP8_MIN_AMAX = 448.0, 1e-30
 _FP8_NAN = 0x7F
+# The kernels' arithmetic on int4 scales leaves the range of bf16 from here on (kernels/weight_tiles.py).
+_INT4_MAX_SCALE = 2.0**18
 # Quantisation works on so many values at a time: its temporaries are a few times as large.
 _CHUNK = 1 << 24
 
@@ -123,6 +125,7 @@ def quantize(weight: Tensor, format: str) -> GpuWeights:
             at = row // FP8_BLOCK if format == "fp8" else row
             codes[matrix, row : row + step] = part_codes
             scales[matrix, at : at + part_scales.shape[0]] = part_scales
+    _check_scales(result)
     return result
 
 
@@ -137,8 +140,20 @@ def from_stored(weight: StoredWeight, format: str) -> GpuWeights:
     if keeps_int4 and scale is not None and scale.dtype == torch.bfloat16:
         check_shape(format, weight.shape)
         codes = torch.stack((weight.data & 15, weight.data >> 4), dim=-1)
-        return GpuWeights(format, weight.shape, pack_nibbles(codes.flatten(-2)), scale)
+        result = GpuWeights(format, weight.shape, pack_nibbles(codes.flatten(-2)), scale)
+        _check_scales(result)
+        return result
     return quantize(weight.dequantize(), format)
+
+
+def _check_scales(weights: GpuWeights) -> None:
+    if weights.format != "int4_g32" or weights.scales is None:
+        return
+    largest = float(weights.scales.abs().amax())
+    if not largest < _INT4_MAX_SCALE:
+        raise ValueError(
+            f"weight has an int4 scale of {largest:.3g}; it must be below {_INT4_MAX_SCALE:.0f}: choose int8 or bf16"
+        )
 
 
 def dequantize(weights: GpuWeights) -> Tensor:
