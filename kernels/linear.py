@@ -150,15 +150,15 @@ def linear(
     assert x.stride(-1) == 1 or cols == 1, f"{x.stride()=}"
     assert bias is None or (len(weights.shape) == 2 and tuple(bias.shape) == (rows,))
     tokens = x.shape[0]
+    if weights.format in _PLAIN:
+        return _plain(x, weights.codes, bias, out_dtype)
     out = torch.empty(*x.shape[:-1], rows, dtype=out_dtype, device=x.device)
     if tokens == 0:
         return out
-    if weights.format in _PLAIN:
-        return _plain(x, weights.codes, bias, out)
     card = card_of(x.device)
     many = 512 if card.capability in (90, 100) else 1024
     if heads == 1 and tokens >= many and x.dtype != torch.float32 and x.device.type != "cpu":
-        return _by_slabs(x.view(tokens, cols), weights, bias, out)
+        return _by_slabs(x.reshape(tokens, cols), weights, bias, out)
 
     config = _config(tokens, rows, cols, heads, weights.format, x.element_size(), card)
     blocks_k = triton.cdiv(cols, config.block_k)
@@ -199,11 +199,12 @@ def is_packed(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type != "cpu"
 
 
-def _plain(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def _plain(x: Tensor, w: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     w = w.to(x.dtype)
     if x.dim() == 2:
-        return out.copy_(torch.nn.functional.linear(x, w, None if bias is None else bias.to(x)))
-    return out.copy_(torch.einsum("thk,hnk->thn", x, w))
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.linear(x, w, bias).to(out_dtype)
+    return torch.einsum("thk,hnk->thn", x, w).to(out_dtype)
 
 
 def _by_slabs(x: Tensor, weights: GpuWeights, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ def _by_slabs(x: Tensor, weights: GpuWeights, bias: Tensor | None, out: Tensor) 
         )  # fmt: skip
         part = slice(first, first + count)
         flat[:, part] = torch.nn.functional.linear(
-            x, slab[:count], None if bias is None else bias[part].to(x)
+            x, slab[:count], None if bias is None else bias[part].to(x.dtype)
         )
     return out
 

@@ -14,7 +14,7 @@ from moejet.testing.aot import assert_fits, launches_compiled_for
 
 QUANTISED = ["int4_g32", "int8", "fp8"]
 # Loop-invariant values that ptxas parks to keep a register count at a step of the occupancy.
-PARKED_BYTES = 16
+PARKED_BYTES = 32
 # (heads, outputs, inputs): DeepSeek-V3's o_proj, lm_head and an absorbed projection; V2-Lite's kv_a, whose outputs are
 # so few that programs share the inputs.
 SHAPES = {"o": (1, 7168, 16384), "head": (1, 129280, 7168), "uk": (128, 512, 128), "kva": (1, 576, 2048)}  # fmt: skip
@@ -52,7 +52,7 @@ def test_compiles_for_prefill(card):
         (90, "uk", "int4_g32", 4),
         (120, "o", "int4_g32", 100),
         (90, "o", "int8", 100),
-        (86, "o", "int4_g32", 30),
+        (90, "o", "int4_g32", 16),
     ],
 )
 def test_compiles_other_shapes(capability, shape, format, tokens):
@@ -70,8 +70,8 @@ def test_compiles_slabs():
 def assert_right(x, weights, bias=None):
     got = gpu_linear(x, weights, bias, out_dtype=torch.float32)
     expected = gpu_linear_ref(x, weights, bias, out_dtype=torch.float64)
-    # bf16 and fp16: int4 weights, and those of slabs, are rounded to the type of x.
-    limit = {torch.float32: 5e-6, torch.float16: 6e-4, torch.bfloat16: 4e-3}[x.dtype]
+    # bf16 and fp16: int4 weights are rounded to the type of x; where torch multiplies, all weights and results are.
+    limit = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[x.dtype]
     assert got.shape == expected.shape
     assert (got.double() - expected).norm() <= limit * expected.norm()
 

@@ -52,8 +52,9 @@ def test_bias_is_added_once():
 
 
 def test_no_tokens():
-    weights = quantize(torch.randn(8, 64), "int4_g32")
-    assert linear(torch.empty(0, 64), weights, out_dtype=torch.float32).shape == (0, 8)
+    for format in ("int4_g32", "bf16"):
+        weights = quantize(torch.randn(8, 64), format)
+        assert linear(torch.empty(0, 64), weights, out_dtype=torch.float32).shape == (0, 8)
 
 
 @pytest.mark.parametrize("format", QUANTISED)
