@@ -113,6 +113,42 @@ def int4_values(codes, scale, dtype: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _int4_times_columns(
+    codes_ptr, scales_ptr, code_rows, scale_rows, x_rows, t_mask, K, first, last,
+    PACKED: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`weights_times_columns` of int4_g32."""
+    dtype: tl.constexpr = x_rows.dtype.element_ty
+    acc = tl.zeros((code_rows.shape[0], t_mask.shape[0]), tl.float32)
+    byte = tl.arange(0, BLOCK_K // 2)
+    group = tl.arange(0, BLOCK_K // 32)
+    low_k = byte // 16 * 32 + byte % 16
+    for block in range(first, last):
+        k = block * BLOCK_K + low_k
+        codes_at = codes_ptr + (code_rows[:, None] + (block * (BLOCK_K // 2) + byte)[None, :])
+        scale_at = scales_ptr + (scale_rows[:, None] + (block * (BLOCK_K // 32) + group)[None, :])
+        x_at = x_rows[None, :] + k[:, None]
+        if EVEN_K:
+            codes = tl.load(codes_at)
+            scale = tl.load(scale_at)
+            x_low = tl.load(x_at, mask=t_mask[None, :], other=0.0)
+            x_high = tl.load(x_at + 16, mask=t_mask[None, :], other=0.0)
+        else:
+            inside = k < K
+            codes = tl.load(codes_at, mask=inside[None, :], other=0)
+            groups = block * (BLOCK_K // 32) + group < K // 32
+            scale = tl.load(scale_at, mask=groups[None, :], other=0.0)
+            x_low = tl.load(x_at, mask=t_mask[None, :] & inside[:, None], other=0.0)
+            x_high = tl.load(x_at + 16, mask=t_mask[None, :] & inside[:, None], other=0.0)
+        low, high = int4_values(codes, scale, dtype, PACKED)
+        acc = tl.dot(low, x_low, acc, input_precision="ieee")
+        acc = tl.dot(high, x_high, acc, input_precision="ieee")
+    if PACKED:
+        acc *= INT4_RESULT
+    return acc
+
+
+@triton.jit
 def weights_times_columns(
     codes_ptr,  # at input 0 of the matrix
     scales_ptr,
@@ -129,39 +165,13 @@ def weights_times_columns(
     BLOCK_K: tl.constexpr,
 ):
     """W x as fp32 [N, T], over the inputs of blocks first to last. int8 and fp8 need BLOCK_K = 128."""
-    N: tl.constexpr = code_rows.shape[0]
-    T: tl.constexpr = t_mask.shape[0]
-    dtype: tl.constexpr = x_rows.dtype.element_ty
-    acc = tl.zeros((N, T), tl.float32)
     if FORMAT == "int4_g32":
-        byte = tl.arange(0, BLOCK_K // 2)
-        group = tl.arange(0, BLOCK_K // 32)
-        low_k = byte // 16 * 32 + byte % 16
-        for block in range(first, last):
-            k = block * BLOCK_K + low_k
-            codes_at = codes_ptr + (code_rows[:, None] + (block * (BLOCK_K // 2) + byte)[None, :])
-            scale_at = scales_ptr + (
-                scale_rows[:, None] + (block * (BLOCK_K // 32) + group)[None, :]
-            )
-            x_at = x_rows[None, :] + k[:, None]
-            if EVEN_K:
-                codes = tl.load(codes_at)
-                scale = tl.load(scale_at)
-                x_low = tl.load(x_at, mask=t_mask[None, :], other=0.0)
-                x_high = tl.load(x_at + 16, mask=t_mask[None, :], other=0.0)
-            else:
-                inside = k < K
-                codes = tl.load(codes_at, mask=inside[None, :], other=0)
-                groups = block * (BLOCK_K // 32) + group < K // 32
-                scale = tl.load(scale_at, mask=groups[None, :], other=0.0)
-                x_low = tl.load(x_at, mask=t_mask[None, :] & inside[:, None], other=0.0)
-                x_high = tl.load(x_at + 16, mask=t_mask[None, :] & inside[:, None], other=0.0)
-            low, high = int4_values(codes, scale, dtype, PACKED)
-            acc = tl.dot(low, x_low, acc, input_precision="ieee")
-            acc = tl.dot(high, x_high, acc, input_precision="ieee")
-        if PACKED:
-            acc *= INT4_RESULT
-        return acc
+        return _int4_times_columns(
+            codes_ptr, scales_ptr, code_rows, scale_rows, x_rows, t_mask, K, first, last,
+            PACKED, EVEN_K, BLOCK_K,
+        )  # fmt: skip
+    dtype: tl.constexpr = x_rows.dtype.element_ty
+    acc = tl.zeros((code_rows.shape[0], t_mask.shape[0]), tl.float32)
     offsets = tl.arange(0, BLOCK_K)
     scaled: tl.constexpr = FORMAT == "fp8" or FORMAT == "int8"
     if scaled:
