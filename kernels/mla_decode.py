@@ -88,12 +88,12 @@ def _load_rows(
 
 
 @triton.jit
-def _decode_byte(words, scales, SHIFT: tl.constexpr, DOT: tl.constexpr):
-    """One e4m3 code of each word [N, words], times its group's scale [N, groups].
+def _decode(words, scales, BYTE: tl.constexpr, DOT: tl.constexpr):
+    """Columns BYTE, BYTE + 4, ... of the latents in DOT, from words [N, C / 4] of four codes and scales [N, groups].
 
-    Exponent and mantissa moved to fp32's places are the value times 2^-120, of subnormal codes too.
+    Exponent and mantissa moved to fp32's places are the e4m3 value times 2^-120, for subnormal codes too.
     """
-    bits = words >> SHIFT
+    bits = words >> (8 * BYTE)
     bits = ((bits & 0x7F) << 20) | ((bits & 0x80) << 24)
     values = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     N: tl.constexpr = words.shape[0]
@@ -103,16 +103,8 @@ def _decode_byte(words, scales, SHIFT: tl.constexpr, DOT: tl.constexpr):
     return tl.reshape(values.to(DOT), [N, WIDTH])
 
 
-@triton.jit
-def _decode_words(words, scales, DOT: tl.constexpr):
-    """Latents [N, C] in DOT from words of four codes."""
-    even = tl.join(_decode_byte(words, scales, 0, DOT), _decode_byte(words, scales, 16, DOT))
-    odd = tl.join(_decode_byte(words, scales, 8, DOT), _decode_byte(words, scales, 24, DOT))
-    return tl.reshape(tl.join(even, odd), [words.shape[0], words.shape[1] * 4])
-
-
 @triton.jit(
-    do_not_specialize=["batch", "splits", "group_splits", "group_row_blocks", "group_programs", "slots", "stride_table"]
+    do_not_specialize=["splits", "group_splits", "group_row_blocks", "group_programs", "slots", "stride_table"]
 )  # fmt: skip
 def _mla_decode_kernel(
     q_ptr, q_pe_ptr, kv_ptr, pe_ptr, scale_ptr, tables_ptr, lens_ptr, out_ptr, lse_ptr,
@@ -181,22 +173,29 @@ def _mla_decode_kernel(
     visible = tl.load(lens_ptr + seq, mask=live, other=0) - QUERIES + query + 1
     limit = tl.minimum(visible, end)
 
-    cols = tl.arange(0, C)
-    q_rows = (token * stride_qt + head * stride_qh)[:, None]
-    q = tl.load(
-        q_ptr + q_rows + cols[None, :],
-        mask=live[:, None], other=0.0,
-    ).to(DOT)  # fmt: skip
-    q_pe_rows = (token * stride_pt + head * stride_ph)[:, None]
-    q_pe = tl.load(
-        q_pe_ptr + q_pe_rows + tl.arange(0, R)[None, :],
-        mask=live[:, None], other=0.0,
-    ).to(DOT)  # fmt: skip
+    q_ptrs = q_ptr + (token * stride_qt + head * stride_qh)[:, None]
+    if FP8:
+        # Four columns come in one word. Tiles of every fourth column, queries and results alike, leave them in place.
+        cols = tl.arange(0, C // 4)[None, :] * 4
+        q = tl.load(q_ptrs + cols, mask=live[:, None], other=0.0).to(DOT)
+        q1 = tl.load(q_ptrs + cols + 1, mask=live[:, None], other=0.0).to(DOT)
+        q2 = tl.load(q_ptrs + cols + 2, mask=live[:, None], other=0.0).to(DOT)
+        q3 = tl.load(q_ptrs + cols + 3, mask=live[:, None], other=0.0).to(DOT)
+    else:
+        cols = tl.arange(0, C)[None, :]
+        q = tl.load(q_ptrs + cols, mask=live[:, None], other=0.0).to(DOT)
+    pe_cols = tl.arange(0, R)[None, :]
+    q_pe_ptrs = q_pe_ptr + (token * stride_pt + head * stride_ph)[:, None] + pe_cols
+    q_pe = tl.load(q_pe_ptrs, mask=live[:, None], other=0.0).to(DOT)
     table_ptr = tables_ptr + table_seq.to(tl.int64) * stride_table
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, C], tl.float32)
+    if FP8:
+        acc = tl.zeros([BLOCK_M, C // 4], tl.float32)
+        acc1, acc2, acc3 = acc, acc, acc
+    else:
+        acc = tl.zeros([BLOCK_M, C], tl.float32)
     # A tile's blocks are looked up one tile ahead: looked up in the same iteration, Triton's pipeliner counts them as
     # a stage of their own, and the keys would no longer be fetched under the computation before.
     block = _load_blocks(table_ptr, begin, end, S, BLOCK_N)
@@ -209,7 +208,8 @@ def _mla_decode_kernel(
         block = _load_blocks(table_ptr, begin + BLOCK_N, end, S, BLOCK_N)
     for position in tl.range(begin, end, BLOCK_N):
         if FP8:
-            latents = _decode_words(words, scales, DOT)
+            latents, latents1 = _decode(words, scales, 0, DOT), _decode(words, scales, 1, DOT)
+            latents2, latents3 = _decode(words, scales, 2, DOT), _decode(words, scales, 3, DOT)
             pe = next_pe.to(DOT)
             words, next_pe, scales = _load_rows(
                 kv_ptr, pe_ptr, scale_ptr, block, position + BLOCK_N, end, block_units,
@@ -223,6 +223,10 @@ def _mla_decode_kernel(
             )  # fmt: skip
             block = _load_blocks(table_ptr, position + BLOCK_N, end, S, BLOCK_N)
         scores = tl.dot(q, tl.trans(latents), input_precision=PRECISION)
+        if FP8:
+            scores = tl.dot(q1, tl.trans(latents1), scores)
+            scores = tl.dot(q2, tl.trans(latents2), scores)
+            scores = tl.dot(q3, tl.trans(latents3), scores)
         scores = tl.dot(q_pe, tl.trans(pe), scores, input_precision=PRECISION)
         keys = (position + tl.arange(0, BLOCK_N))[None, :]
         scores = tl.where(keys < limit[:, None], scores * scale_log2, float("-inf"))
@@ -231,27 +235,30 @@ def _mla_decode_kernel(
         probs = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(probs, 1)
-        acc = acc * decay[:, None]
-        acc = tl.dot(probs.to(DOT), latents, acc, input_precision=PRECISION)
+        probs = probs.to(DOT)
+        decay = decay[:, None]
+        acc = tl.dot(probs, latents, acc * decay, input_precision=PRECISION)
+        if FP8:
+            acc1 = tl.dot(probs, latents1, acc1 * decay)
+            acc2 = tl.dot(probs, latents2, acc2 * decay)
+            acc3 = tl.dot(probs, latents3, acc3 * decay)
         top = new_top
 
     seen = total > 0
-    acc = acc * (1.0 / tl.where(seen, total, 1.0))[:, None]
+    factor = (1.0 / tl.where(seen, total, 1.0))[:, None]
     if DIRECT:
-        out_rows = token * stride_ot + head * stride_oh
+        out_ptrs = out_ptr + (token * stride_ot + head * stride_oh)[:, None] + cols
     else:
         place = (token * HEADS + head) * slots + slot
-        out_rows = place * C
-        tl.store(
-            lse_ptr + place,
-            tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf")),
-            mask=live,
-        )
-    tl.store(
-        out_ptr + out_rows[:, None] + cols[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=live[:, None],
-    )
+        out_ptrs = out_ptr + (place * C)[:, None] + cols
+        lse = top + tl.log2(tl.where(seen, total, 1.0))
+        tl.store(lse_ptr + place, tl.where(seen, lse, float("-inf")), mask=live)
+    OUT: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptrs, (acc * factor).to(OUT), mask=live[:, None])
+    if FP8:
+        tl.store(out_ptrs + 1, (acc1 * factor).to(OUT), mask=live[:, None])
+        tl.store(out_ptrs + 2, (acc2 * factor).to(OUT), mask=live[:, None])
+        tl.store(out_ptrs + 3, (acc3 * factor).to(OUT), mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=["splits", "group_splits", "slots"])
@@ -319,29 +326,30 @@ class Tiles(NamedTuple):
 def choose_tiles(card: Card, rows: int, cache_dtype: torch.dtype) -> Tiles:
     """rows: (query token, head) pairs of one sequence.
 
-    A tile of keys takes 1152 bytes per key with C + R = 576 in bf16, and so do the queries per row: both stay in shared
-    memory. num_stages=3 keeps two tiles of keys there (three where wgmma reads them asynchronously), one in use and one
-    on its way; with 2 Triton starts a copy only after the last use of the tile before, and nothing overlaps. Triton
-    gives all warps to the keys of a tile if block_m < block_n, and to its rows otherwise, where 16 rows feed one warp.
+    A tile of keys takes 1152 bytes per key with C + R = 576 in 16 bits, and so do the queries per row: both stay in
+    shared memory. num_stages=3 keeps two tiles of keys there (three where wgmma reads them asynchronously), one in use
+    and one on its way; with 2 Triton starts a copy only after the last use of the tile before, and nothing overlaps.
+    Keys in bytes wait in registers, so that one stage does. Triton gives all warps to the keys of a tile if
+    block_m < block_n, and to its rows otherwise, where 16 rows would keep one warp busy and the rest repeat its work.
     """
+    fp8 = cache_dtype == torch.uint8
+    stages = 1 if fp8 else 3
     if cache_dtype == torch.float32:  # no tensor cores: a check, not a way to serve
         return Tiles(16, 16, 4, 1, 1)
     if rows > 16 and card.shared_memory >= 200 << 10:
-        # 64 rows take wgmma (SM90), accumulators of 128 registers in 8 warps. Less than that is bound by bandwidth and
-        # would waste most of it; one pass over 32 rows reads a tile once. Above SM90 wgmma does not exist, and Triton
-        # 3.6 keeps copies of the tiles in tcgen05's form: 64 rows no longer fit.
+        # 64 rows take wgmma (SM90), their accumulators 128 registers in 8 warps. Fewer are bound by bandwidth and would
+        # waste most of it; 32 at a time read a tile once. Above SM90 there is no wgmma, and Triton 3.6 keeps copies of
+        # the tiles in the form that tcgen05 wants: 64 rows no longer fit.
         if rows > 32 and card.capability == 90:
-            return Tiles(64, 32, 8, 3, 1)
-        return Tiles(32, 64, 8 if cache_dtype == torch.uint8 else 4, 3, 1)
-    # 18 KB of queries and two tiles of 36 KB: what 99 KB hold. 32 rows would need tiles of 16 keys, on which 4 warps
-    # do the same work four times. Their tensor cores take 8 cycles for what 16 rows read in 4 from shared memory.
+            return Tiles(64, 32, 8, stages, 1)
+        return Tiles(32, 64, 8 if fp8 else 4, stages, 1)
+    # 18 KB of queries and two tiles of 36 KB are what 99 KB hold. With 32 rows there would be room for tiles of 16 keys
+    # only, and see above.
     if card.shared_memory < 160 << 10:
-        return Tiles(16, 32, 4, 3, 1)
-    if card.shared_memory < 200 << 10:
-        return Tiles(
-            16, 32, 4, 4, 1
-        )  # a third tile instead of a second program, for which there is no room
-    return Tiles(16, 32, 4, 3, 2)
+        return Tiles(16, 32, 4, stages, 1)
+    if fp8 or card.shared_memory >= 200 << 10:
+        return Tiles(16, 32, 4, stages, 2)
+    return Tiles(16, 32, 4, 4, 1)  # a third tile: there is no room for a second program
 
 
 @cache
@@ -459,7 +467,8 @@ def _check_operands(q_latent: Tensor, q_pe: Tensor, latent_cache: Tensor, out: T
     for tensor in (q_latent, q_pe, latent_cache, out):
         assert tensor.stride(-1) == 1, f"{tensor.shape=} {tensor.stride()=}"
     assert out.shape == q_latent.shape, f"{out.shape=} {q_latent.shape=}"
-    for size in (q_latent.shape[-1], q_pe.shape[-1]):
+    parts = 4 if latent_cache.dtype == torch.uint8 else 1
+    for size in (q_latent.shape[-1] // parts, q_pe.shape[-1]):
         assert size >= 16, f"{q_latent.shape=} {q_pe.shape=}"
         assert size & (size - 1) == 0, f"{q_latent.shape=} {q_pe.shape=}"
     block_size = latent_cache.shape[1]

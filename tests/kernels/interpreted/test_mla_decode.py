@@ -12,7 +12,7 @@ SMALL = Tiles(16, 32, 4, 3, 1)
 
 
 def make_case(contexts, *, query_len, heads, rank, rope, block_size, cache_dtype, dtype, share=()):
-    """Shuffled blocks, the rest of the cache NaN. share: (sequences, tokens of whole blocks that they have in common)"""
+    """Shuffled blocks, the rest of the cache NaN. share: (sequences, tokens of whole blocks in common)"""
     most = max(-(-max(contexts) // block_size), 1)
     num_blocks = len(contexts) * most + 3
     tables = torch.full((len(contexts), most + 1), -1, dtype=torch.int32)
@@ -60,19 +60,24 @@ def check(case, *, query_len, cache_dtype, dtype, **options):
     return got
 
 
-RAGGED = [1, 70, 0, 33, 200]
+RAGGED = [1, 70, 0, 33]
 
 
-@pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(
-    ("cache_dtype", "dtype"),
-    [(torch.float32, torch.float32), (torch.float16, torch.float16), (FP8, torch.float16)],
+    ("cache_dtype", "dtype", "block_size"),
+    [
+        (torch.float32, torch.float32, 16),
+        (torch.float16, torch.float16, 16),
+        (torch.float16, torch.float16, 64),
+        (FP8, torch.float16, 16),
+        (FP8, torch.float16, 64),
+    ],
 )
-@pytest.mark.parametrize(("query_len", "heads"), [(1, 16), (1, 20), (3, 8)])
+@pytest.mark.parametrize(("query_len", "heads"), [(1, 20), (3, 4)])
 def test_ragged_contexts(block_size, cache_dtype, dtype, query_len, heads):
     contexts = [0 if n == 0 else max(n, query_len) for n in RAGGED]
     case = make_case(
-        contexts, query_len=query_len, heads=heads, rank=32, rope=16, block_size=block_size,
+        contexts, query_len=query_len, heads=heads, rank=64, rope=16, block_size=block_size,
         cache_dtype=cache_dtype, dtype=dtype,
     )  # fmt: skip
     got = check(case, query_len=query_len, cache_dtype=cache_dtype, dtype=dtype)
@@ -81,8 +86,9 @@ def test_ragged_contexts(block_size, cache_dtype, dtype, query_len, heads):
 
 def sized(contexts, **options):
     """A case of small heads, latents and blocks."""
-    usual = dict(query_len=1, heads=16, rank=32, rope=16, block_size=16, cache_dtype=FP8, dtype=torch.float16)
-    return make_case(contexts, **usual | options)
+    usual = {"query_len": 1, "heads": 4, "rank": 64, "rope": 16, "block_size": 16}
+    types = {"cache_dtype": FP8, "dtype": torch.float16}
+    return make_case(contexts, **usual | types | options)
 
 
 @pytest.mark.parametrize("max_context", [300, 2000])
@@ -91,29 +97,43 @@ def test_many_splits_of_which_some_are_empty(max_context):
     check(case, query_len=1, cache_dtype=FP8, dtype=torch.float16, max_context=max_context)
 
 
-@pytest.mark.parametrize("tiles", [Tiles(32, 64, 4, 3, 1), Tiles(64, 32, 8, 3, 1), Tiles(16, 16, 4, 1, 1)])
+@pytest.mark.parametrize(
+    "tiles", [Tiles(32, 64, 4, 3, 1), Tiles(64, 32, 8, 3, 1), Tiles(16, 16, 4, 1, 1)]
+)
 def test_eight_query_tokens_in_every_shape_of_tile(tiles):
-    case = sized([530, 8, 77], query_len=8, heads=20, block_size=32)
+    case = sized([160, 8], query_len=8, heads=5, block_size=32)
     check(case, query_len=8, cache_dtype=FP8, dtype=torch.float16, tiles=tiles)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float16, FP8])
 def test_real_latents_on_a_large_card(cache_dtype):
-    case = sized([150, 9], query_len=4, heads=8, rank=512, rope=64, block_size=64, cache_dtype=cache_dtype)
+    case = sized(
+        [150, 9], query_len=4, heads=6, rank=512, rope=64, block_size=64, cache_dtype=cache_dtype
+    )
     with pretend(CARDS[90]):
         check(case, query_len=4, cache_dtype=cache_dtype, dtype=torch.float16)
 
 
 def test_a_context_shorter_than_its_query_tokens():
-    case = sized([2, 300], query_len=4)
+    case = sized([2, 40], query_len=4)
     got = check(case, query_len=4, cache_dtype=FP8, dtype=torch.float16)
     assert not got[:2].any()
 
 
 def test_tables_in_64_bits_and_an_empty_batch():
     q_latent, q_pe, cache, tables, lens = sized([40])
-    check((q_latent, q_pe, cache, tables.long(), lens), query_len=1, cache_dtype=FP8, dtype=torch.float16)
-    assert run((q_latent[:0], q_pe[:0], cache, tables[:0], lens[:0]), query_len=1, max_context=1).shape[0] == 0
+    check(
+        (q_latent, q_pe, cache, tables.long(), lens),
+        query_len=1,
+        cache_dtype=FP8,
+        dtype=torch.float16,
+    )
+    assert (
+        run(
+            (q_latent[:0], q_pe[:0], cache, tables[:0], lens[:0]), query_len=1, max_context=1
+        ).shape[0]
+        == 0
+    )
 
 
 def test_every_code_of_e4m3_is_exact():
@@ -130,19 +150,18 @@ def test_every_code_of_e4m3_is_exact():
 
 
 def test_fixed_splits_do_not_depend_on_the_batch():
-    contexts = [300, 64, 0, 190]
+    contexts = [140, 64, 0, 100]
     q_latent, q_pe, cache, tables, lens = case = sized(contexts, query_len=2)
     together = run(case, query_len=2, split_tokens=64)
     for i in range(len(contexts)):
         rows = slice(2 * i, 2 * i + 2)
         alone = q_latent[rows], q_pe[rows], cache, tables[i : i + 1], lens[i : i + 1]
-        for max_context in (300, 1000):
-            got = run(alone, query_len=2, split_tokens=64, max_context=max_context)
-            assert torch.equal(got, together[rows])
+        got = run(alone, query_len=2, split_tokens=64, max_context=300)
+        assert torch.equal(got, together[rows])
 
 
-GROUPS = [([4, 1, 5], 208), ([0, 3], 64)]
-GROUPED_CONTEXTS = [70, 220, 33, 331, 300, 210, 0]
+GROUPS = [([4, 1, 5], 112), ([0, 3], 64)]
+GROUPED_CONTEXTS = [70, 120, 33, 200, 150, 114, 0]
 
 
 def grouped_case(**options):
@@ -150,12 +169,17 @@ def grouped_case(**options):
 
 
 @pytest.mark.parametrize("split_tokens", [None, 64])
-@pytest.mark.parametrize(("query_len", "heads"), [(1, 16), (2, 20)])
+@pytest.mark.parametrize(("query_len", "heads"), [(1, 4), (2, 3)])
 def test_groups_share_their_prefix(query_len, heads, split_tokens):
     case = grouped_case(query_len=query_len, heads=heads)
     groups = PrefixGroups.of([*GROUPS, ([], 0)], batch=len(GROUPED_CONTEXTS))
     got = check(
-        case, query_len=query_len, cache_dtype=FP8, dtype=torch.float16, groups=groups, split_tokens=split_tokens
+        case,
+        query_len=query_len,
+        cache_dtype=FP8,
+        dtype=torch.float16,
+        groups=groups,
+        split_tokens=split_tokens,
     )
     assert not got[-query_len:].any()
     if split_tokens:
