@@ -13,23 +13,21 @@ first find them in L2.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moejet.kernels.card import Card, card_of
+from moejet.kernels.card import card_of
+from moejet.kernels.mla_decode_plan import LEAST_TILES, Tiles, choose_splits, choose_tiles
 from moejet.latent_layout import scales_begin, scales_end
 
 if TYPE_CHECKING:
     from moejet.ops.mla_decode import PrefixGroups
 
 _LOG2_E = 1.4426950408889634
-_MAX_SPLITS = 256
-_LEAST_TILES = 4  # of a split: less is not worth a program's start and end
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -51,9 +49,10 @@ def _split_tokens(tokens, splits, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, LE
 def _load_blocks(table_ptr, position, end, S: tl.constexpr, BLOCK_N: tl.constexpr):
     """Blocks of the keys from `position` on: one where the whole tile lies in it, else one per key."""
     if S % BLOCK_N == 0:
-        return tl.load(table_ptr + tl.minimum(position, end - 1) // S)
+        return tl.load(table_ptr + tl.maximum(tl.minimum(position, end - 1), 0) // S)
     else:
-        return tl.load(table_ptr + tl.minimum(position + tl.arange(0, BLOCK_N), end - 1) // S)
+        keys = tl.minimum(position + tl.arange(0, BLOCK_N), end - 1)
+        return tl.load(table_ptr + tl.maximum(keys, 0) // S)
 
 
 @triton.jit
@@ -313,60 +312,6 @@ def _merge_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=cols < C)
 
 
-class Tiles(NamedTuple):
-    """How a launch is cut up: rows and keys per tile, and how many programs share a multiprocessor."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    resident: int
-
-
-def choose_tiles(card: Card, rows: int, cache_dtype: torch.dtype) -> Tiles:
-    """rows: (query token, head) pairs of one sequence.
-
-    A tile of keys takes 1152 bytes per key with C + R = 576 in 16 bits, and so do the queries per row: both stay in
-    shared memory. num_stages=3 keeps two tiles of keys there (three where wgmma reads them asynchronously), one in use
-    and one on its way; with 2 Triton starts a copy only after the last use of the tile before, and nothing overlaps.
-    Keys in bytes wait in registers, so that one stage does. Triton gives all warps to the keys of a tile if
-    block_m < block_n, and to its rows otherwise, where 16 rows would keep one warp busy and the rest repeat its work.
-    """
-    fp8 = cache_dtype == torch.uint8
-    stages = 1 if fp8 else 3
-    if cache_dtype == torch.float32:  # no tensor cores: a check, not a way to serve
-        return Tiles(16, 16, 4, 1, 1)
-    if rows > 16 and card.shared_memory >= 200 << 10:
-        # 64 rows take wgmma (SM90), their accumulators 128 registers in 8 warps. Fewer are bound by bandwidth and would
-        # waste most of it; 32 at a time read a tile once. Above SM90 there is no wgmma, and Triton 3.6 keeps copies of
-        # the tiles in the form that tcgen05 wants: 64 rows no longer fit.
-        if rows > 32 and card.capability == 90:
-            return Tiles(64, 32, 8, stages, 1)
-        return Tiles(32, 64, 8 if fp8 else 4, stages, 1)
-    # 18 KB of queries and two tiles of 36 KB are what 99 KB hold. With 32 rows there would be room for tiles of 16 keys
-    # only, and see above.
-    if card.shared_memory < 160 << 10:
-        return Tiles(16, 32, 4, stages, 1)
-    if fp8 or card.shared_memory >= 200 << 10:
-        return Tiles(16, 32, 4, stages, 2)
-    return Tiles(16, 32, 4, 4, 1)  # a third tile: there is no room for a second program
-
-
-@cache
-def choose_splits(programs: int, tokens: int, block_n: int, at_once: int) -> int:
-    """Splits of contexts up to `tokens` for `programs` programs per split, `at_once` of which run at a time.
-
-    The least of waves * (tiles per program + 4): starting, and writing a partial result for the merge, cost about as
-    much as four tiles.
-    """
-    tiles = triton.cdiv(max(tokens, 1), block_n)
-    most = max(1, min(_MAX_SPLITS, tiles // _LEAST_TILES))
-    return min(
-        range(1, most + 1),
-        key=lambda n: triton.cdiv(programs * n, at_once) * (triton.cdiv(tiles, n) + 4),
-    )
-
-
 def mla_decode(
     q_latent: Tensor,
     q_pe: Tensor,
@@ -432,7 +377,7 @@ def mla_decode(
         lse = torch.empty(num_tokens, heads, slots, device=out.device)
     division = {
         "HEADS": heads, "QUERIES": query_len, "C": rank, "GROUPED": groups is not None, "SPLIT": split_tokens or 0,
-        "LEAST": _LEAST_TILES * tiles.block_n, "ALIGN": split_tokens or tiles.block_n, "BLOCK_N": tiles.block_n,
+        "LEAST": LEAST_TILES * tiles.block_n, "ALIGN": split_tokens or tiles.block_n, "BLOCK_N": tiles.block_n,
     }  # fmt: skip
     _mla_decode_kernel[(group_programs + batch * splits * row_blocks,)](
         q_latent, q_pe, latents, pe, scales, block_tables, context_lens, result, lse,

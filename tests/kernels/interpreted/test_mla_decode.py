@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from moejet.kernels.card import CARDS, pretend
-from moejet.kernels.mla_decode import Tiles, choose_splits, mla_decode
+from moejet.kernels.mla_decode import mla_decode
+from moejet.kernels.mla_decode_plan import Tiles
 from moejet.ops.latent_rows import encode_latents
 from moejet.ops.mla_decode import PrefixGroups, mla_decode_ref
 from moejet.testing.tolerances import assert_close
@@ -195,18 +196,3 @@ def test_a_prefix_is_read_from_the_first_member_alone():
             tables[sequence, : tokens // 32 * 2] = 10**6  # what whole tiles cover
     got = run((q_latent, q_pe, cache, tables, lens), query_len=1, groups=groups, tiles=SMALL)
     assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize(
-    ("programs", "tokens", "at_once", "expected"),
-    [
-        (1, 100, 82, 1),  # too short to cut
-        (1, 1, 82, 1),
-        (1, 131072, 82, 82),  # one wave
-        (8, 131072, 132, 33),  # two programs too few for two waves of 16
-        (82, 32768, 82, 1),
-        (4, 262144, 264, 66),
-    ],
-)
-def test_choice_of_splits(programs, tokens, at_once, expected):
-    assert choose_splits(programs, tokens, 32, at_once) == expected
