@@ -52,7 +52,6 @@ def compile_for(card, heads, query_len, cache_dtype, *, block_size=64, groups=No
         (86, 128, 1, BF16, 0),
         (89, 16, 4, FP8, 0),
         (120, 128, 1, FP8, 32),
-        (90, 16, 1, BF16, 0),
         (90, 20, 1, BF16, 200),
         (90, 128, 4, BF16, 96),
         (90, 128, 1, FP8, 560),
