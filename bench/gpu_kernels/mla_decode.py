@@ -1,0 +1,134 @@
+"""MLA decode: one query token per sequence over contexts of one length, in shuffled blocks of 64.
+
+Bytes count every latent row once, queries and results too; FLOPs are those of the products. The peer is FlashInfer's
+paged MLA where it is installed (bf16 cache), else the products and softmax in torch over contiguous latents in bf16,
+where those fit into a fifth of the card's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from moejet.kernels.card import Card
+from moejet.latent_layout import row_bytes, row_elements, scales_begin, scales_end
+from moejet.ops.mla_decode import mla_decode
+
+from .case import Case
+
+RANK, ROPE, BLOCK = 512, 64, 64
+SCALE = 192**-0.5
+ROTATED = 512 << 20  # bytes of cache that runs rotate over, far beyond any L2
+Run = Callable[[], None]
+
+
+def cases(card: Card) -> Iterator[Case]:
+    memory = torch.cuda.get_device_properties(0).total_memory
+    for heads in (16, 128):
+        for batch in (1, 8, 32):
+            for context in (4096, 32768, 131072):
+                for kind in ("bf16", "fp8"):
+                    tokens = batch * context
+                    size = tokens * row_bytes(RANK, ROPE, kind)
+                    if max(size, ROTATED) > 0.6 * memory:
+                        continue
+                    operands = batch * heads * (RANK + ROPE + RANK) * 2
+                    yield Case(
+                        name=f"mla_decode h{heads} b{batch} {context // 1024}K {kind}",
+                        build=partial(build, heads, batch, context, kind, memory),
+                        bytes=size + operands,
+                        flops=2 * heads * tokens * (RANK + ROPE + RANK),
+                    )
+
+
+def build(heads: int, batch: int, context: int, kind: str, memory: int) -> tuple[Run, Run | None]:
+    per_run = batch * context // BLOCK  # blocks
+    block_bytes = BLOCK * row_bytes(RANK, ROPE, kind)
+    copies = max(1, -(-ROTATED // (per_run * block_bytes)))
+    cache = random_cache(copies * per_run, kind)
+    shuffled = torch.randperm(copies * per_run, device="cuda").int()
+    all_tables = shuffled.view(copies, batch, context // BLOCK)
+    tables = cycle(all_tables.unbind())
+    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    q_latent = torch.randn(batch, heads, RANK, device="cuda", dtype=torch.bfloat16)
+    q_pe = torch.randn(batch, heads, ROPE, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(q_latent)
+
+    def run() -> None:
+        mla_decode(
+            q_latent,
+            q_pe,
+            cache,
+            next(tables),
+            lens,
+            query_len=1,
+            scale=SCALE,
+            max_context=context,
+            out=out,
+        )
+
+    if kind == "bf16" and find_spec("flashinfer"):
+        return run, flashinfer_peer(q_latent, q_pe, cache, all_tables[0], lens)
+    if batch * context * (RANK + ROPE) * 2 > memory // 5:
+        return run, None
+    return run, torch_peer(q_latent, q_pe, batch, context, copies)
+
+
+def random_cache(blocks: int, kind: str) -> Tensor:
+    row = row_elements(RANK, ROPE, kind)
+    if kind == "bf16":
+        return torch.randn(blocks, BLOCK, row, device="cuda", dtype=torch.bfloat16)
+    cache = torch.randint(0, 127, (blocks, BLOCK, row), device="cuda", dtype=torch.uint8)
+    cache.view(torch.float32)[..., scales_begin(RANK) // 4 : scales_end(RANK) // 4] = 0.01
+    cache.view(torch.bfloat16)[..., scales_end(RANK) // 2 :] = 0.5
+    return cache
+
+
+def torch_peer(q_latent: Tensor, q_pe: Tensor, batch: int, context: int, copies: int) -> Run:
+    shape = (min(copies, 8), batch, context, RANK + ROPE)
+    latents = cycle(torch.randn(shape, device="cuda", dtype=torch.bfloat16).unbind())
+    q = torch.cat((q_latent, q_pe), dim=-1)
+
+    def run() -> None:
+        keys = next(latents)
+        probs = torch.softmax(q @ keys.mT * SCALE, dim=-1)
+        torch.matmul(probs, keys[..., :RANK])
+
+    return run
+
+
+def flashinfer_peer(
+    q_latent: Tensor, q_pe: Tensor, cache: Tensor, tables: Tensor, lens: Tensor
+) -> Run:
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+
+    batch, blocks = tables.shape
+    workspace = torch.empty(128 << 20, dtype=torch.int8, device="cuda")
+    wrapper = BatchMLAPagedAttentionWrapper(workspace)
+    steps = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    dtype = torch.bfloat16
+    wrapper.plan(
+        steps,
+        steps * blocks,
+        tables.flatten().contiguous(),
+        lens,
+        q_latent.shape[1],
+        RANK,
+        ROPE,
+        BLOCK,
+        False,
+        SCALE,
+        dtype,
+        dtype,
+    )
+    c_kv, k_pe = cache[..., :RANK].contiguous(), cache[..., RANK:].contiguous()
+
+    def run() -> None:
+        wrapper.run(q_latent, q_pe, c_kv, k_pe)
+
+    return run
