@@ -40,6 +40,7 @@ KERNELS = (
     "fused_add_rms_norm",
     "silu_mul",
     "embedding",
+    "mla_prepare",
 )
 
 
