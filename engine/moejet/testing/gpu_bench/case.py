@@ -41,6 +41,7 @@ KERNELS = (
     "silu_mul",
     "embedding",
     "mla_prepare",
+    "router_topk",
 )
 
 
