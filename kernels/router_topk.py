@@ -11,28 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _ordered(x):
-    """fp32 as int32 of the same order; equal zeros, and NaN of either sign above all. `_value` is the way back."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF))
-
-
-@triton.jit
-def _value(ordered):
-    bits = tl.where(ordered >= 0, ordered, ordered ^ 0x7FFFFFFF)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _keys(ordered, ids):
-    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
-
-
-@triton.jit
-def _ordered_part(keys):
-    return (keys >> 32).to(tl.int32)
+from moejet.kernels.ordered_keys import ordered, ordered_keys, ordered_part, ordered_value
 
 
 @triton.jit
@@ -42,11 +21,11 @@ def _kept_groups(
     """Which of the groups (rows of keys) are among the KEPT best, by their best or the sum of their two best scores."""
     lowest = tl.full([1], -(2**63), tl.int64)
     best = tl.max(keys, axis=1)
-    score = _value(_ordered_part(best))
+    score = ordered_value(ordered_part(best))
     if BEST_TWO:
         second = tl.max(tl.where(keys == best[:, None], lowest, keys), axis=1)
-        score += _value(_ordered_part(second))
-    ranks = tl.where(known, _keys(_ordered(score), group_ids), lowest)
+        score += ordered_value(ordered_part(second))
+    ranks = tl.where(known, ordered_keys(ordered(score), group_ids), lowest)
     kept = group_ids < 0
     for _ in range(KEPT):
         top = tl.max(ranks, axis=0)
@@ -80,11 +59,11 @@ def _router_topk_kernel(
     choice = scores
     if HAS_BIAS:
         choice += tl.load(bias_ptr + experts, mask=known, other=0.0).to(tl.float32)
-    keys = tl.where(known, _keys(_ordered(choice), experts), lowest)
+    keys = tl.where(known, ordered_keys(ordered(choice), experts), lowest)
     if KEPT > 0:
         kept = _kept_groups(keys, groups, groups < NUM_GROUPS, NUM_GROUPS, KEPT, BEST_TWO)
         # As after -inf in place of the scores: they follow the experts of the chosen groups, in order of their ids.
-        outside = _keys(tl.full([BLOCK_N, BLOCK_G], -0x7F800001, tl.int32), experts)
+        outside = ordered_keys(tl.full([BLOCK_N, BLOCK_G], -0x7F800001, tl.int32), experts)
         keys = tl.where(known & (kept[:, None] == 0), outside, keys)
     lanes = tl.arange(0, BLOCK_K)
     chosen_ids = tl.zeros([BLOCK_K], tl.int32)
