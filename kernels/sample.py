@@ -276,15 +276,15 @@ def _choose_kernel(
                 if HAS_LIST:
                     number = tl.load(histogram_ptr + row * stride_hb + BINS)
                     lanes = tl.arange(0, CAPACITY)
-                    mask = lanes < number
+                    is_listed = lanes < number
                     places = row * CAPACITY + lanes
-                    keys = tl.load(listed_ptr + places, mask=mask, other=0)
+                    keys = tl.load(listed_ptr + places, mask=is_listed, other=0)
                     mass = token_mass(ordered_value(ordered_part(keys)), largest, inverse_t)
                     token = _choose_listed(
-                        keys, tl.where(mask, mass, 0),
-                        tl.load(listed_counts_ptr + places, mask=mask, other=0),
-                        tl.load(listed_masses_ptr + places, mask=mask, other=0),
-                        mask, tl.sum(masses, axis=0), u, top_k, top_p, min_p, UNDECIDED,
+                        keys, tl.where(is_listed, mass, 0),
+                        tl.load(listed_counts_ptr + places, mask=is_listed, other=0),
+                        tl.load(listed_masses_ptr + places, mask=is_listed, other=0),
+                        is_listed, tl.sum(masses, axis=0), u, top_k, top_p, min_p, UNDECIDED,
                     )  # fmt: skip
             else:
                 token = _choose_in_order(
@@ -377,6 +377,6 @@ def sample_tokens(
     if has_list:
         search_kernel[(num_rows,)](
             work, row_best, *rules, uniforms, tokens, work.stride(0), vocab_size,
-            UNDECIDED=_UNDECIDED, BLOCK=_CHUNK, num_warps=16,
+            UNDECIDED=_UNDECIDED, BLOCK=_CHUNK, num_warps=8,
         )  # fmt: skip
     return tokens, sums_out

@@ -49,18 +49,18 @@ def _reaching(
     """The largest logit such that those at and above it number (or weigh) at least goal; number and mass above it."""
     low = tl.full([], -0x7F800001, tl.int64)  # -inf: everything
     high = ordered(largest).to(tl.int64) + 1
-    count_above = tl.zeros([], tl.int64)
+    count_above = tl.zeros([], tl.int32)
     mass_above = tl.zeros([], tl.int64)
     for _ in range(32):
         middle = (low + high) >> 1
         threshold = ordered_value(middle.to(tl.int32))
-        count = tl.zeros([BLOCK], tl.int64)
+        count = tl.zeros([BLOCK], tl.int32)
         mass = tl.zeros([BLOCK], tl.int64)
         for start in range(0, vocab_size, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             x = tl.load(row_ptr + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
             reached = (x >= threshold) & (cols < vocab_size)
-            count += reached.to(tl.int64)
+            count += reached.to(tl.int32)
             mass += tl.where(reached, token_mass(x, largest, inverse_t), 0)
         total_count = tl.sum(count, axis=0)
         total_mass = tl.sum(mass, axis=0)

@@ -60,14 +60,18 @@ class SamplingTensors:
         *,
         device: torch.device | str,
         counts: Tensor | None = None,
+        adjust: bool = True,
     ) -> SamplingTensors:
-        """From the rows' parameters and numbers in [0, 1); counts [B, V] are needed where a row has penalties."""
+        """From the rows' parameters and numbers in [0, 1); counts [B, V] are needed where a row has penalties.
+
+        adjust=False leaves penalties and logit_bias out: the logits have them already.
+        """
 
         def column(values: list[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
         penalties = None
-        if any(p.has_penalties for p in params):
+        if adjust and any(p.has_penalties for p in params):
             assert counts is not None, "rows with penalties need counts"
             penalties = Penalties(
                 column([p.repetition_penalty for p in params], torch.float32),
@@ -75,7 +79,9 @@ class SamplingTensors:
                 column([p.frequency_penalty for p in params], torch.float32),
                 counts,
             )
-        bias_ids, bias_values = _bias_tensors([p.logit_bias or {} for p in params], device)
+        bias_ids, bias_values = _bias_tensors(
+            [(adjust and p.logit_bias) or {} for p in params], device
+        )
         return cls(
             column([p.temperature for p in params], torch.float32),
             column([min(p.top_k, 2**31 - 1) for p in params], torch.int32),
@@ -110,7 +116,7 @@ def sample_on_device(
         from moejet.kernels.sample import sample_tokens as launch
 
         penalties, biases = rows.penalties, None
-        if rows.bias_ids is not None:
+        if rows.bias_ids is not None and rows.bias_values is not None:
             biases = (rows.bias_ids, rows.bias_values)
         tokens, log_sums = launch(
             logits,

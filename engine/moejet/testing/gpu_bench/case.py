@@ -42,6 +42,8 @@ KERNELS = (
     "embedding",
     "mla_prepare",
     "router_topk",
+    "sample",
+    "top_logits",
 )
 
 
