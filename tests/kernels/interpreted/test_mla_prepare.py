@@ -31,7 +31,7 @@ def _cache(rank: int, rope: int, kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("interleave", [True, False])
-@pytest.mark.parametrize("shape", [(1, 2), (3, 64), (2, 5, 6), (2, 20, 64), (0, 4, 8)])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 64), (2, 20, 6), (0, 4, 8)])
 def test_apply_rope(shape, interleave):
     cos_sin = torch.randn(shape[0], shape[-1])
     for dtype in (torch.float32, torch.float16):
@@ -41,7 +41,7 @@ def test_apply_rope(shape, interleave):
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
-@pytest.mark.parametrize(("rank", "rope"), [(512, 64), (256, 64), (130, 6), (3, 2)])
+@pytest.mark.parametrize(("rank", "rope"), [(512, 64), (130, 6), (3, 2)])
 def test_store_latent_is_exact(rank, rope, kind):
     scale = torch.tensor([1e-3, 1.0, 1e4, 1e-37, 1.0])[:, None]
     latent = torch.randn(5, rank + rope + 2) * scale
@@ -90,11 +90,12 @@ def test_groups_that_are_not_finite():
             torch.testing.assert_close(got, expected, atol=0, rtol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("fp32", torch.float16), ("bf16", torch.float32), ("fp8", torch.float16)]
+)
 @pytest.mark.parametrize(
     ("heads", "rank", "rope", "interleave"),
-    [(16, 512, 64, True), (20, 512, 64, False), (3, 130, 6, True)],
+    [(20, 512, 64, True), (3, 130, 6, False)],
 )
 def test_mla_prepare(heads, rank, rope, interleave, dtype, kind):
     tokens, nope = 4, 5

@@ -47,15 +47,14 @@ def _compare(logits, bias, config):
         _config(6, 2, 3, 1, **SIGMOID),
         _config(4, 2, 4, 3, **SIGMOID),  # groups of one
         _config(160, 6, 8, 3, **SOFTMAX),
-        _config(64, 6, **GREEDY),
-        _config(1000, 32, **GREEDY),
+        _config(600, 12, **GREEDY),
         _config(3, 3, **GREEDY),
         _config(1, 1, **GREEDY),
     ],
     ids=lambda c: f"{c.num_experts}-{c.num_experts_per_tok}-{c.topk_method}",
 )
 def test_matches_the_reference(config):
-    wide = torch.randn(5, config.num_experts + 3) * 3
+    wide = torch.randn(3, config.num_experts + 3) * 3
     bias = torch.randn(config.num_experts) * 0.1 if config.scoring_func == "sigmoid" else None
     _compare(wide[:, : config.num_experts], bias, config)
     _compare(wide[:0, : config.num_experts], bias, config)
@@ -65,15 +64,13 @@ def test_matches_the_reference(config):
     "config", [_config(32, 8, 4, 2, **SIGMOID), _config(32, 8, 4, 2, **SOFTMAX)]
 )
 def test_ties_go_to_the_smaller_id(config):
-    for values in (1, 2, 3):
-        logits = torch.randint(values, (8, 32)).float()
-        bias = torch.zeros(32) if config.scoring_func == "sigmoid" else None
-        _compare(logits, bias, config)
+    logits = torch.cat((torch.zeros(1, 32), torch.randint(3, (4, 32)).float()))
+    _compare(logits, torch.zeros(32) if config.scoring_func == "sigmoid" else None, config)
 
 
 def test_negative_biased_scores_and_as_many_experts_as_the_groups_have():
     config = _config(8, 4, 4, 2, **SIGMOID)
-    _compare(torch.randn(6, 8), torch.full((8,), -3.0) + torch.rand(8), config)
+    _compare(torch.randn(3, 8), torch.full((8,), -3.0) + torch.rand(8), config)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from moejet.kernels import sample as kernels
+from moejet.kernels import top_logits as top
 from moejet.ops.device_sampling import SamplingTensors, count_tokens, sample_on_device_ref
 from moejet.ops.sample import BAD_LOGITS
+from moejet.ops.top_logits import top_logits_on_device, top_logits_ref
 from moejet.request import SamplingParams
 from moejet.sampler import adjust_logits
 
@@ -55,13 +57,13 @@ def _check(logits, params, uniforms, counts=None):
     ("vocab_size", "dtype"), [(1, torch.float32), (50, torch.float16), (600, torch.float32)]
 )
 def test_cut_offs(vocab_size, dtype):
-    chosen = CUT_OFFS[:3] if vocab_size == 1 else CUT_OFFS
+    chosen = CUT_OFFS if vocab_size == 600 else CUT_OFFS[::4]
     params = [SamplingParams(temperature=0.6 + 0.1 * i, **c) for i, c in enumerate(chosen)]
     logits = (torch.randn(len(params), vocab_size + 3) * 3).to(dtype)[:, :vocab_size]
     _check(logits, params, torch.rand(len(params), dtype=torch.float64).tolist())
 
 
-@pytest.mark.parametrize("cut_off", [{}, {"top_p": 0.71}, {"min_p": 0.45}])
+@pytest.mark.parametrize("cut_off", [{}, {"top_p": 0.71}])
 def test_every_u_of_a_small_row(cut_off):
     row = torch.log(torch.tensor([0.05, 0.4, 0.05, 0.3, 0.2, 0.0]))
     _check(row.expand(8, -1), [SamplingParams(**cut_off)] * 8, [(i + 0.5) / 8 for i in range(8)])
@@ -74,11 +76,20 @@ def test_every_u_of_a_small_row(cut_off):
 def test_more_tokens_than_can_be_listed(cut_off, monkeypatch):
     """Nearly equal logits, then equal ones (where the cut falls among ties)."""
     logits = torch.cat((torch.randn(1, 200), torch.randint(3, (1, 200)) * 0.5)) * 0.5
-    params = [SamplingParams(**cut_off)] * 2
-    _check(logits, params, [0.31, 0.97])
-    monkeypatch.setattr(kernels, "search_kernel", {(2,): lambda *args, **kwargs: None})
-    rows = SamplingTensors.of(params, [0.31, 0.97], device="cpu")
-    assert _launch(logits, rows)[0].tolist() == [kernels._UNDECIDED] * 2
+    undecided = []
+
+    class Recording:
+        def __getitem__(self, grid):
+            def run(*args, **kwargs):
+                undecided.extend((args[7] == kernels._UNDECIDED).tolist())
+                return search[grid](*args, **kwargs)
+
+            return run
+
+    search = kernels.search_kernel
+    monkeypatch.setattr(kernels, "search_kernel", Recording())
+    _check(logits, [SamplingParams(**cut_off)] * 2, [0.31, 0.97])
+    assert undecided == [True, True]
 
 
 def test_ties_and_greedy():
@@ -142,3 +153,29 @@ def test_log_sums_are_those_of_the_raw_logits():
     tokens, log_sums = _launch(logits, rows, log_sums=True)
     assert tokens.tolist() == [5, int(logits[1].argmax()), 5]
     torch.testing.assert_close(log_sums, torch.logsumexp(logits, dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "k"), [((1, 1), 1), ((3, 700), 5), ((2, 600), 32), ((2, 9), 0), ((0, 9), 3)]
+)
+def test_top_logits(shape, k, monkeypatch):
+    monkeypatch.setattr(top, "_CHUNK", 256)
+    logits = torch.randn(shape[0], shape[1] + 2)[:, : shape[1]]
+    logits[:, ::3] = logits[:, ::3].round()  # ties, and zeros of both signs
+    logits[:1, 1:300] = -math.inf
+    values, ids, sums = top.top_logits(logits, k)
+    expected_values, expected_ids, expected_sums = top_logits_ref(logits, k)
+    assert torch.equal(values, expected_values)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(sums, torch.tensor(expected_sums))
+    values, ids, sums = top_logits_on_device(logits, k)  # on the CPU: torch's own
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(sums, torch.tensor(expected_sums))
+
+
+def test_top_logits_in_half_precision():
+    logits = torch.randn(2, 50).half()
+    values, ids, _ = top.top_logits(logits, 4)
+    expected_values, expected_ids, _ = top_logits_ref(logits.float(), 4)
+    assert torch.equal(values, expected_values)
+    assert torch.equal(ids, expected_ids)

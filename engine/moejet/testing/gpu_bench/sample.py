@@ -45,7 +45,7 @@ def _inverse(probs: Tensor, u: Tensor) -> Tensor:
 
 
 def _sorted_top_p(logits: Tensor, u: Tensor) -> Tensor:
-    probs, ids = torch.softmax(logits, -1).sort(-1, descending=True, stable=True)
+    probs, ids = torch.sort(torch.softmax(logits, -1), dim=-1, descending=True, stable=True)
     before = torch.cumsum(probs, -1) - probs
     place = _inverse(probs.masked_fill(before >= 0.95, 0.0), u)
     return ids.gather(1, place[:, None])[:, 0]
