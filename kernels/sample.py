@@ -377,6 +377,6 @@ def sample_tokens(
     if has_list:
         search_kernel[(num_rows,)](
             work, row_best, *rules, uniforms, tokens, work.stride(0), vocab_size,
-            UNDECIDED=_UNDECIDED, BLOCK=_CHUNK, num_warps=8,
+            UNDECIDED=_UNDECIDED, BLOCK=_CHUNK // 2, num_warps=8,
         )  # fmt: skip
     return tokens, sums_out
