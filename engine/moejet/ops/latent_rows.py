@@ -24,7 +24,7 @@ def encode_latents(c_kv: Tensor, k_pe: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.cat((c_kv.to(dtype), k_pe.to(dtype)), dim=-1)
     rank, rope = c_kv.shape[-1], k_pe.shape[-1]
     codes, scales = _quantise(c_kv)
-    row = torch.zeros(*c_kv.shape[:-1], row_bytes(rank, rope, "fp8"), dtype=torch.uint8)
+    row = c_kv.new_zeros(*c_kv.shape[:-1], row_bytes(rank, rope, "fp8"), dtype=torch.uint8)
     row[..., :rank] = codes
     begin, end = scales_begin(rank), scales_end(rank)
     row[..., begin:end] = scales.view(torch.uint8)

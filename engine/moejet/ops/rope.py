@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from moejet.config import use_reference
 from moejet.extension import load_extension
 from moejet.ops.native import cpu_isa, runs_native
 from moejet.rope_config import RopeConfig
@@ -55,6 +56,10 @@ def apply_rope(x: Tensor, cos_sin: Tensor, *, interleave: bool) -> Tensor:
 
     x [T, R] or [T, H, R] · cos_sin [T, R] rows of `rope_table`. Returns x's shape and dtype, rotated halves in order.
     """
+    if x.is_cuda and not use_reference():
+        from moejet.kernels.rope import apply_rope as launch
+
+        return launch(x, cos_sin, interleave=interleave)
     if x.shape[-1] > _MAX_NATIVE_DIM or not runs_native(x, cos_sin):
         return apply_rope_ref(x, cos_sin, interleave=interleave)
     out = torch.empty(x.shape)

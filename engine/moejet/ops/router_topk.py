@@ -9,10 +9,12 @@ sigmoid + noaux_tc               DeepSeek-V3 (arXiv 2412.19437): a bias steers t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moejet.config import ModelConfig
+from moejet.config import ModelConfig, use_reference
 from moejet.extension import load_extension
 from moejet.ops.native import cpu_isa, runs_native
 
@@ -29,6 +31,11 @@ def router_topk(
     Returns topk_ids [T, K] int32 and topk_weights [T, K] fp32, routed_scaling_factor and renormalisation included,
     from the best expert on; among equal scores the smaller id comes first. NaN counts as the largest score.
     """
+    if router_logits.is_cuda and not use_reference():
+        from moejet.kernels.router_topk import router_topk as launch
+
+        selection = selection_of(config)
+        return launch(router_logits, bias if selection["is_sigmoid"] else None, **selection)
     if router_logits.shape[1] > _MAX_NATIVE_EXPERTS or not runs_native(router_logits, bias):
         return router_topk_ref(router_logits, bias, config)
     num_tokens, top_k = router_logits.shape[0], config.num_experts_per_tok
@@ -48,6 +55,19 @@ def router_topk(
         isa=cpu_isa(),
     )
     return topk_ids, topk_weights
+
+
+def selection_of(config: ModelConfig) -> dict[str, Any]:
+    """The router as the Triton launcher takes it."""
+    return {
+        "top_k": config.num_experts_per_tok,
+        "is_sigmoid": config.scoring_func == "sigmoid",
+        "num_groups": 1 if config.topk_method == "greedy" else config.n_group,
+        "kept_groups": config.topk_group,
+        "best_two": config.topk_method == "noaux_tc",
+        "renormalise": config.norm_topk_prob,
+        "scale": config.routed_scaling_factor,
+    }
 
 
 def router_topk_ref(
@@ -75,7 +95,8 @@ def _mask_groups(choice: Tensor, config: ModelConfig) -> Tensor:
 
     Biased scores may be negative, so a zero there could win over an expert of a chosen group.
     """
-    grouped = choice.view(choice.shape[0], config.n_group, -1)
+    num_tokens, num_experts = choice.shape
+    grouped = choice.view(num_tokens, config.n_group, num_experts // config.n_group)
     if config.topk_method == "noaux_tc":
         best = min(2, grouped.shape[-1])
         group_scores = grouped.topk(best, dim=-1).values.sum(dim=-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moejet.config import use_reference
 from moejet.extension import load_extension
 from moejet.ops.native import cpu_isa, runs_native
 from moejet.request import SamplingParams
@@ -20,7 +21,16 @@ _UNDECIDED = -2  # C++ considers so many tokens at most and leaves the rest to t
 
 
 def sample_tokens(logits: Tensor, params: list[SamplingParams], uniforms: list[float]) -> list[int]:
-    """One token id, or BAD_LOGITS, per row of logits [B, V] fp32. Each row has its params and its u."""
+    """One token id, or BAD_LOGITS, per row of logits [B, V] fp32. Each row has its params and its u.
+
+    Waits for the device, where the logits are on one; `moejet.ops.device_sampling` does not.
+    """
+    if params and logits.is_cuda and not use_reference():
+        from moejet.ops.device_sampling import SamplingTensors, sample_on_device
+
+        rows = SamplingTensors.of(params, uniforms, device=logits.device, adjust=False)
+        chosen: list[int] = sample_on_device(logits, rows)[0].tolist()
+        return chosen
     if not params or not runs_native(logits):
         return sample_tokens_ref(logits, params, uniforms)
     tokens: list[int] = load_extension().sample(

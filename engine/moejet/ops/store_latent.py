@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moejet.config import use_reference
 from moejet.extension import load_extension
 from moejet.ops.latent_rows import CACHE_TYPES, encode_latents
 from moejet.ops.native import cpu_isa, runs_native
@@ -13,9 +14,14 @@ def store_latent(c_kv: Tensor, k_pe: Tensor, latent_cache: Tensor, slot_mapping:
     """latent_cache[slot] = [c_kv | k_pe] for every token, in place.
 
     c_kv [T, C] · k_pe [T, R] · latent_cache [N, S, row] contiguous, rows as in `moejet.latent_layout` ·
-    slot_mapping [T] i64, block * S + offset.
+    slot_mapping [T] i64, block * S + offset; negative (not on the C++ path) stores nothing: the padding of a captured
+    batch.
     """
-    if latent_cache.dtype in CACHE_TYPES.values() and runs_native(c_kv, k_pe):
+    if c_kv.is_cuda and not use_reference():
+        from moejet.kernels.store_latent import store_latent as launch
+
+        launch(c_kv, k_pe, latent_cache, slot_mapping)
+    elif latent_cache.dtype in CACHE_TYPES.values() and runs_native(c_kv, k_pe):
         load_extension().store_latent(c_kv, k_pe, latent_cache, slot_mapping, isa=cpu_isa())
     else:
         store_latent_ref(c_kv, k_pe, latent_cache, slot_mapping)
@@ -26,4 +32,5 @@ def store_latent_ref(
 ) -> None:
     """Torch reference of `store_latent`."""
     rows = latent_cache.view(-1, latent_cache.shape[-1])
-    rows[slot_mapping] = encode_latents(c_kv, k_pe, latent_cache.dtype)
+    kept = slot_mapping >= 0
+    rows[slot_mapping[kept]] = encode_latents(c_kv[kept], k_pe[kept], latent_cache.dtype)

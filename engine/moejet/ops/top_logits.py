@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moejet.config import use_reference
 from moejet.extension import load_extension
 from moejet.ops.native import cpu_isa, runs_native
 
@@ -19,12 +20,27 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, list[float]]:
     """
     num_rows, vocab_size = logits.shape
     k = min(k, vocab_size)
+    if logits.is_cuda and not use_reference():
+        values, ids, sums = top_logits_on_device(logits, k)
+        return values, ids, sums.tolist()
     if k > _MAX_NATIVE_K or not runs_native(logits):
         return top_logits_ref(logits, k)
     ids = torch.empty(num_rows, k, dtype=torch.int32)
     values = torch.empty(num_rows, k)
     log_sums: list[float] = load_extension().top_logits(logits, ids, values, isa=cpu_isa())
     return values, ids, log_sums
+
+
+def top_logits_on_device(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`top_logits` without waiting for the device: the log-sum-exp is a tensor [B] fp32. logits of any float dtype."""
+    k = min(k, logits.shape[1])
+    if logits.is_cuda and not use_reference():
+        from moejet.kernels.top_logits import MAX_K, top_logits
+
+        if k <= MAX_K:
+            return top_logits(logits, k)
+    values, ids = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
+    return values[:, :k], ids[:, :k].int(), torch.logsumexp(logits.float(), dim=-1)
 
 
 def top_logits_ref(logits: Tensor, k: int) -> tuple[Tensor, Tensor, list[float]]:

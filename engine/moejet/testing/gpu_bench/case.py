@@ -33,7 +33,18 @@ class Case:
 # Largest relative difference (Frobenius norm) between our answer and the peer's in bf16; a kernel that is wrong
 # differs by far more.
 MAX_DIFFERENCE = 0.05
-KERNELS = ("rms_norm", "mla_prefill", "gather_latent")
+KERNELS = (
+    "rms_norm",
+    "mla_prefill",
+    "gather_latent",
+    "fused_add_rms_norm",
+    "silu_mul",
+    "embedding",
+    "mla_prepare",
+    "router_topk",
+    "sample",
+    "top_logits",
+)
 
 
 def cases_of(kernel: str, card: Card) -> list[Case]:
