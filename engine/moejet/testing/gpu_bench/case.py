@@ -35,6 +35,9 @@ class Case:
 MAX_DIFFERENCE = 0.05
 KERNELS = (
     "rms_norm",
+    "linear",
+    "moe_experts",
+    "mla_decode",
     "mla_prefill",
     "gather_latent",
     "fused_add_rms_norm",

@@ -1,26 +1,22 @@
 """Products with quantised weights: decode with few tokens, prefill, and one matrix per head.
 
-Bytes count the weights once, activations and results; the peer is torch.matmul with the same weights in bf16, which
-are read from memory just as often: runs rotate over copies.
+Bytes count the weights once, activations and results; the peer is torch's product with the same weights in bf16.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from itertools import cycle
 
 import torch
+from torch import Tensor
 
 from moejet.kernels.card import Card
 from moejet.ops.gpu_linear import gpu_linear
-from moejet.weights.gpu_weights import GpuWeights
+from moejet.testing.gpu_bench.case import Case, Run
+from moejet.weights.gpu_weights import GpuWeights, dequantize
 
-from .case import Case
-
-ROTATED = 512 << 20  # bytes of weights that runs rotate over, far beyond any L2
-Run = Callable[[], None]
 # Leading dimensions (heads), outputs, inputs.
 SHAPES = {
     "V3 o_proj": (7168, 16384),
@@ -41,37 +37,24 @@ def cases(card: Card) -> Iterator[Case]:
                 heads = shape[0] if len(shape) == 3 else 1
                 activations = 2 * tokens * heads * (shape[-1] + shape[-2])
                 yield Case(
-                    name=f"linear {name} {format} T={tokens}",
+                    name=f"{name} {format} T={tokens}",
                     build=partial(build, format, shape, tokens),
                     bytes=GpuWeights.empty(format, shape, "meta").nbytes + activations,
                     flops=2 * tokens * math.prod(shape),
                 )
 
 
-def build(format: str, shape: tuple[int, ...], tokens: int) -> tuple[Run, Run | None]:
-    def copies(size: int) -> int:
-        return max(1, math.ceil(ROTATED / size)) if tokens <= 16 else 1
-
-    first = random_weights(format, shape)
-    others = (random_weights(format, shape) for _ in range(copies(first.nbytes) - 1))
-    weights = cycle([first, *others])
+def build(format: str, shape: tuple[int, ...], tokens: int) -> tuple[Run, Run]:
+    weights = random_weights(format, shape)
+    plain = dequantize(weights).bfloat16()
     x = torch.randn(tokens, *shape[:-2], shape[-1], device="cuda", dtype=torch.bfloat16)
-    plain = [
-        torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        for _ in range(copies(2 * math.prod(shape)))
-    ]
-    transposed = cycle([w.mT for w in plain])
 
-    def run() -> None:
-        gpu_linear(x, next(weights))
-
-    def peer() -> None:
+    def peer() -> Tensor:
         if x.dim() == 2:
-            torch.matmul(x, next(transposed))
-        else:
-            torch.bmm(x.transpose(0, 1), next(transposed))
+            return x @ plain.mT
+        return torch.bmm(x.transpose(0, 1), plain.mT).transpose(0, 1)
 
-    return run, peer
+    return lambda: gpu_linear(x, weights), peer
 
 
 def random_weights(format: str, shape: tuple[int, ...]) -> GpuWeights:

@@ -7,39 +7,36 @@ where those fit into a fifth of the card's memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
-from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from moejet.kernels.card import Card
 from moejet.latent_layout import row_bytes, row_elements, scales_begin, scales_end
+from moejet.ops.latent_rows import decode_latents
 from moejet.ops.mla_decode import mla_decode
-
-from .case import Case
+from moejet.testing.gpu_bench.case import Case, Run
 
 RANK, ROPE, BLOCK = 512, 64, 64
 SCALE = 192**-0.5
-ROTATED = 512 << 20  # bytes of cache that runs rotate over, far beyond any L2
-Run = Callable[[], None]
 
 
 def cases(card: Card) -> Iterator[Case]:
-    memory = torch.cuda.get_device_properties(0).total_memory
+    memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 24 << 30
     for heads in (16, 128):
         for batch in (1, 8, 32):
             for context in (4096, 32768, 131072):
                 for kind in ("bf16", "fp8"):
                     tokens = batch * context
                     size = tokens * row_bytes(RANK, ROPE, kind)
-                    if max(size, ROTATED) > 0.6 * memory:
+                    if size > 0.6 * memory:
                         continue
                     operands = batch * heads * (RANK + ROPE + RANK) * 2
                     yield Case(
-                        name=f"mla_decode h{heads} b{batch} {context // 1024}K {kind}",
+                        name=f"h{heads} b{batch} {context // 1024}K {kind}",
                         build=partial(build, heads, batch, context, kind, memory),
                         bytes=size + operands,
                         flops=2 * heads * tokens * (RANK + ROPE + RANK),
@@ -47,24 +44,20 @@ def cases(card: Card) -> Iterator[Case]:
 
 
 def build(heads: int, batch: int, context: int, kind: str, memory: int) -> tuple[Run, Run | None]:
-    per_run = batch * context // BLOCK  # blocks
-    block_bytes = BLOCK * row_bytes(RANK, ROPE, kind)
-    copies = max(1, -(-ROTATED // (per_run * block_bytes)))
-    cache = random_cache(copies * per_run, kind)
-    shuffled = torch.randperm(copies * per_run, device="cuda").int()
-    all_tables = shuffled.view(copies, batch, context // BLOCK)
-    tables = cycle(all_tables.unbind())
+    blocks = batch * context // BLOCK
+    cache = random_cache(blocks, kind)
+    tables = torch.randperm(blocks, device="cuda").int().view(batch, context // BLOCK)
     lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
     q_latent = torch.randn(batch, heads, RANK, device="cuda", dtype=torch.bfloat16)
     q_pe = torch.randn(batch, heads, ROPE, device="cuda", dtype=torch.bfloat16)
     out = torch.empty_like(q_latent)
 
-    def run() -> None:
-        mla_decode(
+    def run() -> Tensor:
+        return mla_decode(
             q_latent,
             q_pe,
             cache,
-            next(tables),
+            tables,
             lens,
             query_len=1,
             scale=SCALE,
@@ -73,10 +66,10 @@ def build(heads: int, batch: int, context: int, kind: str, memory: int) -> tuple
         )
 
     if kind == "bf16" and find_spec("flashinfer"):
-        return run, flashinfer_peer(q_latent, q_pe, cache, all_tables[0], lens)
+        return run, flashinfer_peer(q_latent, q_pe, cache, tables, lens)
     if batch * context * (RANK + ROPE) * 2 > memory // 5:
         return run, None
-    return run, torch_peer(q_latent, q_pe, batch, context, copies)
+    return run, torch_peer(q_latent, q_pe, cache, tables)
 
 
 def random_cache(blocks: int, kind: str) -> Tensor:
@@ -89,15 +82,14 @@ def random_cache(blocks: int, kind: str) -> Tensor:
     return cache
 
 
-def torch_peer(q_latent: Tensor, q_pe: Tensor, batch: int, context: int, copies: int) -> Run:
-    shape = (min(copies, 8), batch, context, RANK + ROPE)
-    latents = cycle(torch.randn(shape, device="cuda", dtype=torch.bfloat16).unbind())
+def torch_peer(q_latent: Tensor, q_pe: Tensor, cache: Tensor, tables: Tensor) -> Run:
+    c_kv, k_pe = decode_latents(cache[tables.long()].flatten(1, 2), RANK, ROPE)
+    keys = torch.cat((c_kv.bfloat16(), k_pe.bfloat16()), dim=-1)
     q = torch.cat((q_latent, q_pe), dim=-1)
 
-    def run() -> None:
-        keys = next(latents)
+    def run() -> Tensor:
         probs = torch.softmax(q @ keys.mT * SCALE, dim=-1)
-        torch.matmul(probs, keys[..., :RANK])
+        return probs @ keys[..., :RANK]
 
     return run
 
@@ -128,7 +120,8 @@ def flashinfer_peer(
     )
     c_kv, k_pe = cache[..., :RANK].contiguous(), cache[..., RANK:].contiguous()
 
-    def run() -> None:
-        wrapper.run(q_latent, q_pe, c_kv, k_pe)
+    def run() -> Tensor:
+        result: Tensor = wrapper.run(q_latent, q_pe, c_kv, k_pe)
+        return result
 
     return run

@@ -7,9 +7,8 @@ real step would have to wait for).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,10 @@ from torch import Tensor
 
 from moejet.kernels.card import Card
 from moejet.ops.gpu_experts import gpu_experts
-from moejet.weights.gpu_weights import GpuWeights
+from moejet.testing.gpu_bench.case import Case, Run
+from moejet.testing.gpu_bench.linear import random_weights
+from moejet.weights.gpu_weights import GpuWeights, dequantize
 
-from .case import Case
-from .linear import random_weights
-
-Run = Callable[[], None]
 # Experts in slots, chosen per token, hidden size, inner size. A layer of V3 is cut to what 24 GB hold in bf16.
 MODELS = {"V3": (64, 8, 7168, 2048), "V2-Lite": (64, 6, 2048, 1408)}
 
@@ -33,9 +30,9 @@ def cases(card: Card) -> Iterator[Case]:
         for format in ("int4_g32", "fp8"):
             one = GpuWeights.empty(format, (3, inner, dim), "meta").nbytes
             for tokens in (1, 4, 16, 512, 4096):
-                asked = routing(tokens, experts, top_k)[0].unique().numel()
+                asked = len(set(routing(tokens, experts, top_k)[0].flatten().tolist()))
                 yield Case(
-                    name=f"experts {name} {format} T={tokens}",
+                    name=f"{name} {format} T={tokens}",
                     build=partial(build, format, model, tokens),
                     bytes=asked * one + 4 * tokens * dim,
                     flops=6 * tokens * top_k * dim * inner,
@@ -49,36 +46,40 @@ def routing(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
     return ids, torch.rand(tokens, top_k, generator=generator)
 
 
-def build(format: str, model: tuple[int, int, int, int], tokens: int) -> tuple[Run, Run | None]:
+def build(format: str, model: tuple[int, int, int, int], tokens: int) -> tuple[Run, Run]:
     experts, top_k, dim, inner = model
     gate_up = random_weights(format, (experts, 2, inner, dim))
     down = random_weights(format, (experts, dim, inner))
     slot_of_expert = torch.randperm(experts).int().cuda()
     x = torch.randn(tokens, dim, device="cuda", dtype=torch.bfloat16)
-    ids, mix = routing(tokens, experts, top_k)
-    # The same routing with the experts renamed: other weights in every run, in all more than any L2 holds.
-    turns = 8 if tokens <= 16 else 1
-    renamed = [((ids + turn * experts // turns) % experts).int().cuda() for turn in range(turns)]
-    choices, mix = cycle(renamed), mix.cuda()
+    ids, mix = (part.cuda() for part in routing(tokens, experts, top_k))
+    slots = slot_of_expert.tolist()
+    chosen = plan(ids, experts)
+    plain = {
+        expert: (
+            dequantize(gate_up[slots[expert]]).bfloat16(),
+            dequantize(down[slots[expert]]).bfloat16(),
+        )
+        for expert, _, _ in chosen
+    }
 
-    def run() -> None:
-        gpu_experts(x, next(choices), mix, slot_of_expert, gate_up, down)
+    def peer() -> Tensor:
+        out = torch.zeros(x.shape, device="cuda")
+        for expert, rows, column in chosen:
+            w_gate_up, w_down = plain[expert]
+            gate, up = F.linear(x[rows], w_gate_up.flatten(0, 1)).chunk(2, dim=-1)
+            result = F.linear(F.silu(gate) * up, w_down)
+            out.index_add_(0, rows, result.float() * mix[rows, column, None])
+        return out
 
-    plain_gate_up = random_weights("bf16", (experts, 2 * inner, dim)).codes
-    plain_down = random_weights("bf16", (experts, dim, inner)).codes
-    turn_plans = cycle([plan(chosen.cpu(), experts) for chosen in renamed])
-
-    def peer() -> None:
-        out = torch.zeros_like(x)
-        for expert, rows, column in next(turn_plans):
-            gate, up = F.linear(x[rows], plain_gate_up[expert]).chunk(2, dim=-1)
-            result = F.linear(F.silu(gate) * up, plain_down[expert])
-            out.index_add_(0, rows, result * mix[rows, column, None].to(result.dtype))
-
-    return run, peer
+    return lambda: gpu_experts(x, ids, mix, slot_of_expert, gate_up, down), peer
 
 
 def plan(ids: Tensor, experts: int) -> list[tuple[int, Tensor, Tensor]]:
-    """(expert, its tokens, the places among their choices) for every expert that is asked, on the GPU."""
-    found = [(expert, *(ids == expert).nonzero(as_tuple=True)) for expert in range(experts)]
-    return [(e, rows.cuda(), columns.cuda()) for e, rows, columns in found if rows.numel()]
+    """(expert, its tokens, the places among their choices) for every expert that is asked."""
+    found = []
+    for expert in range(experts):
+        rows, columns = (ids == expert).nonzero(as_tuple=True)
+        if rows.numel():
+            found.append((expert, rows, columns))
+    return found
