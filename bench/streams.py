@@ -4,7 +4,7 @@
 
 A shape with random weights decodes n tokens in each of b sequences: as forward passes without scheduler, sampling and
 output ("kernels"), as requests of the synchronous engine ("engine"), and as streams of an `AsyncLLM`, one reader each
-("streams"). The first two take turns, the streams follow, with the engine to themselves. Prints one JSON line per batch:
+("streams"). The first two take turns, the streams follow, with the engine to themselves. Prints a JSON line per batch:
 tokens per second of each (median of the turns, all turns beside it), the streams' share of the kernels' rate, and the
 gain over one stream.
 """
