@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RawTokenizer
 
 from moejet.output import OutputAssembler, StopMatcher, held_back
 from moejet.request import SamplingParams
@@ -130,3 +132,72 @@ def test_held_back_is_the_longest_possible_beginning():
     assert held_back("xxab", ("abc",)) == 2
     assert held_back("xxabc", ("abc",)) == 0
     assert held_back("aa", ("aab", "ac")) == 2
+
+
+@pytest.fixture(scope="module")
+def tool_tokenizer(tmp_path_factory):
+    """With two markers of tool calls, one of them a special token, which replies would hide."""
+    path = tmp_path_factory.mktemp("tool_tokenizer")
+    write_tokenizer(path)
+    raw = RawTokenizer.from_file(str(path / "tokenizer.json"))
+    raw.add_special_tokens([AddedToken("<tool_call>", special=True)])
+    raw.add_tokens([AddedToken("<｜tool▁sep｜>", special=False)])
+    raw.save(str(path / "tokenizer.json"))
+    (path / "config.json").write_text('{"eos_token_id": 1}')
+    return Tokenizer.from_path(path)
+
+
+MARKED = "a\n\n</think>\n\n<tool_call>é<｜tool▁sep｜>\n"
+
+
+def _markers(assembler, token_ids):
+    """The text of reasoning and content, and the places of the markers in it."""
+    text, places = "", []
+    for token_id in token_ids:
+        text += "".join(assembler.push(token_id))
+        places += assembler.take_markers()
+    return text + "".join(assembler.flush()), [*places, *assembler.take_markers()]
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_markers_of_tool_calls_have_text_and_places(tool_tokenizer, thinking):
+    tags = ("<think>", "</think>")
+    for stop in ((), ("é<never",), ("\n\nnever",)):
+        params = SamplingParams(stop=stop, stop_in_reasoning=True)
+        assembler = OutputAssembler(tool_tokenizer, params, think_tags=tags, thinking=thinking)
+        before = "<tool_call> in thought " if thinking else ""
+        text, places = _markers(assembler, tool_tokenizer.encode(before + MARKED, False))
+        expected = [
+            i for i in range(len(text)) if text.startswith(("<tool_call>", "<｜tool▁sep｜>"), i)
+        ]
+        assert places == expected
+        assert len(places) == 2 + thinking
+
+
+def test_typed_markers_have_no_place(tool_tokenizer):
+    assembler = OutputAssembler(tool_tokenizer, SamplingParams(), think_tags=None, thinking=False)
+    ids = [
+        i
+        for piece in ("<tool", "_call>", "<tool_call>")
+        for i in tool_tokenizer.encode(piece, add_special_tokens=False)
+    ]
+    assert _markers(assembler, ids) == ("<tool_call><tool_call>", [len("<tool_call>")])
+
+
+def test_markers_behind_a_stop_string_do_not_count(tool_tokenizer):
+    params = SamplingParams(stop=("STOP",))
+    assembler = OutputAssembler(tool_tokenizer, params, think_tags=None, thinking=False)
+    ids = tool_tokenizer.encode("<tool_call> STOP<tool_call>", add_special_tokens=False)
+    assert _markers(assembler, ids)[1] == [0]
+
+
+def test_the_end_of_the_thinking_comes_before_the_content(tokenizer):
+    """What could have begun a stop string inside the thinking is not kept until the end of the answer."""
+    params = SamplingParams(stop=("STOP",), stop_in_reasoning=True)
+    assembler = OutputAssembler(
+        tokenizer, params, think_tags=("<think>", "</think>"), thinking=True
+    )
+    pieces = [assembler.push(i) for i in tokenizer.encode("an ST</think>answer", False)]
+    first = next(i for i, piece in enumerate(pieces) if piece[1])
+    assert "".join(piece[0] for piece in pieces[: first + 1]) == "an ST"
+    assert not any(piece[0] for piece in [*pieces[first + 1 :], assembler.flush()])

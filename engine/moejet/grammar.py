@@ -41,8 +41,8 @@ _MAX_CACHED = 64
 _MAX_PARTS = 1 << 16
 _MAX_NEWLINES = 2  # tokens, between the closing tag and the answer
 _MAX_TIME_S = 0.5  # of the processor, for one token
-# A space or a line's indentation: with more, a model that is unsure might write nothing else.
-_WHITE_SPACE = r"(\x20|\n\x20{0,16})?"
+# In JSON. A space or a line's indentation: with more, a model that is unsure might write nothing else.
+WHITE_SPACE = r"(\x20|\n\x20{0,16})?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class GrammarCompiler:
                     "lenient": False,
                     "coerce_one_of": False,
                     "whitespace_flexible": not grammar.is_compact,
-                    "whitespace_pattern": None if grammar.is_compact else _WHITE_SPACE,
+                    "whitespace_pattern": None if grammar.is_compact else WHITE_SPACE,
                 },
             )
         elif grammar.kind == "regex":

@@ -41,6 +41,7 @@ class Group:
             reasoning=gained.reasoning,
             content=gained.content,
             token_ids=tuple(gained.token_ids),
+            tool_markers=self.assemblers[request.index].take_markers(),
         )
 
     def close(self, request: Request, gained: Gained) -> StreamDelta:
@@ -71,6 +72,7 @@ class Group:
             token_ids=tuple(gained.token_ids),
             finish_reason=request.finish_reason,
             output=self._output() if self.has_ended else None,
+            tool_markers=assembler.take_markers(),
         )
 
     def close_broken(self, request: Request, error: Exception) -> StreamDelta:

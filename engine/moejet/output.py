@@ -64,6 +64,7 @@ class OutputAssembler:
         thinking: bool,
     ):
         self._decoder = IncrementalDecoder(tokenizer) if tokenizer is not None else None
+        self._markers = tokenizer.tool_marker_ids if tokenizer is not None else {}
         self._parser: ThinkingParser | None = None
         if think_tags is not None:
             self._parser = ThinkingParser(*think_tags, thinking=thinking)
@@ -71,6 +72,8 @@ class OutputAssembler:
         self._reasoning_stop = StopMatcher(params.stop if params.stop_in_reasoning else ())
         self._raw = ""
         self._num_taken = 0
+        self._num_split = 0  # characters of reasoning and content, held ones included
+        self._found_markers: list[int] = []
         self._reasoning = ""
         self.content = ""
 
@@ -81,6 +84,7 @@ class OutputAssembler:
         other._parser = copy.copy(self._parser)
         other._content_stop = copy.copy(self._content_stop)
         other._reasoning_stop = copy.copy(self._reasoning_stop)
+        other._found_markers = list(self._found_markers)
         return other
 
     @property
@@ -111,7 +115,11 @@ class OutputAssembler:
         """Adds a token; returns the new (reasoning, content)."""
         if self._decoder is None:
             return "", ""
-        return self._feed(self._decoder.push(token_id))
+        pieces = self._feed(self._decoder.push(token_id))
+        if (marker := self._markers.get(token_id)) is not None and self.stopped_by is None:
+            # No tag and no newline ends like a marker, so the thinking parser holds none of it back.
+            self._found_markers.append(self._num_split - len(marker))
+        return pieces
 
     def flush(self) -> tuple[str, str]:
         """Ends the text; returns the last (reasoning, content)."""
@@ -127,6 +135,11 @@ class OutputAssembler:
             self.content += tail[1]
             reasoning, content = reasoning + tail[0], content + tail[1]
         return reasoning, content
+
+    def take_markers(self) -> tuple[int, ...]:
+        """Where the tool-call markers found since the last call begin, in the characters of reasoning and content."""
+        found, self._found_markers = tuple(self._found_markers), []
+        return found
 
     def take_text(self) -> str:
         """The raw text that has become safe to show since the last call; everything once flushed or stopped."""
@@ -144,7 +157,12 @@ class OutputAssembler:
         return self._split(*(self._parser.push(piece) if self._parser is not None else ("", piece)))
 
     def _split(self, reasoning: str, content: str) -> tuple[str, str]:
+        self._num_split += len(reasoning) + len(content)
         reasoning = self._reasoning_stop.push(reasoning)
+        if content and self._reasoning_stop.found is None:
+            reasoning += (
+                self._reasoning_stop.flush()
+            )  # it cannot go on, and comes before the content
         content = "" if self._reasoning_stop.found else self._content_stop.push(content)
         self._reasoning += reasoning
         self.content += content

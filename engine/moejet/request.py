@@ -225,6 +225,8 @@ class StreamDelta:
 
     error: what ended it with finish_reason "abort": something that a policy of this request raised or, with
     is_step_error, that went wrong whenever it was computed.
+    tool_markers: where tokens of this delta are markers of tool calls, counted in characters of the sample's reasoning
+    followed by its content; their text may come with a later delta
     """
 
     request_id: str
@@ -237,6 +239,7 @@ class StreamDelta:
     output: RequestOutput | None = None
     error: Exception | None = None
     is_step_error: bool = False
+    tool_markers: tuple[int, ...] = ()
 
 
 class RequestState(Enum):

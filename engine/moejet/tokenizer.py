@@ -25,6 +25,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from moejet import tiktoken_files
 from moejet.chat_template import ChatTemplate
 from moejet.reasoning.parser import detect_think_tags
+from moejet.tool_markers import KNOWN_TOOL_MARKERS
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +107,15 @@ class Tokenizer:
 
     @cached_property
     def hidden_token_ids(self) -> frozenset[int]:
-        """Ids without text in a reply: the special ones, except thinking tags, which tell reasoning from content."""
+        """Ids without text in a reply: the special ones, except those that tell its parts from each other."""
         tags = {self.token_to_id(tag) for tag in self.think_tags or ()}
-        return self.special_token_ids - tags
+        return self.special_token_ids - tags - self.tool_marker_ids.keys()
+
+    @cached_property
+    def tool_marker_ids(self) -> dict[int, str]:
+        """Tokens that are markers of tool calls, with their text."""
+        found = {self.token_to_id(marker): marker for marker in KNOWN_TOOL_MARKERS}
+        return {token_id: marker for token_id, marker in found.items() if token_id is not None}
 
     @cached_property
     def think_tags(self) -> tuple[str, str] | None:
@@ -154,6 +161,11 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """Source of the default chat template."""
         return self._templates.get("default")
+
+    @property
+    def chat_template_sources(self) -> tuple[str, ...]:
+        """All of its templates; checkpoints may have one for tools and one for the rest."""
+        return tuple(self._templates.values())
 
     @property
     def has_chat_template(self) -> bool:
