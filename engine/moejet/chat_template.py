@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_OF_EVERY_CALL = frozenset(("messages", "add_generation_prompt", "tools", "documents"))
 # Python errors that a template's own expressions can raise.
 _EXPRESSION_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
@@ -34,6 +37,22 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not valid Jinja: {error}") from error
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that a caller may set: read by the template and not its own, nor part of every call."""
+        tree = _environment().parse(self.source)
+        own = {n.name for n in tree.find_all(jinja2.nodes.Name) if n.ctx != "load"}
+        # `set x = x | default(...)`: its own, with a value that a caller may give.
+        asked = {
+            node.node.name
+            for node in tree.find_all((jinja2.nodes.Test, jinja2.nodes.Filter))
+            if isinstance(node.node, jinja2.nodes.Name)
+            and node.name in ("defined", "undefined", "default", "d")
+        }
+        return frozenset(
+            jinja2.meta.find_undeclared_variables(tree) - (own - asked) - _OF_EVERY_CALL
+        )
 
     def render(
         self, messages: object, *, add_generation_prompt: bool = True, **variables: Any

@@ -167,6 +167,12 @@ class Tokenizer:
         """All of its templates; checkpoints may have one for tools and one for the rest."""
         return tuple(self._templates.values())
 
+    @cached_property
+    def template_variables(self) -> frozenset[str]:
+        """Variables of its templates that a request may set, such as `enable_thinking`."""
+        found = (self._compile(source).variables for source in self._templates.values())
+        return frozenset().union(*found) - {*_NAMED_TOKENS, *self.special_tokens}
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self._templates)
@@ -195,7 +201,9 @@ class Tokenizer:
             if wanted not in self._templates:
                 names = ", ".join(sorted(self._templates))
                 raise ValueError(f"no default chat template: pass chat_template= one of {names}")
-        source = self._templates.get(wanted, wanted)
+        return self._compile(self._templates.get(wanted, wanted))
+
+    def _compile(self, source: str) -> ChatTemplate:
         template = self._compiled.get(source)
         if template is None:  # another thread may be here too: whoever comes last stays
             if len(self._compiled) >= 8:

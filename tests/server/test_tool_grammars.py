@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -15,7 +16,9 @@ from moejet import LLM, SamplingParams
 from moejet.grammar import Grammar, GrammarCompiler
 from moejet.server.tool_calls import (
     FORMATS,
+    ContentDelta,
     OutputParser,
+    ReasoningDelta,
     Tool,
     ToolCallArguments,
     ToolCallStart,
@@ -24,7 +27,7 @@ from moejet.server.tool_calls import (
     detect_tool_format,
     tool_grammar,
 )
-from moejet.testing.checkpoints import write_tokenizer
+from moejet.testing.checkpoints import tiny_checkpoint, write_tokenizer
 from moejet.tokenizer import Tokenizer
 from moejet.tool_markers import KNOWN_TOOL_MARKERS
 
@@ -217,6 +220,50 @@ def test_a_model_that_knows_no_tools_calls_them_under_a_grammar(name):
     assert parser.num_calls == 1
     assert json.loads(arguments) in ({"a": 1}, {"a": 22})
     assert output.outputs[0].finish_reason == "stop"
+
+
+@pytest.fixture(scope="module")
+def llm_with_markers(tmp_path_factory):
+    """A random model whose vocabulary has all markers, as special tokens."""
+    path = tiny_checkpoint(tmp_path_factory.mktemp("model"), "deepseek_v3", dtype=torch.bfloat16)
+    raw = RawTokenizer.from_file(str(path / "tokenizer.json"))
+    raw.add_special_tokens([AddedToken(marker) for marker in sorted(KNOWN_TOOL_MARKERS)])
+    raw.save(str(path / "tokenizer.json"))
+    options = {"dense_format": "fp32", "cache_dtype": "fp32", "max_context": 512}
+    with LLM(path, expert_format="bf16", **options) as llm:
+        yield llm
+
+
+@ALL
+def test_markers_reach_the_parser_as_tokens(name, llm_with_markers):
+    """Streamed from an engine that writes at random whatever the grammar allows."""
+    llm = llm_with_markers
+    format = _with_tokens(name, llm.tokenizer)
+    properties = {"a": {"enum": [1, 22]}, "b": {"type": "string", "enum": ["x", "<y>"]}}
+    schema = {"type": "object", "properties": properties, "required": ["a", "b"]}
+    tools = (Tool("f", "", schema), Tool("g", "", {"type": "object", "properties": {}}))
+    grammar = tool_grammar(format, tools, REQUIRED)
+    for seed in range(4):
+        params = SamplingParams(seed=seed, grammar=grammar, max_tokens=450)
+        params = replace(params, logit_bias={llm.tokenizer.token_to_id("<think>"): -100.0})
+        parser = OutputParser(format, tools)
+        deltas = list(llm.stream("abc", params))
+        events = [event for delta in deltas for event in parser.push_delta(delta)]
+        assert parser.num_calls > 0
+        text = [event for event in events if isinstance(event, ContentDelta | ReasoningDelta)]
+        assert not text or deltas[-1].finish_reason == "length"  # in the middle of a marker
+        arguments = [""] * parser.num_calls
+        for event in events:
+            if isinstance(event, ToolCallArguments):
+                arguments[event.index] += event.json_fragment
+        if deltas[-1].finish_reason == "stop":
+            for text in arguments:
+                assert json.loads(text) == {} or set(json.loads(text)) == {"a", "b"}
+        # Typed, the same text is no call.
+        content = "".join(delta.content for delta in deltas)
+        typed = OutputParser(format, tools)
+        assert typed.push(content=content) + typed.flush() == [ContentDelta(content)]
+        assert typed.num_calls == 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moejet.grammar import MAX_DEPTH
+from moejet.server.short import short
 
 MAX_TOOLS = 128
 MAX_TOOLS_CHARS = 1 << 20  # of all tools together, as JSON
@@ -72,7 +73,7 @@ def _parse_tool(value: object, where: str) -> Tool:
     if kind not in (None, "function", "custom") or (
         kind == "custom" and "input_schema" not in value
     ):
-        raise ValueError(f"{where}.type={_short(kind)} is not supported: use 'function'")
+        raise ValueError(f"{where}.type={short(kind)} is not supported: use 'function'")
     spec, at = value, where
     if "function" in value:
         spec, at = value["function"], f"{where}.function"
@@ -81,14 +82,14 @@ def _parse_tool(value: object, where: str) -> Tool:
     name = spec.get("name")
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
         raise ValueError(
-            f"{at}.name={_short(name)} must be 1 to 64 letters, digits, underscores and dashes"
+            f"{at}.name={short(name)} must be 1 to 64 letters, digits, underscores and dashes"
         )
     description = spec.get("description")
     if not isinstance(description, str | None):
-        raise ValueError(f"{at}.description={_short(description)} must be a string")
+        raise ValueError(f"{at}.description={short(description)} must be a string")
     strict = spec.get("strict")
     if not isinstance(strict, bool | None):
-        raise ValueError(f"{at}.strict={_short(strict)} must be true or false")
+        raise ValueError(f"{at}.strict={short(strict)} must be true or false")
     word = "input_schema" if "input_schema" in spec else "parameters"
     return Tool(name, description or "", _schema(spec.get(word), f"{at}.{word}"), bool(strict))
 
@@ -100,14 +101,14 @@ def _schema(value: object, where: str) -> Mapping[str, Any]:
         raise ValueError(f"{where} must be a JSON schema object, not {type(value).__name__}")
     if value.get("type", "object") != "object":
         raise ValueError(
-            f"{where}.type={_short(value['type'])} must be 'object': arguments have names"
+            f"{where}.type={short(value['type'])} must be 'object': arguments have names"
         )
     properties = value.get("properties")
     if not isinstance(properties, Mapping | None):
-        raise ValueError(f"{where}.properties={_short(properties)} must be an object")
+        raise ValueError(f"{where}.properties={short(properties)} must be an object")
     for name, part in (properties or {}).items():
         if not isinstance(part, Mapping | bool):
-            raise ValueError(f"{where}.properties.{_short(name)} must be a JSON schema")
+            raise ValueError(f"{where}.properties.{short(name)} must be a JSON schema")
     _check_depth(value, where)
     return {"type": "object", **value}
 
@@ -135,7 +136,7 @@ def parse_tool_choice(
     """The choice in any dialect; without tools, "none". parallel: `parallel_tool_calls`."""
     several = True if parallel is None else parallel
     if not isinstance(several, bool):
-        raise ValueError(f"parallel_tool_calls={_short(parallel)} must be true or false")
+        raise ValueError(f"parallel_tool_calls={short(parallel)} must be true or false")
     if isinstance(value, Mapping) and isinstance(value.get("disable_parallel_tool_use"), bool):
         several = several and not value["disable_parallel_tool_use"]
     word = value.get("type") if isinstance(value, Mapping) else value
@@ -146,7 +147,7 @@ def parse_tool_choice(
         name = spec.get("name") if isinstance(spec, Mapping) else None
         if not any(tool.name == name for tool in tools):
             names = ", ".join(tool.name for tool in tools[:8]) or "none"
-            raise ValueError(f"{field} names {_short(name)}, which is not offered; tools: {names}")
+            raise ValueError(f"{field} names {short(name)}, which is not offered; tools: {names}")
         return ToolChoice("required", name, False)
     modes: dict[object, Mode] = {
         "none": "none",
@@ -156,16 +157,8 @@ def parse_tool_choice(
     }
     if not isinstance(word, str) or word not in modes:
         raise ValueError(
-            f"{field}={_short(value)} must be 'none', 'auto', 'required' or name a function"
+            f"{field}={short(value)} must be 'none', 'auto', 'required' or name a function"
         )
     if modes[word] == "required" and not tools:
-        raise ValueError(f"{field}={_short(value)} needs tools, and none are offered")
+        raise ValueError(f"{field}={short(value)} needs tools, and none are offered")
     return ToolChoice(modes[word] if tools else "none", None, several)
-
-
-def _short(value: object) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a {type(value).__name__} nested too deeply"
-    return text if len(text) <= 80 else f"{text[:77]}..."
