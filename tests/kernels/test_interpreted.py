@@ -1,4 +1,4 @@
-"""Runs each file of `interpreted/` in a process of its own, where Triton interprets its kernels on the CPU."""
+"""Runs the tests of `interpreted/` in a process of its own, where Triton interprets its kernels on the CPU."""
 
 import os
 import subprocess
@@ -12,10 +12,9 @@ pytest.importorskip("triton")
 DIRECTORY = Path(__file__).parent / "interpreted"
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in DIRECTORY.glob("test_*.py")))
-def test_under_the_interpreter(file):
+def test_under_the_interpreter():
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(DIRECTORY / file)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(DIRECTORY)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
