@@ -771,6 +771,33 @@ def test_a_hung_step_fails_its_requests_and_recovers(make, expected):
     assert_nothing_leaked(llm)
 
 
+def test_what_a_hung_request_leaves_never_reaches_another_of_the_same_id(make, expected):
+    llm = make(step_timeout_s=0.3, max_num_requests=1)
+    thread, reserved = llm._thread, []
+    deliver = thread._deliver
+
+    def reserve_first(deltas):
+        if not reserved:  # the hung step has returned, nothing of it was delivered or aborted yet
+            reserved.append(thread.reserve("abc", 0))
+        deliver(deltas)
+
+    async def main() -> None:
+        gate = Gate(llm)
+        task = asyncio.ensure_future(llm.complete("abc", SHORT, request_id="abc"))
+        with pytest.raises(EngineStepError):
+            await task
+        thread._deliver = reserve_first
+        gate.open()
+        await _until(lambda: reserved and not thread._in_engine)
+        assert not reserved[0].ended.done()
+        assert reserved[0].mailbox.num_unread == 0
+        thread.cancel(reserved[0])
+        assert await _tokens(llm.generate(PROMPTS[0], SHORT)) == expected[PROMPTS[0]]
+
+    asyncio.run(main())
+    assert_nothing_leaked(llm)
+
+
 def test_closing_does_not_wait_for_a_hung_step(make):
     llm = make(step_timeout_s=0.1)
 

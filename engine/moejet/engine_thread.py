@@ -82,6 +82,9 @@ class EngineThread:
         self._step_started_s: float | None = None
         self._last_step_s = time.perf_counter()
         self._batch_requests: list[Request] = []
+        # By id, what the engine knows; only its thread looks here. An id may be used again before its first request
+        # has left the engine: then this is the old one, and the admission's the new one.
+        self._in_engine: dict[str, Ticket] = {}
         self._seen_tokens = 0, 0  # of prompts and of answers
         self._watch_ended = threading.Event()
         engine.on_scheduled = self._on_scheduled
@@ -222,7 +225,8 @@ class EngineThread:
             return None
         self._admission.remove(ticket)
         if error is not None:
-            self.counters.finished_samples["error"] += ticket.params.n if ticket.params else 1
+            num_samples = ticket.params.n if ticket.params else 1
+            self.counters.finished_samples["error"] += num_samples - ticket.num_finished
         ticket.ended.set_result(None)
         if not self._tickets:
             self._changed.notify_all()
@@ -296,16 +300,20 @@ class EngineThread:
             self.engine.discard(ticket.request_id)
             self._fail_step([ticket], error)
             return
-        ticket.is_in_engine = True
+        self._in_engine[ticket.request_id] = ticket
         if ticket.is_aborted:
             self._abort(ticket)
 
     def _abort(self, ticket: Ticket) -> None:
-        if not ticket.is_in_engine:
+        if self._in_engine.get(ticket.request_id) is not ticket:
             return
-        ticket.is_in_engine = False
+        if ticket.ended.done():  # the watchdog ended it
+            self._in_engine.pop(ticket.request_id)
+            self.engine.discard(ticket.request_id)
+            return
         try:
             self._deliver(self.engine.abort(ticket.request_id))
+            self._in_engine.pop(ticket.request_id, None)
         except Exception as error:
             logger.error("the output of an aborted request could not be built", exc_info=error)
             self.engine.discard(ticket.request_id)
@@ -313,7 +321,7 @@ class EngineThread:
 
     def _abort_all(self) -> None:
         for ticket in list(self._tickets.values()):
-            if ticket.is_in_engine:
+            if self._in_engine.get(ticket.request_id) is ticket:
                 self._abort(ticket)
             else:  # its prompt is still being tokenised
                 self._fail([ticket], lambda: EngineClosedError("the engine was closed"))
@@ -345,8 +353,8 @@ class EngineThread:
         now = time.perf_counter()
         with self._changed:
             for request in batch.requests:
-                ticket = self._tickets.get(request.request_id)
-                if ticket is not None and ticket.is_queued:
+                ticket = self._in_engine.get(request.request_id)
+                if ticket is not None and ticket.is_queued and not ticket.ended.done():
                     self._admission.leave_queue(ticket)
                     self.counters.starts.add(1, now)
                     self.counters.queue_time.observe(now - ticket.arrival_s)
@@ -362,19 +370,21 @@ class EngineThread:
         wakes: Wakes = []
         with self._changed:
             for delta in deltas:
-                ticket = self._tickets.get(delta.request_id)
-                if ticket is None:  # was failed by the watchdog
+                ticket = self._in_engine.get(delta.request_id)
+                is_step_error = delta.error is not None and delta.is_step_error
+                if is_step_error or delta.output is not None:
+                    self._in_engine.pop(delta.request_id, None)
+                if ticket is None or ticket.ended.done():  # was failed by the watchdog
                     continue
-                if delta.error is not None and delta.is_step_error:
+                if delta.error is not None and is_step_error:
                     self.counters.step_errors += 1
-                    ticket.is_in_engine = False
                     wakes.append(self._end(ticket, step_error(delta.error)))
                     continue
                 if delta.finish_reason is not None:
                     self.counters.finished_samples[delta.finish_reason] += 1
+                    ticket.num_finished += 1
                 waiter = ticket.mailbox.put(delta)
                 if delta.output is not None:
-                    ticket.is_in_engine = False
                     waiter = self._end(ticket) or waiter
                 wakes.append(waiter)
             self._count_spare_slots()
@@ -385,7 +395,8 @@ class EngineThread:
         with self._changed:
             wakes = []
             for ticket in tickets:
-                ticket.is_in_engine = False
+                if self._in_engine.get(ticket.request_id) is ticket:
+                    self._in_engine.pop(ticket.request_id)
                 wakes.append(self._end(ticket, make_error()))
         wake(wakes)
 
@@ -403,7 +414,7 @@ class EngineThread:
         victims = dict.fromkeys(request.request_id for request in running)
         for request_id in victims:
             self.engine.discard(request_id)
-        self._fail_step([self._tickets.get(request_id) for request_id in victims], error)
+        self._fail_step([self._in_engine.get(request_id) for request_id in victims], error)
         try:
             scheduler.check_integrity()
             self.engine.probe()

@@ -192,6 +192,8 @@ class Scheduler:
             query_len = step.share(
                 request, tokens_missing(request) - len(found) * self.pool.block_size
             )
+            if query_len == 0 and request.scores is not None and step.budget > 0:
+                continue  # only what a step may score is used up
             if query_len == 0:
                 return
             self.pool.share(found)

@@ -65,7 +65,7 @@ class Ticket:
     """One request, from the moment a caller asks for it until its end.
 
     arrival_s: on the clock of time.perf_counter · is_queued: no step has computed any of it
-    params: None for a prompt that is to be scored · is_in_engine: the engine knows it; only its thread looks here
+    params: None for a prompt that is to be scored
     """
 
     request_id: str
@@ -78,7 +78,7 @@ class Ticket:
     ended: Future[None] = field(default_factory=Future)
     is_queued: bool = True
     is_aborted: bool = False
-    is_in_engine: bool = False
+    num_finished: int = 0  # of its samples
 
 
 class Admission:
