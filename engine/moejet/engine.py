@@ -168,12 +168,14 @@ class Engine:
         self,
         token_ids: list[int],
         *,
+        num_top: int = 0,
         request_id: str | None = None,
         priority: int = 0,
         arrival_s: float | None = None,
     ) -> str:
         """Queues a prompt whose tokens' log-probabilities are wanted: `RequestOutput.prompt_logprobs`, and no answer.
 
+        num_top: how many alternatives are wanted with each (`RequestOutput.prompt_top`).
         Raises ValueError if it cannot be scored.
         """
         self.rules.check_scoring(token_ids)
@@ -191,6 +193,7 @@ class Engine:
             priority=priority,
             arrival_s=time.perf_counter() if arrival_s is None else arrival_s,
             scores=[],
+            num_top=num_top,
         )
         assembler = OutputAssembler(self.tokenizer, request.params, think_tags=None, thinking=False)
         self._groups[request_id] = Group(None, [request], [assembler], has_forked=True)
@@ -208,6 +211,14 @@ class Engine:
         self._groups[branch.request_id] = Group(None, [branch], [assembler], has_forked=True)
         self.scheduler.rewind(branch)
         self.scheduler.resume(branch)
+
+    def progress(self, request_id: str) -> tuple[int, int] | None:
+        """(tokens of the prompt that are computed, tokens of the prompt) of its first sample; any thread may ask."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return None
+        request = group.samples[0]
+        return min(request.num_computed_tokens, request.num_prompt_tokens), request.num_prompt_tokens
 
     def next_number(self) -> int:
         """Of requests, in the order in which they arrive."""

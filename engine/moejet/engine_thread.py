@@ -120,8 +120,9 @@ class EngineThread:
         prompt: str | None,
         token_ids: list[int],
         params: SamplingParams | None,
+        num_top: int = 0,
     ) -> None:
-        """Hands a reserved request to the engine, to be scored if there are no params.
+        """Hands a reserved request to the engine, to be scored with num_top alternatives if there are no params.
 
         The prompt must have passed `RequestRules.check_prompt` or `check_scoring`.
         """
@@ -130,6 +131,7 @@ class EngineThread:
                 raise ticket.mailbox.error() or EngineClosedError("the engine was closed")
             self._admission.count_tokens(ticket, len(token_ids))
             ticket.prompt, ticket.token_ids, ticket.params = prompt, token_ids, params
+            ticket.num_top = num_top
             self.counters.accepted_requests += 1
             self.inbox.put(("add", ticket))
 
@@ -280,7 +282,7 @@ class EngineThread:
         if ticket.ended.done():
             return
         add = (
-            partial(self.engine.add_scoring, ticket.token_ids)
+            partial(self.engine.add_scoring, ticket.token_ids, num_top=ticket.num_top)
             if ticket.params is None
             else partial(
                 self.engine.add_request, ticket.token_ids, ticket.params, prompt=ticket.prompt

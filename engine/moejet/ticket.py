@@ -73,6 +73,7 @@ class Ticket:
     prompt: str | None = None
     token_ids: list[int] = field(default_factory=list)
     params: SamplingParams | None = None
+    num_top: int = 0  # alternatives beside each score
     arrival_s: float = field(default_factory=time.perf_counter)
     mailbox: Mailbox = field(default_factory=Mailbox)
     ended: Future[None] = field(default_factory=Future)
