@@ -218,7 +218,9 @@ class Engine:
         if group is None:
             return None
         request = group.samples[0]
-        return min(request.num_computed_tokens, request.num_prompt_tokens), request.num_prompt_tokens
+        return min(
+            request.num_computed_tokens, request.num_prompt_tokens
+        ), request.num_prompt_tokens
 
     def next_number(self) -> int:
         """Of requests, in the order in which they arrive."""

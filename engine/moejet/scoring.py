@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from moejet.request import Request
 from moejet.ops.top_logits import top_logits
+from moejet.request import Request
 from moejet.sampler import BadLogitsError
 
 
