@@ -11,7 +11,11 @@ from pydantic.json_schema import models_json_schema
 
 _PREFIX = "#/components/schemas/"
 _OBJECT = {"application/json": {"schema": {"type": "object"}}}
-_REFUSALS: dict[int, str] = {400: "wrong request", 401: "no valid key", 403: "not for this host or origin"} | {
+_REFUSALS: dict[int, str] = {
+    400: "wrong request",
+    401: "no valid key",
+    403: "not for this host or origin",
+} | {
     404: "no such model",
     408: "the body came too slowly",
     413: "the body is too large",
