@@ -20,9 +20,7 @@ from moejet.tokenizer import Tokenizer
 
 # Noncharacters, which no text in interchange may hold (Unicode 16, section 23.7).
 _BREAKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
-_MAPPING_ARGUMENTS = re.compile(
-    r"arguments['\"\]]*\s*(\|\s*(tojson|items)|\.items)|_args\s*(\||\.)"
-)
+_PROBE_ARGUMENTS = '{"probe": 1}'
 
 
 class PromptMaker:
@@ -104,19 +102,33 @@ class PromptMaker:
         settings["added_tokens"], settings["post_processor"] = [], None
         return RawTokenizer.from_str(json.dumps(settings))
 
+    @cached_property
+    def _takes_argument_text(self) -> bool:
+        """Whether the template writes a call's JSON arguments as they are; others want the object, and write it."""
+        function = {"name": "probe", "arguments": _PROBE_ARGUMENTS}
+        call = {"id": "probe", "type": "function", "function": function}
+        messages = [
+            {"role": "user", "content": "probe"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "user", "content": "probe"},
+        ]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tools=[{"type": "function", "function": {"name": "probe"}}]
+            )
+        except ValueError:
+            return False
+        return _PROBE_ARGUMENTS in text
+
     def _shaped(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of earlier calls as the template wants them: JSON text, or the object itself."""
         shaped = dict(message)
         if not shaped.get("tool_calls"):
             return shaped
-        sources = "".join(self.tokenizer.chat_template_sources)
-        wants_object = (
-            _MAPPING_ARGUMENTS.search(sources) is not None and " is string" not in sources
-        )
         calls = []
         for call in shaped["tool_calls"]:
             function = dict(call["function"])
-            if wants_object:
+            if not self._takes_argument_text:
                 function["arguments"] = json.loads(function["arguments"])
             calls.append({**call, "function": function})
         return {**shaped, "tool_calls": calls}

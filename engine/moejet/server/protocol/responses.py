@@ -361,12 +361,12 @@ class ResponsesRenderer:
                     "response.function_call_arguments.done", arguments=text, name=self._item["name"]
                 )
             ]
-            filled = {"arguments": text}
+            filled: dict[str, Any] = {"arguments": text}
         else:
             part = self._part(text)
-            name, more = "reasoning_text", dict[str, Any]()
-            if kind == "message":
-                name, more = "output_text", {"logprobs": self._logprobs}
+            is_message = kind == "message"
+            name = "output_text" if is_message else "reasoning_text"
+            more: dict[str, Any] = {"logprobs": self._logprobs} if is_message else {}
             events = [
                 self._part_event(f"response.{name}.done", text=text, **more),
                 self._part_event("response.content_part.done", part=part),
