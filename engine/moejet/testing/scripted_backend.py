@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,15 +28,18 @@ class ScriptedStream:
     def __init__(self, backend: ScriptedBackend, job: Job, text: str):
         self._backend = backend
         self._deltas = backend.deltas_of(job, text)
+        self._due_s = time.monotonic() + backend.delay_s
         self.is_closed = False
 
     async def get(self, timeout_s: float | None = None) -> StreamDelta | None:
         if self._backend.error is not None and len(self._deltas) <= self._backend.error_at:
             raise self._backend.error
-        if timeout_s is not None and timeout_s < self._backend.delay_s:
+        left_s = self._due_s - time.monotonic()
+        if timeout_s is not None and timeout_s < left_s:
             await asyncio.sleep(timeout_s)
             raise TimeoutError
-        await asyncio.sleep(self._backend.delay_s)
+        await asyncio.sleep(max(0.0, left_s))
+        self._due_s = time.monotonic() + self._backend.delay_s
         if not self._deltas:
             self.is_closed = True
             return None
