@@ -333,6 +333,17 @@ class AsyncLLM:
         await asyncio.shield(asyncio.wrap_future(ticket.ended))
         return True
 
+    async def end_thinking(self, request_id: str) -> bool:
+        """Makes a request answer now: with the next step its samples end their thinking, as if its budget were spent.
+
+        False if there is no request of that id, or none of its samples thinks.
+        """
+        self._thread.check_process()
+        ticket = self._thread.find(request_id)
+        if ticket is None:
+            return False
+        return await asyncio.wrap_future(self._thread.end_thinking(ticket))
+
     @property
     def is_healthy(self) -> bool:
         """Whether the engine works and its present step is not late."""

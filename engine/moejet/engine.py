@@ -309,7 +309,7 @@ class Engine:
         if group is None:
             return []
         deltas = []
-        for request, assembler in zip(group.samples, group.assemblers, strict=True):
+        for request, assembler in group.members():
             if request.state is not RequestState.FINISHED:
                 self.scheduler.finish(request, "abort")
                 gained = Gained()
@@ -317,6 +317,30 @@ class Engine:
                     gained.add(assembler.flush())
                 deltas.append(self._close(group, request, gained))
         return deltas
+
+    def end_thinking(self, request_id: str) -> bool:
+        """Lets the samples of a request that think, or have yet to begin, answer with their next token.
+
+        It is as if their budget (`moejet.policy.ThinkingBudget`) were spent. False if no sample thinks.
+        """
+        group = self._groups.get(request_id)
+        has_ended = False
+        for request, assembler in group.members() if group is not None else ():
+            begins = assembler.may_open_thinking and request.num_prompt_tokens == len(
+                request.token_ids
+            )
+            if request.state is RequestState.FINISHED or not (assembler.is_thinking or begins):
+                continue
+            if request.sample_state is None:
+                request.sample_state = SampleState(
+                    request,
+                    assembler,
+                    tokenizer=self.tokenizer,
+                    vocab_size=self.model_config.vocab_size,
+                )
+            request.sample_state.end_thinking()
+            has_ended = True
+        return has_ended
 
     def discard(self, request_id: str) -> None:
         """Ends a request without building its output: for when a step failed and building might fail too."""

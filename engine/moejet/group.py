@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moejet.commit import Gained
@@ -28,6 +29,9 @@ class Group:
     assemblers: list[OutputAssembler]
     has_forked: bool = False
     outputs: dict[int, CompletionOutput] = field(default_factory=dict)
+
+    def members(self) -> Iterator[tuple[Request, OutputAssembler]]:
+        return zip(self.samples, self.assemblers, strict=True)
 
     @property
     def has_ended(self) -> bool:

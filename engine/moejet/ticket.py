@@ -66,6 +66,7 @@ class Ticket:
 
     arrival_s: on the clock of time.perf_counter · is_queued: no step has computed any of it
     params: None for a prompt that is to be scored · is_in_engine: the engine knows it; only its thread looks here
+    thinking_ends: whoever asked for an end of the thinking and waits to hear whether there was any
     """
 
     request_id: str
@@ -77,6 +78,7 @@ class Ticket:
     arrival_s: float = field(default_factory=time.perf_counter)
     mailbox: Mailbox = field(default_factory=Mailbox)
     ended: Future[None] = field(default_factory=Future)
+    thinking_ends: list[Future[bool]] = field(default_factory=list)
     is_queued: bool = True
     is_aborted: bool = False
     is_in_engine: bool = False
