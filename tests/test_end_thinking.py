@@ -7,7 +7,7 @@ import pytest
 
 from moejet import LLM, AsyncLLM, SamplingParams
 from moejet.policy import ForceContinuation
-from moejet.request import StreamDelta
+from moejet.request import RequestOutput, StreamDelta
 
 QUESTION = [{"role": "user", "content": "Start with 17, add 25, then multiply by 3."}]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=120)
@@ -19,20 +19,18 @@ def reasoner():
         yield llm
 
 
-def run_and_interrupt(llm: LLM, params: SamplingParams, num_steps: int) -> StreamDelta:
+def run_and_interrupt(llm: LLM, params: SamplingParams, num_steps: int) -> RequestOutput:
     engine = llm.engine
     text, tokens = llm._render(QUESTION, {})
     request_id = engine.add_request(tokens, params, prompt=text)
     for _ in range(num_steps):
         engine.step()
     assert engine.end_thinking(request_id)
-    last = None
+    deltas: list[StreamDelta] = []
     while engine.has_work:
-        for last in engine.step():
-            pass
-    assert last is not None
-    assert last.output is not None
-    return last.output
+        deltas += engine.step()
+    assert deltas[-1].output is not None
+    return deltas[-1].output
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 9])
