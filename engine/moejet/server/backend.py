@@ -99,6 +99,9 @@ class LocalBackend:
     def progress(self, request_id: str) -> tuple[int, int] | None:
         return self._llm.progress(request_id)
 
+    async def end_thinking(self, request_id: str) -> bool:
+        return await self._llm.end_thinking(request_id)
+
     async def abort(self, request_id: str) -> bool:
         return await self._llm.abort(request_id)
 

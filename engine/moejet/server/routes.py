@@ -39,8 +39,6 @@ from moejet.server.sse import JsonResponse
 if TYPE_CHECKING:
     from moejet.server.app import Server
 
-_MAX_JOBS = 1024
-
 
 def add_routes(app: FastAPI, server: Server) -> None:
     app.state.body_models = (
@@ -191,32 +189,21 @@ def _add_control(app: FastAPI, server: Server) -> None:
     @app.post("/v1/requests/{request_id}/end_thinking", responses=answers())
     async def end_thinking(request_id: str) -> Response:
         """Makes a running request answer now."""
-        num_ended = 0
-        for job_id in _job_ids(request_id):
-            if not await server.backend.end_thinking(job_id):
-                break
-            num_ended += 1
-        return _controlled(request_id, num_ended, "thinks")
+        return _controlled(request_id, await server.backend.end_thinking(request_id), "thinks")
 
     @app.post("/v1/requests/{request_id}/abort", responses=answers())
     async def abort(request_id: str) -> Response:
         """Ends a running request; its answer so far is returned with finish_reason "abort"."""
-        if await server.backend.abort(request_id):
-            return _controlled(request_id, 1, "runs")
-        num_ended = 0
-        for i in range(_MAX_JOBS):
-            if not await server.backend.abort(f"{request_id}-{i}"):
-                break
-            num_ended += 1
-        return _controlled(request_id, num_ended, "runs")
+        is_ended = await server.backend.abort(request_id)
+        for i in range(0 if is_ended else server.config.max_prompts):
+            # The prompts of one completion request are numbered; some may have ended by themselves.
+            if await server.backend.abort(f"{request_id}-{i}"):
+                is_ended = True
+        return _controlled(request_id, is_ended, "runs")
 
 
-def _job_ids(request_id: str) -> list[str]:
-    return [request_id]
-
-
-def _controlled(request_id: str, count: int, state: str) -> Response:
-    if count == 0:
+def _controlled(request_id: str, is_done: bool, state: str) -> Response:
+    if not is_done:
         raise ApiError(404, f"no request {request_id[:80]!r} {state} now", code="request_not_found")
     return JsonResponse({"id": request_id, "object": "request", "ok": True})
 
