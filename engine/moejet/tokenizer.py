@@ -162,14 +162,15 @@ class Tokenizer:
         token = self.raw.id_to_token(token_id)
         if token is None:
             return b""
-        if self._is_byte_level:
+        if self.is_byte_level:
             return _token_bytes(token)
         if _is_byte_token(token):
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
 
     @cached_property
-    def _is_byte_level(self) -> bool:
+    def is_byte_level(self) -> bool:
+        """Whether tokens are strings of bytes, so that none of a text is lost."""
         return _is_byte_level(self.raw)
 
     @property

@@ -203,9 +203,7 @@ def test_anthropic_converses(claude):
 
 
 def test_anthropic_streams(claude):
-    with claude.messages.stream(
-        model=MODEL, messages=MESSAGES, max_tokens=200, **GREEDY
-    ) as stream:
+    with claude.messages.stream(model=MODEL, messages=MESSAGES, max_tokens=200, **GREEDY) as stream:
         events = list(stream)
         final = stream.get_final_message()
     assert final.content[-1].text == "The answer is 42."
@@ -260,7 +258,9 @@ def test_anthropic_counts_tokens_and_lists_models(claude):
 
 def test_anthropic_hears_of_mistakes(claude):
     with pytest.raises(anthropic.BadRequestError) as caught:
-        claude.messages.create(model=MODEL, messages=MESSAGES, max_tokens=9, extra_body={"top_k": -5})
+        claude.messages.create(
+            model=MODEL, messages=MESSAGES, max_tokens=9, extra_body={"top_k": -5}
+        )
     assert caught.value.body["error"]["type"] == "invalid_request_error"
     assert caught.value.body["type"] == "error"
     ending = [*MESSAGES, {"role": "assistant", "content": "The"}]
@@ -280,7 +280,7 @@ def test_a_running_request_answers_now_or_ends_by_its_id(client, llm):
     stream = client.chat.completions.create(**body, extra_body={"ignore_eos": True})
     first = next(stream)
     client.post(f"/requests/{first.id}/abort", cast_to=object)
-    assert [c for c in stream][-1].choices[0].finish_reason == "abort"
+    assert list(stream)[-1].choices[0].finish_reason == "abort"
     with pytest.raises(openai.NotFoundError):
         client.post(f"/requests/{first.id}/abort", cast_to=object)
 

@@ -38,7 +38,9 @@ def test_lists_of_texts_and_of_tokens_make_a_choice_each(ask, llm):
 
 def test_echoed_prompts_are_scored_as_lm_eval_wants_it(ask, llm):
     """ctxlen tokens of context, then a continuation: its log-probability and whether it is the likeliest."""
-    context = llm.tokenizer.encode("<|bos|><|user|>Start with 17, add 25.<|assistant|><think>\n", False)
+    context = llm.tokenizer.encode(
+        "<|bos|><|user|>Start with 17, add 25.<|assistant|><think>\n", False
+    )
     greedy = ask(PATH, {"prompt": context, "temperature": 0, "max_tokens": 4, "logprobs": 1}).json
     goal = llm.tokenizer.encode(greedy["choices"][0]["text"], add_special_tokens=False)
     assert len(goal) == 4

@@ -38,6 +38,7 @@ class PromptMaker:
 
     def of_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """A plain text, in which special tokens are what they say."""
+        self._check_length(text, "prompt")
         return self.checked(self.tokenizer.encode(text, add_special_tokens))
 
     def of_chat(
@@ -62,6 +63,8 @@ class PromptMaker:
                 "this model has no chat template: it is a base model; use /v1/completions",
                 "messages",
             )
+        for message in messages:
+            self._check_length(message.get("content") or "", "messages")
         shaped = [self._shaped(message) for message in messages]
         texts = json.dumps([shaped, kwargs], ensure_ascii=False)
         if self._special_text.search(texts) is None:
@@ -73,6 +76,27 @@ class PromptMaker:
         broken = [self._broken_message(message, mark) for message in shaped]
         text = self.tokenizer.apply_chat_template(broken, **self._broken(kwargs, mark))
         return text.replace(mark, ""), self._encode_broken(text, mark)
+
+    def _check_length(self, text: str, field: str) -> None:
+        """Refuses a text without tokenising it, which can take a minute, if it is too long however it is cut."""
+        if self._max_token_chars is None or len(text) < self.max_context * self._max_token_chars:
+            return
+        raise wrong(
+            f"the prompt has at least {len(text) // self._max_token_chars} tokens "
+            f"({len(text)} characters), and this model's context of {self.max_context} must hold "
+            "prompt and answer: shorten the prompt",
+            field,
+            "context_length_exceeded",
+        )
+
+    @cached_property
+    def _max_token_chars(self) -> int | None:
+        """The longest token; None where a tokenizer may drop characters. A token has no more characters than bytes."""
+        tokenizer = self.tokenizer
+        if not tokenizer.is_byte_level:
+            return None
+        ids = range(tokenizer.vocab_size)
+        return max((len(tokenizer.token_bytes(i)) for i in ids), default=1)
 
     def checked(self, token_ids: list[int]) -> list[int]:
         """Raises ApiError if a prompt leaves no room for an answer."""
