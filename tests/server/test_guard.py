@@ -1,5 +1,6 @@
 """Keys, hosts, origins and limits, before any endpoint is reached."""
 
+import contextlib
 import json
 import logging
 import socket
@@ -117,15 +118,11 @@ def test_an_enormous_header_is_refused_by_a_real_server(served):
         connection.settimeout(20)
         connection.sendall(b"GET /version HTTP/1.1\r\nhost: localhost\r\nx: ")
         answer = b""
-        try:
+        with contextlib.suppress(OSError):
             for _ in range(1000):
                 connection.sendall(b"y" * 100_000)
-        except OSError:
-            pass
-        try:
+        with contextlib.suppress(OSError):
             answer = connection.recv(4096)
-        except OSError:
-            pass
         assert answer == b"" or b" 400 " in answer or b" 431 " in answer
 
 
