@@ -230,6 +230,16 @@ def test_anthropic_stops_where_it_is_told(claude):
     assert reply.content[-1].text == "The answer"
 
 
+def test_anthropic_keeps_to_a_schema(claude):
+    schema = {"type": "object", "properties": {"sum": {"type": "integer", "maximum": 9}}}
+    closed = {**schema, "required": ["sum"], "additionalProperties": False}
+    format = {"type": "json_schema", "schema": closed}
+    reply = claude.messages.create(
+        model=MODEL, messages=MESSAGES, max_tokens=200, output_config={"format": format}
+    )
+    assert json.loads(reply.content[-1].text)["sum"] <= 9
+
+
 def test_anthropic_sees_tool_calls(caller):
     tools = [{"name": "add", "input_schema": PARAMETERS}]
     body = {"model": "scripted", "messages": MESSAGES, "max_tokens": 500, "tools": tools}

@@ -355,6 +355,13 @@ def test_overload_is_answered_with_when_to_come_back(ask_app, tool_tokenizer):
     assert reply.json["error"]["type"] == "overloaded_error"
 
 
+def test_a_hanging_step_is_answered_with_try_again(ask_app, tool_tokenizer):
+    stuck = ScriptedBackend(["x"], tool_tokenizer, error=EngineStepError("hangs"), refuses=True)
+    reply = ask_app(asgi_app(stuck))(CHAT, HELLO)
+    assert (reply.status, reply.json["error"]["code"]) == (503, "engine_stuck")
+    assert reply.headers["retry-after"]
+
+
 def test_too_many_requests_are_refused_and_the_others_end(serve):
     llm = AsyncLLM(max_queued_requests=3, max_num_requests=2)
     server = serve(asgi_app(llm))

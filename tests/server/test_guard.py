@@ -163,6 +163,15 @@ def test_logs_hold_no_prompts_and_no_keys(guarded, caplog):
     assert not any("private" in line or "secret" in line for line in ours)
 
 
+def test_prompts_are_logged_where_that_is_asked_for(guarded, caplog):
+    ask = guarded(log_prompts=True)
+    with caplog.at_level(logging.INFO, logger="moejet"):
+        assert ask(CHAT, {**HELLO, "messages": [{"role": "user", "content": "my words"}]}).status
+    lines = [r.getMessage() for r in caplog.records]
+    assert any("asks" in line and "my words" in line for line in lines)
+    assert any("was answered" in line for line in lines)
+
+
 def test_an_app_can_be_mounted_below_a_path(llm, ask_app):
     from fastapi import FastAPI
 

@@ -9,6 +9,7 @@ i of prompt j of a request with n samples is choice j * n + i.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,11 @@ from typing import Protocol
 
 from moejet.request import FinishReason, RequestOutput, StreamDelta, TokenLogprobs
 from moejet.server.backend import Backend, Job, Stream
+from moejet.server.errors import ApiError
 from moejet.server.tool_calls import ContentDelta, OutputEvent, OutputParser, ReasoningDelta
+from moejet.ticket import EngineStepError
+
+logger = logging.getLogger(__name__)
 
 _PROGRESS_S = 0.25  # between two looks at how far a prompt is
 
@@ -120,6 +125,7 @@ class Plan:
     """What a request asks of the engine.
 
     make_parser: None if the text is wanted as it is, thinking tags included · include_reasoning: whether it is shown
+    is_logged: whether prompts and answers may be written to the log
     """
 
     request_id: str
@@ -128,6 +134,7 @@ class Plan:
     make_parser: Callable[[], OutputParser] | None = None
     include_reasoning: bool = True
     wants_progress: bool = False
+    is_logged: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -156,11 +163,17 @@ class Generation:
         self._observer.request_started(self.plan.dialect)
         try:
             for job in self.plan.jobs:
+                if self.plan.is_logged:
+                    logger.info("%s asks %r", job.request_id, job.prompt or job.token_ids)
                 self._streams.append(await self._backend.start(job))
         except BaseException as error:
             self.close()
             if isinstance(error, Exception):
                 self._observer.rejected(type(error).__name__)
+            if isinstance(error, EngineStepError):  # a step hangs, so nothing new is taken
+                raise ApiError(
+                    503, str(error), code="engine_stuck", headers={"retry-after": "10"}
+                ) from error
             raise
 
     def close(self) -> None:
@@ -193,6 +206,10 @@ class Generation:
         finally:
             self.close()
         self.outputs = [outputs[i] for i in range(len(self.plan.jobs))]
+        if self.plan.is_logged:
+            for output in self.outputs:
+                texts = [sample.text for sample in output.outputs]
+                logger.info("%s was answered %r", output.request_id, texts)
         totals = self.totals()
         self._observer.finished(
             self.outputs[0].outputs[0].finish_reason if self.outputs else "stop",

@@ -12,7 +12,8 @@ from starlette.responses import Response
 import moejet
 from moejet.server.errors import ApiError
 from moejet.server.openapi import answers, body_of
-from moejet.server.protocol.chat import ChatRenderer, ChatRequest, chat_plan
+from moejet.server.protocol.chat import ChatRequest, chat_plan
+from moejet.server.protocol.chat_answers import ChatRenderer
 from moejet.server.protocol.common import Context
 from moejet.server.protocol.completions import (
     CompletionPlan,
@@ -27,12 +28,8 @@ from moejet.server.protocol.messages import (
     count_tokens,
     messages_plan,
 )
-from moejet.server.protocol.responses import (
-    ResponsesPlan,
-    ResponsesRenderer,
-    ResponsesRequest,
-    responses_plan,
-)
+from moejet.server.protocol.responses import ResponsesPlan, ResponsesRequest, responses_plan
+from moejet.server.protocol.responses_answers import ResponsesRenderer
 from moejet.server.protocol.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from moejet.server.sse import JsonResponse
 

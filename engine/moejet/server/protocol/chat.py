@@ -9,21 +9,16 @@ from pydantic import BaseModel, ConfigDict
 
 from moejet.request import MAX_LOGPROBS, SamplingParams
 from moejet.server.backend import Job
-from moejet.server.config import ReasoningField
-from moejet.server.errors import ApiError, wrong
-from moejet.server.generation import ChoiceEnd, Piece, Plan, Progress, Tokens, Totals
-from moejet.server.protocol.answers import Answer
+from moejet.server.errors import wrong
+from moejet.server.generation import Plan
 from moejet.server.protocol.common import (
     HARMLESS,
     Context,
     Part,
     SamplingFields,
-    chat_logprobs,
     response_grammar,
     sampling_params,
     structured_grammar,
-    timings,
-    usage,
 )
 from moejet.server.reasoning_controls import (
     REASONING_FIELDS,
@@ -31,21 +26,14 @@ from moejet.server.reasoning_controls import (
     normalise_reasoning,
 )
 from moejet.server.short import short
-from moejet.server.sse import DONE, KEEP_ALIVE, event
 from moejet.server.tool_calls import (
-    ContentDelta,
-    OutputEvent,
     OutputParser,
-    ReasoningDelta,
     Tool,
-    ToolCallArguments,
-    ToolCallStart,
     ToolChoice,
     parse_tool_choice,
     parse_tools,
     tool_grammar,
 )
-from moejet.tokenizer import Tokenizer
 
 _MESSAGE_NOTES = {
     "annotations",
@@ -202,12 +190,8 @@ def conversation_plan(
 ) -> Plan:
     """What all dialects of conversations have in common: rendered, tokenised, and with a parser for the answer."""
     offered = tools if choice.mode != "none" else ()
-    if offered and context.tool_format is None:
-        raise wrong(
-            "tools need a model whose chat template knows them, and this one's does not: leave "
-            "tools out, or send tool_choice='none'",
-            "tools",
-        )
+    if offered:
+        check_tools(context)
     kwargs: dict[str, Any] = dict(controls.template_kwargs)
     if offered:
         kwargs["tools"] = [tool.for_template() for tool in offered]
@@ -227,6 +211,7 @@ def conversation_plan(
         make_parser=lambda: OutputParser(context.tool_format if offered else None, offered),
         include_reasoning=controls.include_reasoning,
         wants_progress=wants_progress,
+        is_logged=context.config.log_prompts,
     )
 
 
@@ -277,6 +262,16 @@ def chat_plan(request: ChatRequest, context: Context, request_id: str) -> Plan:
     )
 
 
+def check_tools(context: Context) -> None:
+    """Raises ApiError where tools would be ignored."""
+    if context.tool_format is None:
+        raise wrong(
+            "tools need a model whose chat template knows them, and this one's does not: leave "
+            "tools out, or send tool_choice='none'",
+            "tools",
+        )
+
+
 def answer_grammar(context: Context, tools: Any, choice: ToolChoice, wanted: Any) -> Any:
     """The grammar of the answer: tool calls that are required, or the form that the request asks for."""
     if not tools or choice.mode == "none":
@@ -301,143 +296,3 @@ def _num_logprobs(request: ChatRequest) -> int | None:
     if request.top_logprobs and not request.logprobs:
         raise wrong(f"top_logprobs={request.top_logprobs} needs logprobs=true", "top_logprobs")
     return request.top_logprobs or 0 if request.logprobs else None
-
-
-def finish_reason(reason: str, num_calls: int) -> str:
-    return "tool_calls" if reason == "stop" and num_calls else reason
-
-
-class ChatRenderer:
-    """OpenAI's chunks: the role first, then text, then the finish reason, then usage if it was asked for."""
-
-    keep_alive = KEEP_ALIVE
-
-    def __init__(
-        self,
-        plan: Plan,
-        request: ChatRequest,
-        *,
-        model: str,
-        tokenizer: Tokenizer | None,
-        reasoning_field: ReasoningField,
-    ):
-        self._plan = plan
-        self._model = model
-        self._tokenizer = tokenizer
-        self._n = plan.jobs[0].params.n
-        self._wants_logprobs = plan.jobs[0].params.logprobs is not None
-        options = request.stream_options
-        self._wants_usage = bool(options and options.include_usage)
-        both = ("reasoning_content", "reasoning")
-        self._reasoning_keys = both if reasoning_field == "both" else (reasoning_field,)
-
-    def begin(self) -> list[bytes]:
-        role = {"role": "assistant", "content": ""}
-        return [self._chunk(i, dict(role)) for i in range(self._n)]
-
-    def event(self, event: Piece | ChoiceEnd | Progress) -> list[bytes]:
-        if isinstance(event, Progress):
-            return [self._progress(event)]
-        if isinstance(event, ChoiceEnd):
-            reason = finish_reason(event.finish_reason, event.num_calls)
-            return [
-                self._chunk(event.choice, {}, event.tokens, reason, stop_reason=event.stop_reason)
-            ]
-        delta = self._delta(event.event)
-        return [self._chunk(event.choice, delta, event.tokens)] if delta else []
-
-    def end(self, totals: Totals) -> list[bytes]:
-        last = {**self._head(), "choices": [], "timings": timings(totals)}
-        if self._wants_usage:
-            return [event({**last, "usage": usage(totals)}), DONE]
-        return [DONE]
-
-    def failure(self, error: ApiError) -> list[bytes]:
-        return [event(error.body("openai")), DONE]
-
-    def body(self, answers: list[Answer], totals: Totals) -> dict[str, Any]:
-        head = {**self._head(), "object": "chat.completion"}
-        return {
-            **head,
-            "choices": [self._choice(answer) for answer in answers],
-            "usage": usage(totals),
-            "timings": timings(totals),
-        }
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "id": self._plan.request_id,
-            "object": "chat.completion.chunk",
-            "created": self._plan.created,
-            "model": self._model,
-        }
-
-    def _delta(self, event: OutputEvent) -> dict[str, Any]:
-        match event:
-            case ReasoningDelta(text):
-                return dict.fromkeys(self._reasoning_keys, text)
-            case ContentDelta(text):
-                return {"content": text}
-            case ToolCallStart(index, id, name):
-                function = {"name": name, "arguments": ""}
-                call = {"index": index, "id": id, "type": "function", "function": function}
-                return {"tool_calls": [call]}
-            case ToolCallArguments(index, fragment):
-                return {"tool_calls": [{"index": index, "function": {"arguments": fragment}}]}
-        return {}
-
-    def _chunk(
-        self,
-        choice: int,
-        delta: dict[str, Any],
-        tokens: Tokens | None = None,
-        reason: str | None = None,
-        stop_reason: str | int | None = None,
-    ) -> bytes:
-        entry: dict[str, Any] = {"index": choice, "delta": delta, "finish_reason": reason}
-        if stop_reason is not None:
-            entry["stop_reason"] = stop_reason
-        if self._wants_logprobs:
-            found = chat_logprobs(self._tokenizer, tokens.logprobs) if tokens else []
-            entry["logprobs"] = {"content": found, "refusal": None} if found else None
-        return event({**self._head(), "choices": [entry]})
-
-    def _progress(self, progress: Progress) -> bytes:
-        """llama.cpp's form, in a chunk that adds nothing."""
-        found = {
-            "total": progress.total,
-            "cache": 0,
-            "processed": progress.processed,
-            "time_ms": round(progress.seconds * 1e3),
-        }
-        return event({**self._head(), "choices": [], "prompt_progress": found})
-
-    def _choice(self, answer: Answer) -> dict[str, Any]:
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": "".join(answer.content)
-            or (None if answer.calls or answer.reasoning else ""),
-            "refusal": None,
-        }
-        if answer.reasoning:
-            message |= dict.fromkeys(self._reasoning_keys, "".join(answer.reasoning))
-        if answer.calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in answer.calls
-            ]
-        logprobs = None
-        if self._wants_logprobs:
-            found = chat_logprobs(self._tokenizer, tuple(answer.logprobs))
-            logprobs = {"content": found, "refusal": None}
-        return {
-            "index": answer.index,
-            "message": message,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason(answer.finish_reason, len(answer.calls)),
-            "stop_reason": answer.stop_reason,
-        }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,7 +14,7 @@ from moejet.request import SamplingParams, TokenLogprobs
 from moejet.server.backend import ModelCard
 from moejet.server.config import ServerConfig
 from moejet.server.errors import ApiError, wrong
-from moejet.server.generation import Totals
+from moejet.server.generation import Progress, Totals
 from moejet.server.prompts import PromptMaker
 from moejet.server.short import short
 from moejet.server.tool_calls import ToolFormat
@@ -56,6 +56,7 @@ HARMLESS: dict[str, Check] = {
     "detokenize": one_of(True),
     "cache_prompt": one_of(True),
     "id_slot": one_of(-1),
+    "timings_per_token": one_of(False),
     "functions": one_of([]),
     "function_call": one_of("auto", "none"),
     "web_search_options": one_of(),
@@ -141,7 +142,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # random padding, which nobody has to send
-    continuous_usage_stats: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class SamplingFields(ApiModel):
@@ -164,7 +165,6 @@ class SamplingFields(ApiModel):
     stream_options: StreamOptions | None = None
     structured_outputs: dict[str, Any] | None = None
     return_progress: bool | None = None
-    timings_per_token: bool | None = None
     priority: int | None = None
 
 
@@ -315,6 +315,18 @@ def usage(totals: Totals) -> dict[str, Any]:
         "total_tokens": totals.prompt_tokens + totals.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": totals.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": totals.reasoning_tokens},
+    }
+
+
+def progress(found: Progress) -> dict[str, Any]:
+    """In llama.cpp's form, for a chunk that adds nothing else."""
+    return {
+        "prompt_progress": {
+            "total": found.total,
+            "cache": 0,
+            "processed": found.processed,
+            "time_ms": round(found.seconds * 1e3),
+        }
     }
 
 

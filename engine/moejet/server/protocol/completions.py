@@ -16,6 +16,7 @@ from moejet.server.protocol.common import (
     SamplingFields,
     finite,
     one_of,
+    progress,
     response_grammar,
     sampling_params,
     structured_grammar,
@@ -24,7 +25,8 @@ from moejet.server.protocol.common import (
     usage,
 )
 from moejet.server.short import short
-from moejet.server.sse import DONE, KEEP_ALIVE, event
+from moejet.server.sse import DONE, KEEP_ALIVE
+from moejet.server.sse import event as _event
 from moejet.server.tool_calls import ContentDelta
 from moejet.tokenizer import Tokenizer
 
@@ -93,6 +95,7 @@ def completion_plan(
         dialect="completions",
         jobs=jobs,
         wants_progress=bool(request.return_progress),
+        is_logged=context.config.log_prompts,
     )
     return CompletionPlan(plan, prompts, params.n, echo, num_logprobs)
 
@@ -165,7 +168,7 @@ class CompletionRenderer:
 
     def event(self, event: Piece | ChoiceEnd | Progress) -> list[bytes]:
         if isinstance(event, Progress):
-            return []
+            return [_event({**self._head(), "choices": [], **progress(event)})]
         logprobs = self._logprobs(event.choice, event.tokens.logprobs)
         if isinstance(event, ChoiceEnd):
             return [self._chunk(event.choice, "", logprobs, event.finish_reason, event.stop_reason)]
@@ -176,10 +179,10 @@ class CompletionRenderer:
         if not self._wants_usage:
             return [DONE]
         last = {**self._head(), "choices": [], "timings": timings(totals)}
-        return [event({**last, "usage": self._usage(totals)}), DONE]
+        return [_event({**last, "usage": self._usage(totals)}), DONE]
 
     def failure(self, error: ApiError) -> list[bytes]:
-        return [event(error.body("openai")), DONE]
+        return [_event(error.body("openai")), DONE]
 
     def body(self, answers: list[Answer], totals: Totals) -> dict[str, Any]:
         choices = []
@@ -230,7 +233,7 @@ class CompletionRenderer:
             "finish_reason": reason,
             "stop_reason": stop_reason,
         }
-        return event({**self._head(), "choices": [entry]})
+        return _event({**self._head(), "choices": [entry]})
 
     def _echo(self, choice: int) -> tuple[str, dict[str, Any] | None]:
         """The prompt's text, and its tokens' log-probabilities, of which the first has none."""

@@ -55,7 +55,10 @@ _HARMLESS = {
     "container": one_of(),
     "mcp_servers": one_of([]),
     "context_management": _keeps_all,
-    "speed": anything,
+    "speed": one_of("standard"),
+    "diagnostics": anything,
+    "user_profile_id": anything,
+    "workspace_id": anything,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moejet.server.errors import wrong
-from moejet.server.protocol.chat import Message, chat_messages
+from moejet.server.protocol.chat import Message, chat_messages, check_tools
 from moejet.server.protocol.common import ApiModel, Context, token_text
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
 from moejet.server.short import short
@@ -40,6 +40,7 @@ def tokenize(request: TokenizeRequest, context: Context) -> dict[str, Any]:
         fields = {k: v for k, v in (request.model_extra or {}).items() if k in REASONING_FIELDS}
         kwargs = dict(normalise_reasoning(fields, context.tokenizer).template_kwargs)
         if request.tools:
+            check_tools(context)
             kwargs["tools"] = [tool.for_template() for tool in parse_tools(request.tools)]
         ids = context.prompts.of_chat(chat_messages(request.messages), kwargs, is_checked=False)[1]
     else:
