@@ -1,7 +1,12 @@
 """/v1/completions, as lm-eval and others use it, /tokenize and /detokenize."""
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 
+from moejet import AsyncLLM
+from moejet.presets import PRESETS
 from moejet.server import asgi_app
 
 PATH = "/v1/completions"
@@ -100,3 +105,23 @@ def test_the_model_is_described(ask, llm):
     assert (other.status, other.json["error"]["code"]) == (404, "model_not_found")
     assert ask("/version").json["version"]
     assert ask("/props").json["thinks"] is True
+
+
+def test_a_model_without_a_tokenizer_serves_token_ids(ask_app):
+    shape = replace(
+        PRESETS["deepseek-v2-lite"], num_hidden_layers=2, vocab_size=500, hidden_size=256
+    )
+    llm = AsyncLLM.synthetic(shape, max_context=64)
+    ask = ask_app(asgi_app(llm))
+    body = {"prompt": [1, 2, 3], "max_tokens": 2, "logprobs": 1, "echo": True, "ignore_eos": True}
+    reply = ask(PATH, body).json
+    assert reply["usage"]["completion_tokens"] == 2
+    assert len(reply["choices"][0]["logprobs"]["tokens"]) == 5
+    for path, wrong in (
+        (PATH, {"prompt": "text"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/tokenize", {"prompt": "text"}),
+        (PATH, {**body, "prompt": [1] * 64}),
+    ):
+        assert ask(path, wrong).status == 400
+    asyncio.run(llm.close(drain=False))
