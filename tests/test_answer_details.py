@@ -1,4 +1,4 @@
-"""What a server tells about an answer's tokens: log-probabilities in deltas, thinking tokens, alternatives, progress."""
+"""What a server tells of an answer: log-probabilities in deltas, thinking tokens, alternatives, progress."""
 
 import asyncio
 
