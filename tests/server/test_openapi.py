@@ -25,7 +25,7 @@ def _close():
 
 @SCHEMA.parametrize()
 @settings(
-    max_examples=15,
+    max_examples=8,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
