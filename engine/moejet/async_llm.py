@@ -23,7 +23,13 @@ from typing import Any
 from moejet.config import EngineConfig, ModelConfig
 from moejet.engine_thread import EngineThread
 from moejet.llm import LLM, TINY_REASONER, Message
-from moejet.request import RequestOutput, SamplingParams, StreamDelta
+from moejet.request import (
+    MAX_LOGPROBS,
+    RequestOutput,
+    SamplingParams,
+    StreamDelta,
+    TokenLogprobs,
+)
 from moejet.ticket import Ticket
 from moejet.tokenizer import Tokenizer
 
@@ -49,6 +55,7 @@ class RequestStream(AsyncIterator[StreamDelta]):
         *,
         request_id: str | None,
         priority: int,
+        num_top: int = 0,
     ):
         """Made by AsyncLLM.generate and chat, and by score without params.
 
@@ -60,6 +67,7 @@ class RequestStream(AsyncIterator[StreamDelta]):
         self._params = params
         self._wanted_id = request_id
         self._priority = priority
+        self._num_top = num_top
         self._ticket: Ticket | None = None
         self._is_closed = False
 
@@ -88,7 +96,7 @@ class RequestStream(AsyncIterator[StreamDelta]):
         try:
             loop = asyncio.get_running_loop()
             prompt, token_ids = await loop.run_in_executor(self._llm._workers, self._checked)
-            self._thread.enqueue(ticket, prompt, token_ids, self._params)
+            self._thread.enqueue(ticket, prompt, token_ids, self._params, self._num_top)
         except BaseException:
             self._ticket, self._is_closed = None, True
             self._thread.cancel(ticket)
@@ -277,15 +285,40 @@ class AsyncLLM:
 
         It is computed beside the other requests, in chunks, and counts as a request in all limits.
         """
+        scores = await self.score_top(token_ids, 0, request_id=request_id, priority=priority)
+        return [score.logprob for score in scores]
+
+    async def score_top(
+        self,
+        token_ids: Sequence[int],
+        num_top: int,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> list[TokenLogprobs]:
+        """The same with the num_top tokens that the model would have thought most likely in each place."""
         ids = [int(t) for t in token_ids]
         _check_request(request_id, priority)
+        if not 0 <= num_top <= MAX_LOGPROBS:
+            raise ValueError(f"num_top={num_top!r} must be between 0 and {MAX_LOGPROBS}")
         stream = RequestStream(
-            self, lambda: (None, ids), None, request_id=request_id, priority=priority
+            self,
+            lambda: (None, ids),
+            None,
+            request_id=request_id,
+            priority=priority,
+            num_top=num_top,
         )
         output = await stream.result()
         if output.prompt_logprobs is None:
             raise RuntimeError(f"{output.request_id!r} was aborted before its tokens were scored")
-        return list(output.prompt_logprobs)
+        top = output.prompt_top or ((),) * len(output.prompt_logprobs)
+        scored = zip(ids[1:], output.prompt_logprobs, top, strict=True)
+        return [TokenLogprobs(token_id, logprob, best) for token_id, logprob, best in scored]
+
+    def progress(self, request_id: str) -> tuple[int, int] | None:
+        """(tokens of the prompt in the cache so far, tokens of the prompt); None if no step has begun with it."""
+        return self._thread.engine.progress(request_id)
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request within one step: its stream gets a last delta with finish_reason "abort".
@@ -299,6 +332,17 @@ class AsyncLLM:
         self._thread.abort(ticket)
         await asyncio.shield(asyncio.wrap_future(ticket.ended))
         return True
+
+    async def end_thinking(self, request_id: str) -> bool:
+        """Makes a request answer now: with the next step its samples end their thinking, as if its budget were spent.
+
+        False if there is no request of that id, or none of its samples thinks.
+        """
+        self._thread.check_process()
+        ticket = self._thread.find(request_id)
+        if ticket is None:
+            return False
+        return await asyncio.wrap_future(self._thread.end_thinking(ticket))
 
     @property
     def is_healthy(self) -> bool:

@@ -168,12 +168,14 @@ class Engine:
         self,
         token_ids: list[int],
         *,
+        num_top: int = 0,
         request_id: str | None = None,
         priority: int = 0,
         arrival_s: float | None = None,
     ) -> str:
         """Queues a prompt whose tokens' log-probabilities are wanted: `RequestOutput.prompt_logprobs`, and no answer.
 
+        num_top: how many alternatives are wanted with each (`RequestOutput.prompt_top`).
         Raises ValueError if it cannot be scored.
         """
         self.rules.check_scoring(token_ids)
@@ -191,6 +193,7 @@ class Engine:
             priority=priority,
             arrival_s=time.perf_counter() if arrival_s is None else arrival_s,
             scores=[],
+            num_top=num_top,
         )
         assembler = OutputAssembler(self.tokenizer, request.params, think_tags=None, thinking=False)
         self._groups[request_id] = Group(None, [request], [assembler], has_forked=True)
@@ -208,6 +211,16 @@ class Engine:
         self._groups[branch.request_id] = Group(None, [branch], [assembler], has_forked=True)
         self.scheduler.rewind(branch)
         self.scheduler.resume(branch)
+
+    def progress(self, request_id: str) -> tuple[int, int] | None:
+        """(tokens of the prompt that are computed, tokens of the prompt) of its first sample; any thread may ask."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return None
+        request = group.samples[0]
+        return min(
+            request.num_computed_tokens, request.num_prompt_tokens
+        ), request.num_prompt_tokens
 
     def next_number(self) -> int:
         """Of requests, in the order in which they arrive."""
@@ -296,7 +309,7 @@ class Engine:
         if group is None:
             return []
         deltas = []
-        for request, assembler in zip(group.samples, group.assemblers, strict=True):
+        for request, assembler in group.members():
             if request.state is not RequestState.FINISHED:
                 self.scheduler.finish(request, "abort")
                 gained = Gained()
@@ -304,6 +317,30 @@ class Engine:
                     gained.add(assembler.flush())
                 deltas.append(self._close(group, request, gained))
         return deltas
+
+    def end_thinking(self, request_id: str) -> bool:
+        """Lets the samples of a request that think, or have yet to begin, answer with their next token.
+
+        It is as if their budget (`moejet.policy.ThinkingBudget`) were spent. False if no sample thinks.
+        """
+        group = self._groups.get(request_id)
+        has_ended = False
+        for request, assembler in group.members() if group is not None else ():
+            begins = assembler.may_open_thinking and request.num_prompt_tokens == len(
+                request.token_ids
+            )
+            if request.state is RequestState.FINISHED or not (assembler.is_thinking or begins):
+                continue
+            if request.sample_state is None:
+                request.sample_state = SampleState(
+                    request,
+                    assembler,
+                    tokenizer=self.tokenizer,
+                    vocab_size=self.model_config.vocab_size,
+                )
+            request.sample_state.end_thinking()
+            has_ended = True
+        return has_ended
 
     def discard(self, request_id: str) -> None:
         """Ends a request without building its output: for when a step failed and building might fail too."""

@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
@@ -46,7 +47,7 @@ _CLOSE_WAIT_S = 60.0  # for the step that runs while everything is being aborted
 _EXIT_WAIT_S = 10.0  # the same, at the interpreter's exit
 
 State = Literal["running", "draining", "closed", "dead"]
-Command = tuple[Literal["add", "abort", "abort_all", "stop"], Ticket | None]
+Command = tuple[Literal["add", "abort", "end_thinking", "abort_all", "stop"], Ticket | None]
 
 
 class EngineThread:
@@ -123,8 +124,9 @@ class EngineThread:
         prompt: str | None,
         token_ids: list[int],
         params: SamplingParams | None,
+        num_top: int = 0,
     ) -> None:
-        """Hands a reserved request to the engine, to be scored if there are no params.
+        """Hands a reserved request to the engine, to be scored with num_top alternatives if there are no params.
 
         The prompt must have passed `RequestRules.check_prompt` or `check_scoring`.
         """
@@ -133,6 +135,7 @@ class EngineThread:
                 raise ticket.mailbox.error() or EngineClosedError("the engine was closed")
             self._admission.count_tokens(ticket, len(token_ids))
             ticket.prompt, ticket.token_ids, ticket.params = prompt, token_ids, params
+            ticket.num_top = num_top
             self.counters.accepted_requests += 1
             self.inbox.put(("add", ticket))
 
@@ -150,6 +153,17 @@ class EngineThread:
         ticket.is_aborted = True
         if self.is_own_process():
             self.inbox.put(("abort", ticket))
+
+    def end_thinking(self, ticket: Ticket) -> Future[bool]:
+        """Makes a request answer now; the result comes between two steps: whether it thought."""
+        reply: Future[bool] = Future()
+        with self._changed:
+            if ticket.ended.done():
+                reply.set_result(False)
+            else:
+                ticket.thinking_ends.append(reply)
+                self.inbox.put(("end_thinking", ticket))
+        return reply
 
     def close(self, *, drain: bool, timeout_s: float | None, wait_s: float = _CLOSE_WAIT_S) -> None:
         """Blocks until the engine's thread has ended, which closes the engine; see AsyncLLM.close."""
@@ -228,9 +242,17 @@ class EngineThread:
             num_samples = ticket.params.n if ticket.params else 1
             self.counters.finished_samples["error"] += num_samples - ticket.num_finished
         ticket.ended.set_result(None)
+        self._answer_thinking(ticket, False)
         if not self._tickets:
             self._changed.notify_all()
         return ticket.mailbox.end(error)
+
+    def _answer_thinking(self, ticket: Ticket, has_thought: bool) -> None:
+        for reply in ticket.thinking_ends:
+            # Who asked may have gone.
+            if reply.set_running_or_notify_cancel():
+                reply.set_result(has_thought)
+        ticket.thinking_ends.clear()
 
     def _count_spare_slots(self) -> None:
         scheduler = self.engine.scheduler
@@ -274,6 +296,8 @@ class EngineThread:
                     self._add(ticket)
                 elif command == "abort" and ticket is not None:
                     self._abort(ticket)
+                elif command == "end_thinking" and ticket is not None:
+                    self._end_thinking(ticket)
                 elif command == "abort_all":
                     self._abort_all()
                 command, ticket = self.inbox.get_nowait()
@@ -284,7 +308,7 @@ class EngineThread:
         if ticket.ended.done():
             return
         add = (
-            partial(self.engine.add_scoring, ticket.token_ids)
+            partial(self.engine.add_scoring, ticket.token_ids, num_top=ticket.num_top)
             if ticket.params is None
             else partial(
                 self.engine.add_request, ticket.token_ids, ticket.params, prompt=ticket.prompt
@@ -303,6 +327,8 @@ class EngineThread:
         self._in_engine[ticket.request_id] = ticket
         if ticket.is_aborted:
             self._abort(ticket)
+        elif ticket.thinking_ends:
+            self._end_thinking(ticket)
 
     def _abort(self, ticket: Ticket) -> None:
         if self._in_engine.get(ticket.request_id) is not ticket:
@@ -318,6 +344,13 @@ class EngineThread:
             logger.error("the output of an aborted request could not be built", exc_info=error)
             self.engine.discard(ticket.request_id)
             self._fail_step([ticket], error)
+
+    def _end_thinking(self, ticket: Ticket) -> None:
+        if self._in_engine.get(ticket.request_id) is not ticket or ticket.ended.done():
+            return  # if it has yet to come, it will be looked at again when the engine gets it
+        has_thought = self.engine.end_thinking(ticket.request_id)
+        with self._changed:
+            self._answer_thinking(ticket, has_thought)
 
     def _abort_all(self) -> None:
         for ticket in list(self._tickets.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from moejet.commit import Gained
@@ -12,6 +13,7 @@ from moejet.request import (
     RequestOutput,
     StreamDelta,
     Timings,
+    TokenLogprobs,
 )
 
 
@@ -28,6 +30,9 @@ class Group:
     has_forked: bool = False
     outputs: dict[int, CompletionOutput] = field(default_factory=dict)
 
+    def members(self) -> Iterator[tuple[Request, OutputAssembler]]:
+        return zip(self.samples, self.assemblers, strict=True)
+
     @property
     def has_ended(self) -> bool:
         return len(self.outputs) == len(self.samples)
@@ -42,6 +47,7 @@ class Group:
             content=gained.content,
             token_ids=tuple(gained.token_ids),
             tool_markers=self.assemblers[request.index].take_markers(),
+            logprobs=_logprobs(request, gained),
         )
 
     def close(self, request: Request, gained: Gained) -> StreamDelta:
@@ -62,6 +68,7 @@ class Group:
             logprobs=tuple(request.logprobs) if wants else None,
             cumulative_logprob=request.cumulative_logprob if wants else None,
             statistics=statistics.copy() if statistics and request.params.statistics else None,
+            num_reasoning_tokens=assembler.num_reasoning_tokens,
         )
         return StreamDelta(
             request.request_id,
@@ -73,6 +80,7 @@ class Group:
             finish_reason=request.finish_reason,
             output=self._output() if self.has_ended else None,
             tool_markers=assembler.take_markers(),
+            logprobs=_logprobs(request, gained),
         )
 
     def close_broken(self, request: Request, error: Exception) -> StreamDelta:
@@ -106,6 +114,7 @@ class Group:
             (r.first_scheduled_s for r in self.samples if r.first_scheduled_s), default=end
         )
         first_token = min((r.first_token_s for r in self.samples if r.first_token_s), default=end)
+        is_scored = first.scores is not None and first.finish_reason == "length"
         return RequestOutput(
             request_id=first.request_id,
             prompt=self.prompt,
@@ -119,10 +128,12 @@ class Group:
                 decode_s=end - first_token,
                 cached_tokens=first.num_cached_tokens,
             ),
-            prompt_logprobs=self._prompt_logprobs(),
+            prompt_logprobs=tuple(first.scores or ()) if is_scored else None,
+            prompt_top=tuple(first.top) if is_scored and first.num_top else None,
         )
 
-    def _prompt_logprobs(self) -> tuple[float, ...] | None:
-        request = self.samples[0]
-        is_complete = request.scores is not None and request.finish_reason == "length"
-        return tuple(request.scores or ()) if is_complete else None
+
+def _logprobs(request: Request, gained: Gained) -> tuple[TokenLogprobs, ...]:
+    if request.params.logprobs is None or not gained.token_ids:
+        return ()
+    return tuple(request.logprobs[-len(gained.token_ids) :])

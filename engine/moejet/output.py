@@ -76,6 +76,7 @@ class OutputAssembler:
         self._found_markers: list[int] = []
         self._reasoning = ""
         self.content = ""
+        self.num_reasoning_tokens = 0  # tags that the model wrote itself included
 
     def copy(self) -> OutputAssembler:
         """The same state, for a fork of the sample."""
@@ -115,7 +116,9 @@ class OutputAssembler:
         """Adds a token; returns the new (reasoning, content)."""
         if self._decoder is None:
             return "", ""
+        was_thinking = self.is_thinking
         pieces = self._feed(self._decoder.push(token_id))
+        self.num_reasoning_tokens += was_thinking or self.is_thinking
         if (marker := self._markers.get(token_id)) is not None and self.stopped_by is None:
             # No tag and no newline ends like a marker, so the thinking parser holds none of it back.
             self._found_markers.append(self._num_split - len(marker))

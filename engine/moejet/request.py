@@ -155,6 +155,7 @@ class CompletionOutput:
     """One finished sample.
 
     text: everything generated, tags included · reasoning: the thinking, None without · content: the answer.
+    num_reasoning_tokens: of token_ids, those of the thinking, tags that the model wrote itself included.
     """
 
     index: int
@@ -167,6 +168,7 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     cumulative_logprob: float | None = None
     statistics: TokenStatistics | None = None
+    num_reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +204,8 @@ class Timings:
 class RequestOutput:
     """The finished result of one prompt: `outputs` holds n samples.
 
-    prompt_logprobs: of the prompt's tokens from the second on, where it was to be scored
+    prompt_logprobs: of the prompt's tokens from the second on, where it was to be scored · prompt_top: the most likely
+    alternatives [(token_id, logprob), ...] in the place of each of those, as many as were asked for
     """
 
     request_id: str
@@ -212,6 +215,7 @@ class RequestOutput:
     timings: Timings
     finished: bool = True
     prompt_logprobs: tuple[float, ...] | None = None
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
     @property
     def text(self) -> str:
@@ -227,6 +231,7 @@ class StreamDelta:
     is_step_error, that went wrong whenever it was computed.
     tool_markers: where tokens of this delta are markers of tool calls, counted in characters of the sample's reasoning
     followed by its content; their text may come with a later delta
+    logprobs: of token_ids, where they were asked for
     """
 
     request_id: str
@@ -240,6 +245,7 @@ class StreamDelta:
     error: Exception | None = None
     is_step_error: bool = False
     tool_markers: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class RequestState(Enum):
@@ -272,6 +278,8 @@ class Request:
     cumulative_logprob: float = 0.0
     sample_state: SampleState | None = None  # only where a policy or statistics need it
     scores: list[float] | None = None  # of the prompt's tokens from the second on, if it is scored
+    num_top: int = 0  # alternatives to be noted beside each score
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     state: RequestState = RequestState.WAITING
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moejet.policy import Inject, Keep, Replace, Stop, TokenPolicy
+from moejet.policy import Inject, Keep, Replace, Stop, ThinkingBudget, TokenPolicy
 from moejet.statistics import TokenScores, TokenStatistics
 
 if TYPE_CHECKING:
@@ -138,6 +138,10 @@ class SampleState:
     def set_policies(self, policies: Sequence[TokenPolicy]) -> None:
         """For a branch that goes on: its state stays, its policies are new."""
         self._policies = list(policies)
+
+    def end_thinking(self) -> None:
+        """From now on the sample does not think, whatever its other policies want."""
+        self._policies.insert(0, ThinkingBudget(0))
 
     def fork(self, request: Request, assembler: OutputAssembler) -> SampleState:
         """The same state for a copy of the request, without policies."""

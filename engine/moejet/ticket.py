@@ -66,6 +66,7 @@ class Ticket:
 
     arrival_s: on the clock of time.perf_counter · is_queued: no step has computed any of it
     params: None for a prompt that is to be scored
+    thinking_ends: whoever asked for an end of the thinking and waits to hear whether there was any
     """
 
     request_id: str
@@ -73,9 +74,11 @@ class Ticket:
     prompt: str | None = None
     token_ids: list[int] = field(default_factory=list)
     params: SamplingParams | None = None
+    num_top: int = 0  # alternatives beside each score
     arrival_s: float = field(default_factory=time.perf_counter)
     mailbox: Mailbox = field(default_factory=Mailbox)
     ended: Future[None] = field(default_factory=Future)
+    thinking_ends: list[Future[bool]] = field(default_factory=list)
     is_queued: bool = True
     is_aborted: bool = False
     num_finished: int = 0  # of its samples

@@ -157,6 +157,22 @@ class Tokenizer:
         text: str = self.raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, which need not be whole characters; nothing for ids outside the vocabulary."""
+        token = self.raw.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.is_byte_level:
+            return _token_bytes(token)
+        if _is_byte_token(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether tokens are strings of bytes, so that none of a text is lost."""
+        return _is_byte_level(self.raw)
+
     @property
     def chat_template(self) -> str | None:
         """Source of the default chat template."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moejet.async_llm import AsyncLLM
-from moejet.request import SamplingParams, StreamDelta
+from moejet.request import SamplingParams, StreamDelta, TokenLogprobs
 from moejet.tokenizer import Tokenizer
 
 
@@ -52,8 +52,11 @@ class Backend(Protocol):
     async def start(self, job: Job) -> Stream:
         """Queues the request; returns once it has been accepted."""
 
-    async def score(self, token_ids: list[int]) -> list[float]:
-        """Log-probability of every token after the first, given those before it."""
+    async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
+        """Log-probability of every token after the first given those before it, beside the num_top likeliest ones."""
+
+    def progress(self, request_id: str) -> tuple[int, int] | None:
+        """(tokens of the prompt that are computed, tokens of the prompt), None while that is not known."""
 
     async def end_thinking(self, request_id: str) -> bool:
         """Makes a request answer now; False if there is none of that id that thinks."""
@@ -89,6 +92,15 @@ class LocalBackend:
             job.token_ids, job.params, request_id=job.request_id, priority=job.priority
         )
         return await stream.start()
+
+    async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
+        return await self._llm.score_top(token_ids, num_top)
+
+    def progress(self, request_id: str) -> tuple[int, int] | None:
+        return self._llm.progress(request_id)
+
+    async def end_thinking(self, request_id: str) -> bool:
+        return await self._llm.end_thinking(request_id)
 
     async def abort(self, request_id: str) -> bool:
         return await self._llm.abort(request_id)

@@ -1,0 +1,204 @@
+"""The HTTP application.
+
+>>> app = asgi_app(AsyncLLM("org/model"))          # for uvicorn, or to be mounted: other.mount("/llm", app)
+
+A request is read and checked, rendered and tokenised on a thread, queued with the backend, and answered by one of the
+dialects' renderers, streamed or whole. When the client leaves, it is ended wherever it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from moejet.async_llm import AsyncLLM
+from moejet.llm import LLM
+from moejet.server.backend import Backend, LocalBackend
+from moejet.server.config import ServerConfig
+from moejet.server.errors import ApiError, dialect_of
+from moejet.server.generation import Generation, Observer, Plan
+from moejet.server.middleware import Guard, read_json
+from moejet.server.openapi import describe
+from moejet.server.prompts import PromptMaker
+from moejet.server.protocol.answers import Renderer, collect, stream
+from moejet.server.protocol.common import ApiModel, Context, parse
+from moejet.server.routes import add_routes
+from moejet.server.sse import WorkResponse, error_response
+from moejet.server.tool_calls import detect_tool_format
+
+_PROMPT_THREADS = 2
+PUBLIC_PATHS = ("/health", "/ready")
+
+Model = TypeVar("Model", bound=ApiModel)
+Result = TypeVar("Result")
+
+
+class Unobserved:
+    """Counts nothing."""
+
+    def request_started(self, dialect: str) -> None: ...
+
+    def first_token(self, seconds: float) -> None: ...
+
+    def inter_token(self, seconds: float) -> None: ...
+
+    def finished(
+        self,
+        reason: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int,
+        seconds: float,
+    ) -> None: ...
+
+    def rejected(self, reason: str) -> None: ...
+
+    def cancelled(self, phase: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Server:
+    """What the endpoints share."""
+
+    backend: Backend
+    config: ServerConfig
+    context: Context
+    observer: Observer
+    threads: ThreadPoolExecutor
+
+    async def read(self, request: Request, kind: type[Model]) -> Model:
+        """The checked body of a request."""
+        return parse(kind, await read_json(request, self.config))
+
+    async def prepared(self, make: Callable[..., Result], *args: Any) -> Result:
+        """Runs what takes as long as a prompt is long, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, make, *args)
+
+    def respond(
+        self,
+        request: Request,
+        prepare: Callable[[], Any],
+        make_renderer: Callable[[Any], Renderer],
+        *,
+        is_streamed: bool,
+        plan_of: Callable[[Any], Plan] = lambda prepared: prepared,
+        before: Callable[[Any], Awaitable[None]] | None = None,
+    ) -> Response:
+        """The answer to a request: prepare() runs on a thread and makes the plan, or what plan_of finds it in.
+
+        before: what is to be done with what was prepared before it runs
+        """
+        running: list[Generation] = []
+
+        async def start() -> dict[str, Any] | AsyncGenerator[bytes]:
+            prepared = await self.prepared(prepare)
+            if before is not None:
+                await before(prepared)
+            plan, renderer = plan_of(prepared), make_renderer(prepared)
+            generation = Generation(
+                self.backend, plan, keep_alive_s=self.config.keep_alive_s, observer=self.observer
+            )
+            running.append(generation)
+            await generation.start()
+            if is_streamed:
+                return stream(generation, renderer)
+            num_choices = len(plan.jobs) * plan.jobs[0].params.n if plan.jobs else 0
+            answers = await collect(generation, num_choices)
+            return renderer.body(answers, generation.totals())
+
+        def cancel() -> None:
+            for generation in running:
+                generation.cancel()
+
+        return WorkResponse(start, dialect=dialect_of(request.url.path), on_cancel=cancel)
+
+
+def asgi_app(
+    llm: AsyncLLM | LLM | Backend,
+    config: ServerConfig | None = None,
+    *,
+    observer: Observer | None = None,
+    public_paths: tuple[str, ...] = (),
+    **options: Any,
+) -> FastAPI:
+    """An ASGI application that serves a loaded model; it stays the caller's to close, except for an `LLM`.
+
+    config, or options: the fields of `ServerConfig` · observer: is told of every request · public_paths: of routes that
+    the caller adds and that need no API key
+    """
+    if config is not None and options:
+        raise ValueError(f"config and {', '.join(options)} are given: put all of them into config")
+    config = config or ServerConfig(**options)
+    owned: AsyncLLM | None = None
+    if isinstance(llm, LLM):
+        llm = owned = AsyncLLM.from_llm(llm)
+    if isinstance(llm, AsyncLLM):
+        name = config.model_name or Path(llm.config.model).name
+        backend: Backend = LocalBackend(llm, name=name)
+    else:
+        backend = llm
+    server = _server(backend, config, observer or Unobserved())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        if owned is not None:
+            await owned.close(drain=False)
+        server.threads.shutdown(wait=False)
+
+    app = FastAPI(
+        title="moejet",
+        description="OpenAI's and Anthropic's dialects over one engine.",
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+        exception_handlers={
+            ApiError: _answer_error,
+            HTTPException: _answer_http_error,
+            ValueError: _answer_error,
+            Exception: _answer_error,
+        },
+    )
+    app.state.server = server
+    app.add_middleware(Guard, config=config, public=(*PUBLIC_PATHS, *public_paths))
+    add_routes(app, server)
+    describe(app)
+    return app
+
+
+def _server(backend: Backend, config: ServerConfig, observer: Observer) -> Server:
+    tokenizer = backend.card.tokenizer
+    context = Context(
+        card=backend.card,
+        config=config,
+        prompts=PromptMaker(tokenizer, backend.card.max_context),
+        tool_format=detect_tool_format(tokenizer) if tokenizer is not None else None,
+    )
+    threads = ThreadPoolExecutor(_PROMPT_THREADS, thread_name_prefix="moejet-render")
+    return Server(backend, config, context, observer, threads)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return error_response(error, dialect_of(request.url.path))
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), f"{error=}"
+    path = request.url.path[:200]
+    message = {404: f"there is nothing at {path}", 405: f"{request.method} is not for {path}"}
+    known = ApiError(
+        error.status_code,
+        message.get(error.status_code, str(error.detail)),
+        headers=error.headers,
+        code="not_found" if error.status_code == 404 else None,
+    )
+    return error_response(known, dialect_of(request.url.path))

@@ -1,0 +1,385 @@
+"""What the dialects share: fields, their checks, sampling parameters, log-probabilities and usage."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moejet.grammar import Grammar
+from moejet.request import SamplingParams, TokenLogprobs
+from moejet.server.backend import ModelCard
+from moejet.server.config import ServerConfig
+from moejet.server.errors import ApiError, wrong
+from moejet.server.generation import Progress, Totals
+from moejet.server.prompts import PromptMaker
+from moejet.server.short import short
+from moejet.server.tool_calls import ToolFormat
+from moejet.tokenizer import Tokenizer
+
+Check = Callable[[Any], bool]
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+def anything(_: Any) -> bool:
+    return True
+
+
+def one_of(*values: Any) -> Check:
+    return lambda value: value in values
+
+
+# Fields that say something about the request and nothing about its answer, with the values for which that holds.
+HARMLESS: dict[str, Check] = {
+    "user": anything,
+    "metadata": anything,
+    "service_tier": anything,
+    "safety_identifier": anything,
+    "prompt_cache_key": anything,
+    "prompt_cache_retention": anything,
+    "prediction": anything,
+    "store": one_of(False),
+    "logit_bias": one_of({}),
+    "best_of": one_of(1),
+    "min_tokens": one_of(0),
+    "modalities": one_of(["text"]),
+    "verbosity": one_of("medium"),
+    "skip_special_tokens": one_of(True),
+    "spaces_between_special_tokens": anything,
+    "add_generation_prompt": one_of(True),
+    "continue_final_message": one_of(False),
+    "use_beam_search": one_of(False),
+    "length_penalty": one_of(1, 1.0),
+    "detokenize": one_of(True),
+    "cache_prompt": one_of(True),
+    "id_slot": one_of(-1),
+    "timings_per_token": one_of(False),
+    "functions": one_of([]),
+    "function_call": one_of("auto", "none"),
+    "web_search_options": one_of(),
+}
+
+
+class ApiModel(BaseModel):
+    """Fields of a request. JSON types are taken as they are; fields that nobody declared are looked at one by one."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    harmless: ClassVar[Mapping[str, Check]] = HARMLESS
+    passed_on: ClassVar[frozenset[str]] = frozenset()  # fields that somebody else checks
+
+
+class Part(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: str
+    text: str | None = None
+
+
+Model = TypeVar("Model", bound=ApiModel)
+
+
+def parse(kind: type[Model], data: Any) -> Model:
+    """Checks a request's body. Raises ApiError naming the first field that is wrong or unknown."""
+    if not isinstance(data, dict):
+        raise wrong(f"the body must be a JSON object, not {_json_type(data)}")
+    try:
+        model = kind.model_validate(data)
+    except ValidationError as error:
+        raise _field_error(error, data) from None
+    except RecursionError:
+        raise wrong("the body is nested too deeply") from None
+    for name, value in (model.model_extra or {}).items():
+        if value is not None and name not in kind.passed_on:
+            _check_unknown(kind, name, value)
+    return model
+
+
+def _field_error(error: ValidationError, data: dict[str, Any]) -> ApiError:
+    first = error.errors(include_url=False)[0]
+    path = _field_path(first["loc"], data)
+    message = first["msg"].replace("Input should", "must")
+    if first["type"] == "missing":
+        return wrong(f"{path} is missing: {message.lower()}", path)
+    return wrong(f"{path}={short(first['input'])}: {message}", path or None)
+
+
+def _field_path(loc: tuple[int | str, ...], data: Any) -> str:
+    """'messages[0].content' of a location in which pydantic also names the types that it tried."""
+    path = ""
+    for i, key in enumerate(loc):
+        if isinstance(key, int) and isinstance(data, list) and key < len(data):
+            path, data = f"{path}[{key}]", data[key]
+        elif isinstance(data, dict) and (key in data or i == len(loc) - 1):
+            path, data = f"{path}.{key}" if path else str(key), data.get(key)
+    return path
+
+
+def _check_unknown(kind: type[ApiModel], name: str, value: Any) -> None:
+    check = kind.harmless.get(name)
+    if check is not None:
+        if check(value):
+            return
+        raise wrong(f"{name}={short(value)} is not supported here: leave it out", name)
+    known = [*kind.model_fields, *kind.passed_on, *kind.harmless]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+    raise wrong(f"unknown field {short(name)}: {hint}", name[:80], "unknown_field")
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # random padding, which nobody has to send
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class SamplingFields(ApiModel):
+    """Sampling, under the names that OpenAI, vLLM and llama.cpp agree on."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: Int64 | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    structured_outputs: dict[str, Any] | None = None
+    return_progress: bool | None = None
+    priority: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What conversions need to know of model and server."""
+
+    card: ModelCard
+    config: ServerConfig
+    prompts: PromptMaker
+    tool_format: ToolFormat | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.prompts.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """A request that names another model was meant for somebody else."""
+        if name is not None and name not in (self.card.name, "", "default"):
+            raise ApiError(
+                404,
+                f"model={short(name)} is not served here; this is {self.card.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+
+def sampling_params(
+    fields: SamplingFields,
+    context: Context,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    grammar: Grammar | None,
+    max_thinking_tokens: int | None = None,
+    max_tokens_field: str = "max_tokens",
+) -> SamplingParams:
+    """The request's choices over the checkpoint's own recommendation. Raises ApiError naming the field."""
+    config = context.config
+    stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop
+    if stop is not None and len(stop) > config.max_stop:
+        raise wrong(
+            f"stop holds {len(stop)} strings, and {config.max_stop} are allowed: send fewer", "stop"
+        )
+    if fields.n is not None and not 1 <= fields.n <= config.max_n:
+        raise wrong(f"n={fields.n} must be between 1 and {config.max_n}", "n")
+    if max_tokens is not None and not 1 <= max_tokens < 2**63:
+        raise wrong(
+            f"{max_tokens_field}={short(max_tokens)} must be an integer of at least 1",
+            max_tokens_field,
+        )
+    for name in ("top_k", "priority"):
+        value = getattr(fields, name)
+        if value is not None and not -(2**31) <= value < 2**31:
+            raise wrong(f"{name}={value} must fit 32 bits", name)
+    given = {
+        "temperature": fields.temperature,
+        "top_p": fields.top_p,
+        "top_k": 0 if fields.top_k == -1 else fields.top_k,
+        "min_p": fields.min_p,
+        "repetition_penalty": fields.repetition_penalty,
+        "presence_penalty": fields.presence_penalty,
+        "frequency_penalty": fields.frequency_penalty,
+        "seed": fields.seed,
+        "stop": tuple(stop) if stop is not None else None,
+        "stop_token_ids": _ids(fields.stop_token_ids),
+        "logit_bias": _biases(fields.logit_bias, context.card.vocab_size),
+        "ignore_eos": fields.ignore_eos,
+        "n": fields.n,
+        "max_tokens": max_tokens,
+        "logprobs": logprobs,
+        "grammar": grammar,
+        "max_thinking_tokens": max_thinking_tokens,
+    }
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(context.card.default_sampling, **chosen)
+
+
+def _ids(ids: list[int] | None) -> tuple[int, ...] | None:
+    if ids is not None and len(ids) > 64:
+        raise wrong(f"stop_token_ids holds {len(ids)} ids, and 64 are allowed", "stop_token_ids")
+    return tuple(ids) if ids is not None else None
+
+
+def _biases(biases: Mapping[str, float] | None, vocab_size: int) -> dict[int, float] | None:
+    found: dict[int, float] = {}
+    for key, bias in (biases or {}).items():
+        if not key.isascii() or not key.isdigit() or not int(key[:12]) < vocab_size:
+            raise wrong(
+                f"logit_bias holds {short(key)}: its keys must be token ids below {vocab_size}",
+                "logit_bias",
+            )
+        found[int(key)] = bias
+    return found or None
+
+
+def response_grammar(format: Mapping[str, Any] | None, field: str) -> Grammar | None:
+    """The grammar of OpenAI's response_format, in Chat's form or the flat one of Responses."""
+    if format is None:
+        return None
+    kind = format.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Grammar.json_schema({"type": "object"})
+    if kind != "json_schema":
+        raise wrong(
+            f"{field}.type={short(kind)} must be 'text', 'json_object' or 'json_schema'",
+            f"{field}.type",
+        )
+    spec = format.get("json_schema", format)
+    schema = spec.get("schema") if isinstance(spec, Mapping) else None
+    if not isinstance(schema, Mapping):
+        raise wrong(f"{field}.json_schema.schema must be a JSON schema", f"{field}.json_schema")
+    try:
+        return Grammar.json_schema(schema)
+    except ValueError as error:
+        raise wrong(f"{field}: {error}", field, "grammar_too_complex") from error
+
+
+def structured_grammar(fields: Mapping[str, Any] | None) -> Grammar | None:
+    """The grammar of vLLM's structured_outputs: one of json, regex, choice and grammar (Lark)."""
+    if not fields:
+        return None
+    makers: dict[str, Callable[[Any], Grammar]] = {
+        "json": Grammar.json_schema,
+        "regex": Grammar.regex,
+        "choice": Grammar.choice,
+        "grammar": Grammar.lark,
+    }
+    given = [name for name, value in fields.items() if value is not None]
+    if len(given) != 1 or given[0] not in makers:
+        raise wrong(
+            f"structured_outputs holds {short(given)}: give one of {', '.join(makers)}",
+            "structured_outputs",
+        )
+    try:
+        return makers[given[0]](fields[given[0]])
+    except ValueError as error:
+        raise wrong(f"structured_outputs.{given[0]}: {error}", "structured_outputs") from error
+
+
+def usage(totals: Totals) -> dict[str, Any]:
+    """In OpenAI's Chat form. reasoning_tokens: all tokens of the thinking, tags that the model wrote included."""
+    return {
+        "prompt_tokens": totals.prompt_tokens,
+        "completion_tokens": totals.completion_tokens,
+        "total_tokens": totals.prompt_tokens + totals.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": totals.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": totals.reasoning_tokens},
+    }
+
+
+def progress(found: Progress) -> dict[str, Any]:
+    """In llama.cpp's form, for a chunk that adds nothing else."""
+    return {
+        "prompt_progress": {
+            "total": found.total,
+            "cache": 0,
+            "processed": found.processed,
+            "time_ms": round(found.seconds * 1e3),
+        }
+    }
+
+
+def timings(totals: Totals) -> dict[str, Any]:
+    """In llama.cpp's form, in milliseconds; prompt_n leaves out what was cached."""
+    prompt_n = totals.prompt_tokens - totals.cached_tokens
+    return {
+        "queue_ms": totals.queue_s * 1e3,
+        "cache_n": totals.cached_tokens,
+        "prompt_n": prompt_n,
+        "prompt_ms": totals.prefill_s * 1e3,
+        "prompt_per_second": prompt_n / totals.prefill_s if totals.prefill_s > 0 else 0.0,
+        "predicted_n": totals.completion_tokens,
+        "predicted_ms": totals.decode_s * 1e3,
+        "predicted_per_second": (
+            max(0, totals.completion_tokens - 1) / totals.decode_s if totals.decode_s > 0 else 0.0
+        ),
+    }
+
+
+def token_text(tokenizer: Tokenizer | None, token_id: int) -> str:
+    """A token in a list of log-probabilities; parts of characters are shown by their bytes."""
+    if tokenizer is None:
+        return f"token_id:{token_id}"
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; what was forbidden is as unlikely as can be said."""
+    return max(logprob, -9999.0)
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer | None, entries: tuple[TokenLogprobs, ...]
+) -> list[dict[str, Any]]:
+    """In OpenAI's Chat form, for all tokens, those of the thinking and the end of the answer included."""
+
+    def described(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = tokenizer.token_bytes(token_id) if tokenizer is not None else b""
+        return {
+            "token": token_text(tokenizer, token_id),
+            "logprob": finite(logprob),
+            "bytes": list(raw),
+        }
+
+    return [
+        {
+            **described(entry.token_id, entry.logprob),
+            "top_logprobs": [described(*alternative) for alternative in entry.top],
+        }
+        for entry in entries
+    ]
