@@ -260,7 +260,8 @@ def _experts_of(llm: "LLM") -> "CpuExperts":
     moe_layers = llm.engine.runner.model.moe_layers
     if not moe_layers:
         raise ValueError(f"{llm.config.model} has dense layers only: raise layers=N")
-    return moe_layers[0].experts
+    experts = moe_layers[0].experts
+    return experts
 
 
 def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
