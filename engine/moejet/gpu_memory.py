@@ -114,12 +114,12 @@ def _dense_bytes(model: ModelConfig, format: str, own: tuple[tuple[str, str], ..
         made = DecoderLayer(model, layer, make_experts=make_experts, dense=dense)
         total += _held(made.state(""))
     head = Linear("lm_head", model.hidden_size, model.vocab_size, dense=dense)
-    total += head.packed.nbytes
+    total += int(head.packed.nbytes)
     return total + _held(RMSNorm(model.hidden_size, 1e-6, dense=dense).state(""))
 
 
 def _held(state: dict[str, Any]) -> int:
-    return sum(value.nbytes for value in state.values())
+    return sum(int(value.nbytes) for value in state.values())
 
 
 def key_chunk(model: ModelConfig) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,16 +83,8 @@ class GpuGatedMLP:
         }
 
     def state(self, prefix: str) -> dict[str, Tensor | Packed]:
-        return tensors_of(f"{prefix}.gate_up", self.gate_up) | tensors_of(
-            f"{prefix}.down", self.down
-        )
-
-
-def tensors_of(name: str, matrices: GpuMatrices) -> dict[str, Tensor | Packed]:
-    """What holds the matrices, by name."""
-    weights = matrices.weights
-    own: dict[str, Tensor | Packed] = {f"{name}.codes": weights.codes}
-    return own if weights.scales is None else {**own, f"{name}.scales": weights.scales}
+        gate_up = self.gate_up.state(f"{prefix}.gate_up")
+        return {**gate_up, **self.down.state(f"{prefix}.down")}
 
 
 class GpuMLA(MLA):
@@ -162,9 +153,3 @@ class GpuMLA(MLA):
     def _expand(self, c_kv: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [K, H * N] and values [K, H * V] of all heads."""
         return self.up.w_uk.apply(c_kv), self.up.w_uv.apply(c_kv)
-
-    def state(self, prefix: str) -> dict[str, Tensor | Packed]:
-        own: dict[str, Any] = {}
-        for name, value in super().state(prefix).items():
-            own |= tensors_of(name, value) if isinstance(value, GpuMatrices) else {name: value}
-        return own

@@ -142,7 +142,7 @@ class Linear:
 
     def state(self, prefix: str) -> dict[str, Tensor | Packed]:
         """What holds the weights once they are loaded, by name: tensors and packed weights."""
-        own: dict[str, Tensor | Packed] = {prefix: self.packed}
+        own: dict[str, Tensor | Packed] = self.packed.state(prefix)
         return own if self.bias is None else {**own, f"{prefix}.bias": self.bias}
 
 

@@ -77,9 +77,9 @@ class LatentUp:
 
     def state(self, prefix: str) -> dict[str, Tensor | Packed]:
         return {
-            f"{prefix}.w_uk": self.w_uk,
-            f"{prefix}.w_uk_transposed": self.w_uk_transposed,
-            f"{prefix}.w_uv": self.w_uv,
+            **self.w_uk.state(f"{prefix}.w_uk"),
+            **self.w_uk_transposed.state(f"{prefix}.w_uk_transposed"),
+            **self.w_uv.state(f"{prefix}.w_uv"),
         }
 
 

@@ -70,6 +70,12 @@ class GpuMatrices:
         """The values that the kernels compute with, fp32 [rows, cols]."""
         return dequantize(self.weights[matrix])
 
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """What holds the weights, by name."""
+        codes, scales = self.weights.codes, self.weights.scales
+        own = {f"{prefix}.codes": codes}
+        return own if scales is None else {**own, f"{prefix}.scales": scales}
+
     def apply(
         self, x: Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
     ) -> Tensor:
