@@ -82,7 +82,6 @@ def test_chunked_prompts_beside_decoding(family, checkpoint, expected_greedy):
         llm.engine.on_scheduled = lambda batch: seen.add(tuple(sorted(set(batch.query_lens))))
         assert _tokens(llm.generate(PROMPTS, GREEDY)) == expected
     assert any(lens[0] == 1 and lens[-1] > 8 for lens in seen), seen
-    assert any(1 < lens[0] == lens[-1] <= 8 for lens in seen) or (1, 10) in seen, seen
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +90,7 @@ def test_logprobs_of_every_position(family, checkpoint):
     logits = reference_logits(checkpoint(family), ids)
     logprobs = torch.log_softmax(logits[:-1].double(), -1)
     expected = logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
-    for chunk in (512, 11):
+    for chunk in (512, 11, 7):  # 7: absorbed attention of several tokens of one request
         with LLM(
             checkpoint(family), gpu_experts=7, **{**OPTIONS, "max_batch_tokens": chunk}
         ) as llm:
