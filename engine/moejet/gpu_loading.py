@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The simulated device is for comparisons with exact results.
+ACTIVATIONS = {"cuda": torch.bfloat16, "cpu": torch.float32}
 # Of a simulated device, where vram_gib does not say.
 _SIMULATED_BYTES = 64 * GIB
 
@@ -169,7 +171,7 @@ def _runner(
     isa: str,
 ) -> GpuRunner:
     dense_format, own = config.dense_formats_of(model_config)
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    dtype = ACTIVATIONS[place.type]
     dense = GpuDenseWeights(dense_format, place, dtype, own)
     formats = config.expert_formats_of(model_config)
     shape = (

@@ -1,5 +1,7 @@
 """Steps over a simulated device: who chooses tokens, what the cache and the CPU get to see, and what failures leave."""
 
+import time
+
 import pytest
 import torch
 
@@ -151,6 +153,20 @@ def test_a_failed_step_raises_and_leaves_the_runner_usable(checkpoint):
                 with pytest.raises(RuntimeError):
                     runner.execute(batch)
                 assert torch.equal(runner.execute(batch), good)
+
+
+def test_a_pool_that_is_gone_is_an_error_within_seconds(checkpoint):
+    with LLM(checkpoint("deepseek_v3"), **SIMULATED) as llm:
+        runner, size = llm.engine.runner, llm.config.block_size
+        with llm.engine.scratch_request([4]) as request:
+            batch = Batch.build([request], [1], block_size=size)
+            runner.execute(batch)
+            runner.pool.close()
+            start = time.monotonic()
+            for _ in range(2):
+                with pytest.raises(RuntimeError):
+                    runner.execute(batch)
+            assert time.monotonic() - start < 5.0
 
 
 def test_sessions_and_prefixes_on_disk(checkpoint, tmp_path):
