@@ -121,10 +121,7 @@ def create_gpu_runner(
     close: Callable[[], None] = lambda: None  # noqa: E731
     if device == "cuda":
         place = torch.device("cuda", torch.cuda.current_device())
-        total = torch.cuda.get_device_properties(place).total_memory
-        # The context and the kernels are not torch's.
-        share = (budget - RESERVE_BYTES // 2) / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(share, 0.01)), place)
+        _limit_memory(place, budget)
         stream: Stream = CudaStream(place)
     else:
         from moejet.testing.simulated_stream import SimulatedStream
@@ -155,7 +152,20 @@ def create_gpu_runner(
         memory.on_device / GIB,
         budget / GIB,
     )
-    return GpuSetup(runner, memory.placement, close)
+    close_stream = close
+
+    def close_all() -> None:
+        runner.close()
+        close_stream()
+
+    return GpuSetup(runner, memory.placement, close_all)
+
+
+def _limit_memory(place: torch.device, budget: int) -> None:
+    """From now on torch's allocator refuses what goes beyond the budget; the context and the kernels are not its."""
+    total = torch.cuda.get_device_properties(place).total_memory
+    allowed = torch.cuda.memory_reserved(place) + budget - RESERVE_BYTES // 2
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(allowed / total, 0.01)), place)
 
 
 def _runner(

@@ -117,6 +117,11 @@ class GpuRunner:
         self._uses_graphs = dense.device.type == "cuda" and use_graphs() and not use_reference()
         self._graph_memory: Any = None  # that all graphs share
 
+    def close(self) -> None:
+        """Releases the graphs, which refer to the bridge's signals."""
+        self._synchronize()
+        self._steps.clear()
+
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts that the CPU has read so far, and the bytes of their weights."""
         if self.bridge is None:

@@ -9,6 +9,9 @@ ceiling P of the machine, and the shares of them that this version's kernels rea
 
     decode    bytes / (B * 0.75) + attention operations / (P_attention * 0.6) + 12 us per layer + 0.4 ms
     prefill   operations / (P * 0.55), or reading all experts if that takes longer
+
+With a GPU, decode is what the CPU's share of the experts allows, bytes / (B * 0.75) + 12 us per layer + 0.4 ms; the
+GPU's own time is not predicted, nor are prompts.
 """
 
 from __future__ import annotations
@@ -124,7 +127,7 @@ def make_plan(
         cache_tokens=cache_tokens,
         parts=parts,
         machine=machine,
-        speeds=tuple(_speed(model_config, config, machine, depth) for depth in depths),
+        speeds=tuple(_speed(model_config, config, machine, depth, gpu_experts) for depth in depths),
         gpu_experts=gpu_experts,
         advice=(),
     )
@@ -236,8 +239,16 @@ def _attention_bytes(c: ModelConfig, config: EngineConfig, cache_tokens: int) ->
     return max(4 * values, rebuilt)
 
 
-def _speed(model_config: ModelConfig, config: EngineConfig, machine: Machine, depth: int) -> Speed:
+def _speed(
+    model_config: ModelConfig,
+    config: EngineConfig,
+    machine: Machine,
+    depth: int,
+    gpu_experts: int,
+) -> Speed:
     cost = ModelCost.of(model_config, config)
+    if machine.vram_bytes is not None:
+        return Speed(depth, _hybrid_decode(cost, machine, gpu_experts), None)
     decode = prefill = None
     read = None if machine.read_gbps is None else machine.read_gbps * 1e9
     peak = None if machine.expert_tops is None else machine.expert_tops * 1e12
@@ -256,6 +267,17 @@ def _speed(model_config: ModelConfig, config: EngineConfig, machine: Machine, de
         seconds = linear / (peak * _PREFILL_SHARE) + more / (slower * _PREFILL_SHARE)
         prefill = _PROMPT_TOKENS / max(seconds, cost.weight_bytes / read)
     return Speed(depth, decode, prefill)
+
+
+def _hybrid_decode(cost: ModelCost, machine: Machine, gpu_experts: int) -> float | None:
+    """Tokens per second at which the CPU computes its experts; None if it has none. The GPU may take longer."""
+    c = cost.config
+    share = 1.0 - gpu_experts / max(1, c.num_moe_layers * c.num_experts)
+    if machine.read_gbps is None or share <= 0.0:
+        return None
+    asked = c.num_moe_layers * c.num_experts_per_tok * cost.expert_bytes * share
+    seconds = asked / (machine.read_gbps * 1e9 * _DECODE_SHARE)
+    return 1.0 / (seconds + _STEP_SECONDS + c.num_moe_layers * _LAYER_SECONDS)
 
 
 def _advice(plan: Plan, model_config: ModelConfig, config: EngineConfig) -> tuple[str, ...]:

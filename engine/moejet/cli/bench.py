@@ -100,6 +100,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_cache_option(parser)
     options.add_isa_option(parser)
     options.add_arithmetic_option(parser)
+    options.add_device_options(parser)
     parser.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md")
 
 
@@ -165,6 +166,9 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
                 "cache_dtype": args.cache_dtype,
                 "isa": args.isa,
                 "arithmetic": args.arithmetic,
+                "device": args.device,
+                "vram_gib": args.vram_gib,
+                "gpu_experts": args.gpu_experts,
                 **cache_options(tests),
             }
             with open_llm(args, {k: v for k, v in given.items() if v is not None}) as llm:
