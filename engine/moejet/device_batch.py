@@ -18,8 +18,8 @@ from moejet.ops.mla_prefill import PrefillPlan, plan_prefill
 from moejet.request import SamplingParams
 from moejet.staging import Staging
 
-# New tokens of a request up to which attention is absorbed, if all requests have as many.
-MAX_ABSORBED_QUERIES = 8
+# New tokens of a request up to which attention is absorbed, if all requests have as many; and then of the batch.
+MAX_ABSORBED_QUERIES, MAX_ABSORBED_TOKENS = 8, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class DeviceBatch:
     ) -> DeviceBatch:
         """Any batch. embedding [V, D] on the CPU; max_key_chunk: see `ops.mla_prefill`."""
         lens = batch.query_lens
-        if len(set(lens)) == 1 and lens[0] <= MAX_ABSORBED_QUERIES:
+        if _is_absorbed(lens):
             groups = [list(range(len(lens)))]
         else:
             absorbed = [i for i, query_len in enumerate(lens) if query_len == 1]
@@ -94,9 +94,8 @@ class DeviceBatch:
         for number, group in enumerate(groups):
             query_lens = [lens[i] for i in group]
             context_lens = [batch.context_lens[i] for i in group]
-            is_absorbed = len(set(query_lens)) == 1 and query_lens[0] <= MAX_ABSORBED_QUERIES
             plan = None
-            if not is_absorbed:
+            if not _is_absorbed(query_lens):
                 plan = plan_prefill(
                     query_lens, context_lens, max_key_chunk=max_key_chunk, device=device
                 )
@@ -119,6 +118,14 @@ class DeviceBatch:
             padding=None,
             logits_indices=there["logits"],
         )
+
+
+def _is_absorbed(query_lens: list[int]) -> bool:
+    first = query_lens[0]
+    if any(query_len != first for query_len in query_lens):
+        return False
+    few = first <= MAX_ABSORBED_QUERIES and first * len(query_lens) <= MAX_ABSORBED_TOKENS
+    return first == 1 or few
 
 
 class PaddedBatch:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moejet.config import DEFAULT_MAX_CONTEXT, FORMAT_BITS, EngineConfig, ModelConfig
-from moejet.device_batch import MAX_ABSORBED_QUERIES, padded_sizes
+from moejet.device_batch import MAX_ABSORBED_TOKENS, padded_sizes
 from moejet.experts.placement import Placement, counts_that_fit
 from moejet.experts.resident_experts import resident_bytes
 from moejet.layers.gpu import GpuDenseWeights
@@ -140,7 +140,7 @@ def step_bytes(model: ModelConfig, config: EngineConfig) -> int:
     chunk = key_chunk(c)
     prompt = chunk * (heads * (c.qk_nope_head_dim + c.v_head_dim) + 2 * c.latent_dim) * value
     prompt += tokens * heads * (4 * c.v_head_dim + 4)  # what carries over from chunk to chunk
-    few = min(tokens, MAX_ABSORBED_QUERIES * config.max_num_requests)
+    few = min(tokens, max(MAX_ABSORBED_TOKENS, config.max_num_requests))
     absorbed = few * heads * c.kv_lora_rank * (2 * value + 4 * _splits(config.max_num_requests))
     width = max(c.intermediate_size, c.num_shared_experts * c.moe_intermediate_size)
     mlp = tokens * 3 * width * value
