@@ -42,7 +42,8 @@ class ExpertWeights {
                       const KernelTable& table, ThreadPool* pool);
   // The values that the kernels compute with, fp32 [rows, cols].
   void dequantize(int64_t expert, Projection projection, float* out) const;
-  // Random weights of a size that keeps outputs near the inputs' size, for all or for these experts.
+  // Random weights of a size that keeps outputs near the inputs' size, for all or for these
+  // experts.
   void fill_random(uint64_t seed, ThreadPool* pool);
   void fill_random(uint64_t seed, ThreadPool* pool, const std::vector<int64_t>& experts);
 

@@ -248,7 +248,7 @@ class GpuRunner:
         if captured is None:
             result = self._launch(step.inputs, kind).cpu()
             if self._uses_graphs:
-                step.graphs[kind] = self._capture(step.inputs, kind)
+                self._try_capture(step, kind)
             return result[: batch.num_tokens]
         captured.graph.replay()
         if self.bridge is not None:
@@ -265,6 +265,18 @@ class GpuRunner:
         is_random, has_cut_offs = kind
         columns = inputs.sampling(is_random=is_random, has_cut_offs=has_cut_offs)
         return sample_on_device(logits, columns)[0]
+
+    def _try_capture(self, step: _DecodeStep, kind: _Kind) -> None:
+        try:
+            step.graphs[kind] = self._capture(step.inputs, kind)
+        except RuntimeError as error:
+            self._uses_graphs = False
+            logger.warning(
+                "steps cannot be captured as graphs (%s): they are launched operation by operation, which is slower",
+                error,
+            )
+            if self.bridge is not None:
+                self.bridge.reset()
 
     def _capture(self, inputs: PaddedBatch, kind: _Kind) -> _Graph:
         """Records the same as a graph, after it has run once: all kernels are loaded then."""
