@@ -449,9 +449,18 @@ void register_weights(py::module_& m) {
                                   dequantize(self, expert, Projection::kDown));
           },
           py::arg("expert"), "(gate, up, down) in fp32: the values the kernels compute with.")
-      .def("fill_random", &ExpertWeights::fill_random, py::arg("seed") = 0,
-           py::arg("pool") = py::none(), py::call_guard<py::gil_scoped_release>(),
-           "Plausible random weights, written in packed form.")
+      .def(
+          "fill_random",
+          [](ExpertWeights& self, uint64_t seed, ThreadPool* pool,
+             std::optional<std::vector<int64_t>> experts) {
+            if (experts) {
+              for (const int64_t expert : *experts) check_expert(self, expert);
+            }
+            py::gil_scoped_release release;
+            experts ? self.fill_random(seed, pool, *experts) : self.fill_random(seed, pool);
+          },
+          py::arg("seed") = 0, py::arg("pool") = py::none(), py::arg("experts") = py::none(),
+          "Plausible random weights, written in packed form; of these experts, else of all.")
       .def("checksum", &ExpertWeights::checksum, py::arg("pool") = py::none(),
            py::call_guard<py::gil_scoped_release>(),
            "Sum of all 64-bit words: reads every packed byte once, at memory speed.")

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -112,15 +113,23 @@ uint64_t ExpertWeights::checksum(ThreadPool* pool) const {
 }
 
 void ExpertWeights::fill_random(uint64_t seed, ThreadPool* pool) {
+  std::vector<int64_t> all(num_experts_);
+  std::iota(all.begin(), all.end(), 0);
+  fill_random(seed, pool, all);
+}
+
+void ExpertWeights::fill_random(uint64_t seed, ThreadPool* pool,
+                                const std::vector<int64_t>& experts) {
   const float gate_up_sigma = 1.f / std::sqrt(static_cast<float>(hidden_));
   const float down_sigma = 1.f / std::sqrt(static_cast<float>(intermediate_));
   std::vector<int64_t> counts;
   for (int node = 0; node < num_nodes(); ++node) {
-    counts.push_back(num_experts_ * (gate_up_slices_.size(node) + down_slices_.size(node)));
+    counts.push_back(static_cast<int64_t>(experts.size()) *
+                     (gate_up_slices_.size(node) + down_slices_.size(node)));
   }
   for_each_on_nodes(counts, pool, [&](int node, int64_t i) {
     const int64_t per_expert = gate_up_slices_.size(node) + down_slices_.size(node);
-    const int64_t expert = i / per_expert;
+    const int64_t expert = experts[i / per_expert];
     int64_t pair = i % per_expert;
     const bool is_down = pair >= gate_up_slices_.size(node);
     uint8_t* base = origin(expert, node);

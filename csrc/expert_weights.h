@@ -42,8 +42,10 @@ class ExpertWeights {
                       const KernelTable& table, ThreadPool* pool);
   // The values that the kernels compute with, fp32 [rows, cols].
   void dequantize(int64_t expert, Projection projection, float* out) const;
-  // Random weights of a size that keeps outputs near the inputs' size.
+  // Random weights of a size that keeps outputs near the inputs' size, for all or for these
+  // experts.
   void fill_random(uint64_t seed, ThreadPool* pool);
+  void fill_random(uint64_t seed, ThreadPool* pool, const std::vector<int64_t>& experts);
 
   // Sum of all 64-bit words of the packed weights, modulo 2^64: reads every byte once, in order, as
   // fast as the memory delivers. The yardstick for decode.

@@ -13,6 +13,8 @@ from moejet.testing.hub import StandInHub
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Packed weights are kept only where a test asks for it.
 os.environ["MOEJET_CACHE"] = "off"
+# Where a GPU is, only tests of it use it.
+os.environ["MOEJET_DEVICE"] = "cpu"
 # A loaded machine makes any example slow; in CI the same examples come every time.
 settings.register_profile("moejet", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("moejet")

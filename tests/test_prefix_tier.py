@@ -21,6 +21,7 @@ import torch
 
 from moejet import LLM, SamplingParams, block_file, framed_file, prefix_tier
 from moejet.block_pool import BlockPool
+from moejet.cache_blocks import CacheBlocks
 from moejet.cli.main import main
 from moejet.config import EngineConfig
 from moejet.prefix_store import PrefixStore, segments
@@ -421,7 +422,7 @@ def _tier(tmp_path: Path, num_blocks: int = 8) -> tuple[PrefixTier, BlockPool, n
     store = PrefixStore(
         tmp_path / "p", model="m", fingerprint="f" * 20, block_bytes=300, max_bytes=1 << 24
     )
-    return PrefixTier(store, pool, cache, min_tokens=1), pool, cache
+    return PrefixTier(store, pool, CacheBlocks(torch.from_numpy(cache)), min_tokens=1), pool, cache
 
 
 def test_blocks_given_away_meanwhile_are_not_written(tmp_path: Path) -> None:

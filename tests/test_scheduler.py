@@ -7,8 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 from moejet.block_pool import BlockPool, extend_hashes
+from moejet.cache_blocks import CacheBlocks
 from moejet.prefix_store import PrefixStore
 from moejet.prefix_tier import PrefixTier
 from moejet.request import Request, RequestState, SamplingParams
@@ -184,7 +186,8 @@ class Cache:
             block_bytes=16 * self.size,
             max_bytes=max_bytes,
         )
-        tier = PrefixTier(store, scheduler.pool, self.slots.bytes, min_tokens=self.size)
+        blocks = CacheBlocks(torch.from_numpy(self.slots.bytes))
+        tier = PrefixTier(store, scheduler.pool, blocks, min_tokens=self.size)
         scheduler.store = tier
         return tier
 

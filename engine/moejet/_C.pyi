@@ -135,7 +135,12 @@ class ExpertWeights:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         """(gate, up, down): the values that the kernels compute with."""
 
-    def fill_random(self, seed: int = 0, pool: ThreadPool | None = None) -> None: ...
+    def fill_random(
+        self,
+        seed: int = 0,
+        pool: ThreadPool | None = None,
+        experts: Sequence[int] | None = None,
+    ) -> None: ...
     def checksum(self, pool: ThreadPool | None = None) -> int:
         """Sum of all 64-bit words modulo 2^64: reads every packed byte once, at memory speed."""
 

@@ -34,6 +34,9 @@ _NATIVE_DENSE: dict[Quantization | None, DenseFormat] = {None: "bf16", "fp8": "f
 GGUF_FORMATS = ("q4_0", "q8_0", "q4_k", "q5_k", "q6_k")
 CACHE_DTYPES: tuple[str, ...] = get_args(CacheDtype)
 PackedCache = Literal["auto", "on", "off", "verify"]
+# Tokens of a request where the option is not given and the model allows more.
+DEFAULT_MAX_CONTEXT = 32768
+DEVICES = ("auto", "cpu", "cuda", "simulated")
 ARITHMETICS: tuple[str, ...] = get_args(Arithmetic)
 # Bits per weight, scales included.
 FORMAT_BITS = {
@@ -211,6 +214,10 @@ class EngineConfig:
     attention keeps one form · isa: "auto" or the instruction set to use
     arithmetic: what AMX tiles multiply int4_g32 and int8 weights in; "int8" is faster and less exact (activations
     share a scale per 128 inputs), other instruction sets compute these formats with int8 activations either way
+    device: "auto" is "cuda" where torch and Triton see a GPU and no other option asks for the CPU, else "cpu"
+    ("simulated", for tests: the GPU's path over CPU tensors and torch's references) · vram_gib: GPU memory to use at
+    most (None: what is free) · gpu_experts: routed experts, of all layers together, that live on the GPU (None: as many
+    as fit); the others live in RAM and the CPU computes them
     seed: base of requests that bring none of their own
     show_progress: a bar while loading (None: if stderr is a terminal)
     """
@@ -235,6 +242,9 @@ class EngineConfig:
     deterministic: bool = False
     isa: str = "auto"
     arithmetic: Arithmetic = "bf16"
+    device: str = "auto"
+    vram_gib: float | None = None
+    gpu_experts: int | None = None
     seed: int | None = None
     show_progress: bool | None = None
 
@@ -297,7 +307,9 @@ class EngineConfig:
             "prefix_min_tokens",
         ):
             _require_positive(name, getattr(self, name))
+        _require_choice("device", self.device, DEVICES)
         self._check_prefix_disk()
+        self._check_vram()
         for name in ("max_context", "cache_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
@@ -321,6 +333,17 @@ class EngineConfig:
             raise ValueError(f"prefix_dir={where!r} must be a directory")
         if gib and not self.prefix_caching:
             raise ValueError(f"prefix_disk_gib={gib!r} needs prefix_caching=True")
+
+    def _check_vram(self) -> None:
+        gib, experts = self.vram_gib, self.gpu_experts
+        if gib is not None and (
+            not isinstance(gib, int | float) or isinstance(gib, bool) or not 0 < gib < math.inf
+        ):
+            raise ValueError(f"vram_gib={gib!r} must be a number of GiB above 0")
+        if experts is not None and (
+            not isinstance(experts, int) or isinstance(experts, bool) or experts < 0
+        ):
+            raise ValueError(f"gpu_experts={experts!r} must be a number of experts, 0 or more")
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -378,6 +401,22 @@ def env_cache_dir() -> Path | None:
         return Path(value).expanduser()
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "moejet"
+
+
+def env_device() -> str:
+    """MOEJET_DEVICE: what device="auto" stands for, auto or cpu or cuda."""
+    value = os.environ.get("MOEJET_DEVICE", "auto")
+    if value not in DEVICES[:3]:
+        raise ValueError(f"MOEJET_DEVICE={value!r} is not one of {', '.join(DEVICES[:3])}")
+    return value
+
+
+def use_graphs() -> bool:
+    """MOEJET_EAGER=1: a GPU's steps are launched operation by operation, for debugging; 0: graphs where possible."""
+    value = os.environ.get("MOEJET_EAGER", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"MOEJET_EAGER={value!r} must be 0 or 1")
+    return value == "0"
 
 
 def use_reference() -> bool:

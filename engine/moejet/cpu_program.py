@@ -21,7 +21,9 @@ from torch import Tensor
 
 from moejet import huge_pages
 from moejet.config import ModelConfig
+from moejet.experts.cpu_experts import CpuExperts
 from moejet.extension import load_extension
+from moejet.layers.gpu import GpuGatedMLP
 from moejet.layers.linear import GatedMLP, RMSNorm
 from moejet.layers.mla import MLA
 from moejet.layers.moe import MoE
@@ -149,10 +151,11 @@ class CpuProgram:
         o_proj = attention.o_proj
         native.linear([(o_proj.packed.weights, o_proj.bias, self._mixed, self._attention_out)])
 
-    def _record_mlp(self, mlp: MoE | GatedMLP) -> list[Tensor]:
+    def _record_mlp(self, mlp: MoE | GatedMLP | GpuGatedMLP) -> list[Tensor]:
         """Returns the buffers whose sum the block adds to the hidden state."""
         if isinstance(mlp, MoE):
             return self._record_moe(mlp)
+        assert isinstance(mlp, GatedMLP)
         self._experts((mlp.packed.weights, *self._everyone, self._x, self._mlp_out))
         return [self._mlp_out]
 
@@ -180,6 +183,7 @@ class CpuProgram:
             config.routed_scaling_factor,
         )
         chosen = (self._topk_ids, self._topk_weights)
+        assert isinstance(moe.experts, CpuExperts)
         routed = (moe.experts.weights, *chosen, self._x, self._mlp_out)
         self._routed_groups.append(self._num_groups)
         if moe.shared_experts is None:

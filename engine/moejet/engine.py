@@ -28,7 +28,7 @@ from moejet.isolation import compute_apart
 from moejet.output import OutputAssembler
 from moejet.request import Request, RequestState, SamplingParams, StreamDelta
 from moejet.request_rules import RequestRules
-from moejet.runner import ModelRunner
+from moejet.runner import Runner
 from moejet.sample_state import PolicyFailure, SampleState
 from moejet.sampler import BadLogitsError, SampledToken, derive_seed, sample
 from moejet.scheduler import Scheduler
@@ -54,7 +54,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         model_config: ModelConfig,
         config: EngineConfig,
         *,
@@ -269,6 +269,11 @@ class Engine:
 
     def _compute(self, batch: Batch) -> _Computed:
         # Nothing but scores is recorded before the tokens are known, and those would come out the same again.
+        if self.runner.samples:
+            tokens = self.runner.sample(batch, *self._sampled_rows(batch))
+            if tokens is not None:
+                kept = {r: token for r, token in tokens if r.state is not RequestState.FINISHED}
+                return _Computed(batch, list(kept), list(kept.values()))
         logits = self.runner.execute(batch)
         rows, requests = self._sampled_rows(batch)
         for request in dict.fromkeys(batch.sampled):

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ from torch import Tensor
 
 from moejet import topology
 from moejet.block_pool import BlockPool
-from moejet.config import INVARIANT_ISAS, EngineConfig, ModelConfig
+from moejet.config import DEFAULT_MAX_CONTEXT, INVARIANT_ISAS, EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.extension import resolve_isa
+from moejet.gpu_loading import choose_device, create_gpu_runner, vram_budget
 from moejet.layers.linear import DenseWeights
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.plan import GIB, Machine, make_plan, process_bytes
 from moejet.prefix_tier import attach_prefixes, prefix_directory
 from moejet.request import SamplingParams
-from moejet.runner import ModelRunner
+from moejet.runner import ModelRunner, Runner
 from moejet.tokenizer import Tokenizer
 from moejet.weights import Checkpoint, load_weights, resolve_model
 from moejet.weights.gguf_model import GgufCheckpoint
@@ -43,7 +45,6 @@ from moejet.weights.packed_cache import (
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_MAX_CONTEXT = 32768
 _DEFAULT_CACHE_TOKENS = 8192
 
 
@@ -63,12 +64,13 @@ def load_engine(config: EngineConfig) -> Engine:
             model_config.vocab_size,
         )
     config = config.for_model(model_config)
+    config = replace(config, device=choose_device(config, model_config))
     if checkpoint is not None:
         checkpoint.log_conversions(config)
     engine = _create_engine(config, model_config, tokenizer)
     try:
         num_nodes = len(engine.runner.pool.memory_nodes)
-        key = cache_key(path, config, model_config, num_nodes)
+        key = cache_key(path, config, model_config, num_nodes) | _device_key(config)
         file = _cache_file(engine, path, key)
         is_loaded = file is not None and _load_cached(engine, file)
         if is_loaded is None:
@@ -135,15 +137,25 @@ def _cache_file(engine: Engine, path: Path, key: dict[str, Any]) -> CacheFile | 
     config, directory = engine.config, cache_directory()
     if config.packed_cache == "off" or directory is None:
         return None
+    if config.device != "cpu":
+        # What lives on a GPU changes with the memory that is free, and has another layout.
+        logger.info("packed weights are not cached with device=%r", config.device)
+        return None
     cost = ModelCost.of(engine.model_config, config)
     if config.packed_cache == "auto" and cost.weight_bytes < MIN_CACHED_BYTES:
         return None
     return CacheFile(directory, config.model, key, path)
 
 
+def _device_key(config: EngineConfig) -> dict[str, Any]:
+    """What a GPU adds to what decides about latents: nothing on the CPU, so that files of earlier versions fit."""
+    return {} if config.device == "cpu" else {"device": config.device}
+
+
 def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
     """An engine of the given shape with random weights and no tokenizer."""
     config = config.for_model(model_config)
+    config = replace(config, device=choose_device(config, model_config))
     engine = _create_engine(config, model_config, None)
     model = engine.runner.model
     generator = torch.Generator().manual_seed(config.seed or 0)
@@ -155,7 +167,8 @@ def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
     num_nodes = len(engine.runner.pool.memory_nodes)
     sources: list[Any] = [["synthetic", config.seed or 0]]
     try:
-        attach_prefixes(engine, weights_key(sources, config, model_config, num_nodes))
+        key = weights_key(sources, config, model_config, num_nodes)
+        attach_prefixes(engine, key | _device_key(config))
     except BaseException:
         engine.close()
         raise
@@ -173,10 +186,30 @@ def _create_engine(
     isa = resolve_isa(config.isa)
     if config.deterministic and isa not in INVARIANT_ISAS:
         isa = resolve_isa(INVARIANT_ISAS[-1])
-    dense_format, own = config.dense_formats_of(model_config)
-    dense = DenseWeights(dense_format, pool, isa, config.arithmetic, own)
-    model = create_model(config, model_config, dense, max_context)
-    runner = ModelRunner(model, model_config, config, num_blocks=num_blocks, dense=dense)
+    close = pool.close
+    if config.device == "cpu":
+        dense_format, own = config.dense_formats_of(model_config)
+        dense = DenseWeights(dense_format, pool, isa, config.arithmetic, own)
+        model = create_model(config, model_config, dense, max_context)
+        runner: Runner = ModelRunner(
+            model, model_config, config, num_blocks=num_blocks, dense=dense
+        )
+    else:
+        setup = create_gpu_runner(
+            config,
+            model_config,
+            device=config.device,
+            num_blocks=num_blocks,
+            max_context=max_context,
+            pool=pool,
+            isa=isa,
+        )
+        runner, close_stream = setup.runner, setup.close
+
+        def close() -> None:
+            close_stream()
+            pool.close()
+
     engine = Engine(
         runner,
         model_config,
@@ -185,7 +218,7 @@ def _create_engine(
         tokenizer=tokenizer,
         max_context=max_context,
     )
-    engine.on_close = pool.close
+    engine.on_close = close
     return engine
 
 
@@ -222,7 +255,7 @@ def plan_cache(config: EngineConfig, model_config: ModelConfig) -> tuple[int, in
             f"max_context={config.max_context} exceeds the model's max_position_embeddings={limit}: "
             "lower max_context"
         )
-    max_context = config.max_context or min(limit, _DEFAULT_MAX_CONTEXT)
+    max_context = config.max_context or min(limit, DEFAULT_MAX_CONTEXT)
     cache_tokens = config.cache_tokens or max(max_context, _DEFAULT_CACHE_TOKENS)
     if config.max_context is not None and cache_tokens < config.max_context:
         raise ValueError(
@@ -237,20 +270,30 @@ def check_memory(config: EngineConfig, model_config: ModelConfig, cache_tokens: 
     # This process is there already.
     available = topology.available_bytes()
     present = process_bytes(model_config)
-    machine = Machine(None if available is None else available + present)
+    on_gpu = config.device in ("cuda", "simulated")
+    vram = vram_budget(config, config.device) if on_gpu else None
+    machine = Machine(None if available is None else available + present, vram)
     plan = make_plan(model_config, config, machine=machine, cache_tokens=cache_tokens)
-    if not plan.fits:
-        parts = ", ".join(
-            f"{part.name} {part.num_bytes / GIB:.1f}"
-            for part in plan.parts
-            if part.num_bytes >= GIB / 20 and not part.name.startswith("process")
-        )
-        raise ValueError(
-            f"the model needs {(plan.bytes_in('RAM') - present) / GIB:.1f} GiB ({parts}; experts "
-            f"as {plan.expert_format}, other weights as {plan.dense_format}, cache for "
-            f"{cache_tokens} tokens), and {(available or 0) / GIB:.1f} GiB are available: use "
-            + "; ".join(plan.advice)
-        )
+    if plan.fits:
+        return
+    is_short = vram is not None and plan.bytes_in("VRAM") > vram
+    place = "VRAM" if is_short else "RAM"
+    needed = plan.bytes_in(place) - (0 if is_short else present)
+    found = vram if is_short else available
+    parts = ", ".join(
+        f"{part.name} {part.num_bytes / GIB:.1f}"
+        for part in plan.parts
+        if part.num_bytes >= GIB / 20
+        and not part.name.startswith("process")
+        and (part.place == place or vram is None)
+    )
+    of = "of GPU memory " if is_short else ""
+    raise ValueError(
+        f"the model needs {needed / GIB:.1f} GiB {of}({parts}; experts "
+        f"as {plan.expert_format}, other weights as {plan.dense_format}, cache for "
+        f"{cache_tokens} tokens), and {(found or 0) / GIB:.1f} GiB are available: use "
+        + "; ".join(plan.advice)
+    )
 
 
 def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

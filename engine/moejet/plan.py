@@ -9,6 +9,9 @@ ceiling P of the machine, and the shares of them that this version's kernels rea
 
     decode    bytes / (B * 0.75) + attention operations / (P_attention * 0.6) + 12 us per layer + 0.4 ms
     prefill   operations / (P * 0.55), or reading all experts if that takes longer
+
+With a GPU, decode is what the CPU's share of the experts allows, bytes / (B * 0.75) + 12 us per layer + 0.4 ms; the
+GPU's own time is not predicted, nor are prompts.
 """
 
 from __future__ import annotations
@@ -28,8 +31,6 @@ _LAYER_SECONDS = 12e-6
 _STEP_SECONDS = 0.4e-3
 # Python, torch and this package with its threads, before a model is there; and a byte-level BPE tokenizer per token.
 _PROCESS_BYTES, _TOKENIZER_BYTES = 260 << 20, 780
-# In VRAM: kernels, graphs, fragments.
-_VRAM_RESERVE_BYTES = 1 << 30
 _PROMPT_TOKENS = 512
 # As in csrc/moe.cpp and linear.cpp: tokens and routed rows of one chunk.
 _CHUNK_TOKENS, _CHUNK_ROWS = 1024, 8192
@@ -126,7 +127,7 @@ def make_plan(
         cache_tokens=cache_tokens,
         parts=parts,
         machine=machine,
-        speeds=tuple(_speed(model_config, config, machine, depth) for depth in depths),
+        speeds=tuple(_speed(model_config, config, machine, depth, gpu_experts) for depth in depths),
         gpu_experts=gpu_experts,
         advice=(),
     )
@@ -142,31 +143,39 @@ def _parts(
     logits = logits_bytes(model_config, config)
     process = Part("process, tokenizer", "RAM", process_bytes(model_config))
     experts = round(cost.routed_bytes)
-    if machine.vram_bytes is None:
-        return (
-            Part("routed experts", "RAM", experts),
-            Part("attention, shared experts, output", "RAM", round(cost.packed_bytes)),
-            Part("embedding, routers", "RAM", round(cost.dense_bytes - cost.packed_bytes)),
-            Part("latent cache", "RAM", cache),
-            Part("buffers of a step", "RAM", buffers),
-            Part("logits", "RAM", logits),
-            process,
-        ), 0
-    dense = round(cost.packed_bytes)
-    left = machine.vram_bytes - dense - cache - buffers - logits - _VRAM_RESERVE_BYTES
-    all_experts = model_config.num_moe_layers * model_config.num_experts
-    on_gpu = max(0, min(all_experts, int(left / cost.expert_bytes))) if experts else 0
-    moved = round(on_gpu * cost.expert_bytes)
+    if machine.vram_bytes is not None:
+        return _gpu_parts(model_config, config, machine.vram_bytes, cache_tokens)
     return (
-        Part("attention, shared experts, output", "VRAM", dense),
-        Part("latent cache", "VRAM", cache),
-        Part("buffers of a step", "VRAM", buffers),
-        Part("logits", "VRAM", logits),
-        Part("kernels and reserve", "VRAM", _VRAM_RESERVE_BYTES),
-        Part(f"{on_gpu} of {all_experts} routed experts", "VRAM", moved),
-        Part("the other routed experts", "RAM", experts - moved),
+        Part("routed experts", "RAM", experts),
+        Part("attention, shared experts, output", "RAM", round(cost.packed_bytes)),
         Part("embedding, routers", "RAM", round(cost.dense_bytes - cost.packed_bytes)),
+        Part("latent cache", "RAM", cache),
+        Part("buffers of a step", "RAM", buffers),
+        Part("logits", "RAM", logits),
         process,
+    ), 0
+
+
+def _gpu_parts(
+    model_config: ModelConfig, config: EngineConfig, vram_bytes: int, cache_tokens: int
+) -> tuple[tuple[Part, ...], int]:
+    from moejet.gpu_memory import RESERVE_BYTES, GpuMemory
+
+    memory = GpuMemory.of(model_config, config, vram_bytes=vram_bytes, cache_tokens=cache_tokens)
+    on_gpu = memory.placement.num_resident
+    all_experts = model_config.num_moe_layers * model_config.num_experts
+    table = model_config.vocab_size * model_config.hidden_size
+    return (
+        Part("attention, shared experts, routers, output", "VRAM", memory.dense),
+        Part("latent cache", "VRAM", memory.cache),
+        Part("buffers of a step", "VRAM", memory.buffers),
+        Part("kernels and reserve", "VRAM", RESERVE_BYTES),
+        Part(f"{on_gpu} of {all_experts} routed experts", "VRAM", memory.experts),
+        Part("the other routed experts", "RAM", memory.cpu_experts),
+        Part("embedding", "RAM", 2 * table),
+        Part("buffers of the CPU's share", "RAM", expert_scratch_bytes(model_config, config)),
+        Part("pinned buffers", "RAM", memory.pinned),
+        Part("process, tokenizer", "RAM", process_bytes(model_config)),
     ), on_gpu
 
 
@@ -186,6 +195,13 @@ def step_bytes(model_config: ModelConfig, config: EngineConfig, cache_tokens: in
     heads = c.num_attention_heads
     columns = 5 * c.hidden_size + (c.q_lora_rank or 1) + c.latent_dim + c.num_experts
     columns += heads * (c.qk_head_dim + c.v_head_dim) + 2 * c.num_experts_per_tok
+    scratch = expert_scratch_bytes(c, config)
+    return round(4 * tokens * columns) + scratch + _attention_bytes(c, config, cache_tokens)
+
+
+def expert_scratch_bytes(c: ModelConfig, config: EngineConfig) -> int:
+    """The CPU kernels' scratch memory for experts."""
+    tokens = config.max_batch_tokens
     chunk = min(tokens, _CHUNK_TOKENS, max(1, _CHUNK_ROWS // max(c.num_experts_per_tok, 1)))
     rows = chunk * max(c.num_experts_per_tok, 1)
     # int8 with a scale and an offset for 32, or fp32.
@@ -194,7 +210,7 @@ def step_bytes(model_config: ModelConfig, config: EngineConfig, cache_tokens: in
     scratch = value * (chunk * c.hidden_size + rows * c.moe_intermediate_size)
     # Shared experts run beside the routed ones, in memory of their own.
     scratch += value * chunk * (c.hidden_size + c.num_shared_experts * c.moe_intermediate_size)
-    return round(4 * tokens * columns + scratch) + _attention_bytes(c, config, cache_tokens)
+    return round(scratch)
 
 
 def _attention_bytes(c: ModelConfig, config: EngineConfig, cache_tokens: int) -> int:
@@ -223,8 +239,16 @@ def _attention_bytes(c: ModelConfig, config: EngineConfig, cache_tokens: int) ->
     return max(4 * values, rebuilt)
 
 
-def _speed(model_config: ModelConfig, config: EngineConfig, machine: Machine, depth: int) -> Speed:
+def _speed(
+    model_config: ModelConfig,
+    config: EngineConfig,
+    machine: Machine,
+    depth: int,
+    gpu_experts: int,
+) -> Speed:
     cost = ModelCost.of(model_config, config)
+    if machine.vram_bytes is not None:
+        return Speed(depth, _hybrid_decode(cost, machine, gpu_experts), None)
     decode = prefill = None
     read = None if machine.read_gbps is None else machine.read_gbps * 1e9
     peak = None if machine.expert_tops is None else machine.expert_tops * 1e12
@@ -243,6 +267,17 @@ def _speed(model_config: ModelConfig, config: EngineConfig, machine: Machine, de
         seconds = linear / (peak * _PREFILL_SHARE) + more / (slower * _PREFILL_SHARE)
         prefill = _PROMPT_TOKENS / max(seconds, cost.weight_bytes / read)
     return Speed(depth, decode, prefill)
+
+
+def _hybrid_decode(cost: ModelCost, machine: Machine, gpu_experts: int) -> float | None:
+    """Tokens per second at which the CPU computes its experts; None if it has none. The GPU may take longer."""
+    c = cost.config
+    share = 1.0 - gpu_experts / max(1, c.num_moe_layers * c.num_experts)
+    if machine.read_gbps is None or share <= 0.0:
+        return None
+    asked = c.num_moe_layers * c.num_experts_per_tok * cost.expert_bytes * share
+    seconds = asked / (machine.read_gbps * 1e9 * _DECODE_SHARE)
+    return 1.0 / (seconds + _STEP_SECONDS + c.num_moe_layers * _LAYER_SECONDS)
 
 
 def _advice(plan: Plan, model_config: ModelConfig, config: EngineConfig) -> tuple[str, ...]:

@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from moejet import __version__
-from moejet.block_file import Bytes
 from moejet.block_pool import BlockPool
+from moejet.cache_blocks import Bytes, CacheBlocks
 from moejet.config import EngineConfig, env_cache_dir, use_reference
 from moejet.framed_file import fingerprint_of
 from moejet.prefix_store import PrefixStore
@@ -40,29 +38,17 @@ _QUEUE_BLOCKS = 4096
 _FIRST_READ_RATE = 5e8  # bytes/s, until it has been measured
 
 
-def cache_bytes(latent_cache: Tensor) -> Bytes:
-    """The cache [layers, blocks, block_size, C + R] as bytes [layers, blocks, n], without a copy."""
-    layers, blocks = latent_cache.shape[:2]
-    view: Bytes = latent_cache.view(layers, blocks, -1).view(torch.uint8).numpy()
-    return view
-
-
-def block_bytes(cache: Bytes) -> int:
-    """Of one block in all layers."""
-    return int(cache.shape[0] * cache.shape[2])
-
-
 class PrefixTier:
-    """A store of blocks behind a pool and its cache (`cache_bytes`). One thread calls it.
+    """A store of blocks behind a pool and its cache. One thread calls it.
 
     min_tokens: contexts shorter than this are not written.
     """
 
-    def __init__(self, store: PrefixStore, pool: BlockPool, cache: Bytes, *, min_tokens: int):
+    def __init__(self, store: PrefixStore, pool: BlockPool, cache: CacheBlocks, *, min_tokens: int):
         self.store = store
         self.min_tokens = min_tokens
         self._cache = cache
-        self._bytes = block_bytes(cache)
+        self._bytes = cache.block_bytes
         self._read_rate = _FIRST_READ_RATE
         self._writer = _Writer(store, pool, cache)
         # The thread holds the cache, not this object: whoever forgets to close it loses neither blocks nor memory.
@@ -86,10 +72,9 @@ class PrefixTier:
     def read(self, digests: Sequence[bytes], blocks: Sequence[int]) -> int:
         """Reads a chain into blocks of the cache that nobody else holds; returns how many came."""
         start = time.perf_counter()
-        layers, _, part = self._cache.shape
 
         def take(i: int, data: Bytes) -> None:
-            np.copyto(self._cache[:, blocks[i]], data.reshape(layers, part))
+            self._cache.write(blocks[i], data)
 
         done = self.store.read(digests, take)
         elapsed = time.perf_counter() - start
@@ -110,7 +95,7 @@ class PrefixTier:
 class _Writer:
     """The queue of blocks to be written, and the thread that empties it."""
 
-    def __init__(self, store: PrefixStore, pool: BlockPool, cache: Bytes):
+    def __init__(self, store: PrefixStore, pool: BlockPool, cache: CacheBlocks):
         self._store, self._pool, self._cache = store, pool, cache
         self._queue: deque[tuple[bytes, int, int]] = deque()  # digest, block, its generation
         self._pending: set[bytes] = set()  # in the queue or in the batch
@@ -200,11 +185,10 @@ class _Writer:
 
     def _copy_out(self, digest: bytes, block: int, generation: int) -> None:
         """Adds a block to the batch, unless it has been given away."""
-        layers, _, part = self._cache.shape
         if self._staging is None:
-            self._staging = np.empty((self._store.segment_blocks, layers * part), np.uint8)
-        target = self._staging[len(self._batch)]
-        np.copyto(target.reshape(layers, part), self._cache[:, block])
+            shape = (self._store.segment_blocks, self._cache.block_bytes)
+            self._staging = np.empty(shape, np.uint8)
+        self._cache.read(block, self._staging[len(self._batch)])
         # Contents change after the generation does, so a copy that ends before it changes is whole.
         if self._pool.generation(block) == generation:
             self._batch.append(digest)
@@ -256,12 +240,12 @@ def attach_prefixes(engine: Engine, weights: dict[str, Any]) -> None:
     if not config.prefix_disk_gib:
         return
     root = prefix_directory(config)
-    cache = cache_bytes(engine.runner.latent_cache)
+    cache = CacheBlocks(engine.runner.latent_cache)
     store = PrefixStore(
         root,
         model=config.model,
         fingerprint=fingerprint,
-        block_bytes=block_bytes(cache),
+        block_bytes=cache.block_bytes,
         max_bytes=int(config.prefix_disk_gib * 2**30),
     )
     tier = PrefixTier(store, engine.block_pool, cache, min_tokens=config.prefix_min_tokens)

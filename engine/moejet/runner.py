@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +17,28 @@ from moejet.latent_layout import row_elements
 from moejet.layers.linear import DenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.ops.latent_rows import CACHE_TYPES
+from moejet.request import Request
+from moejet.sampler import SampledToken
+
+if TYPE_CHECKING:
+    from moejet._C import ThreadPool
+
+
+class Runner(Protocol):
+    """What an engine needs: `ModelRunner` on the CPU, `gpu_runner.GpuRunner`."""
+
+    model: DeepseekForCausalLM
+    latent_cache: Tensor
+    pool: ThreadPool
+    isa: str
+    native_seconds: float
+    samples: bool  # whether `sample` may choose tokens
+
+    def expert_loads(self) -> tuple[int, int]: ...
+    def execute(self, batch: Batch) -> Tensor: ...
+    def sample(
+        self, batch: Batch, rows: Sequence[int], requests: Sequence[Request]
+    ) -> list[tuple[Request, SampledToken]] | None: ...
 
 
 class ModelRunner:
@@ -23,6 +47,8 @@ class ModelRunner:
     A step is one native call, or goes through the torch layers with MOEJET_REF=1. native_seconds adds up the time spent
     in it, so that the rest of a step is known to be Python's.
     """
+
+    samples = False
 
     def __init__(
         self,
@@ -61,6 +87,12 @@ class ModelRunner:
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts read so far, and the bytes of their weights; zeros with MOEJET_REF=1."""
         return (0, 0) if self._program is None else self._program.expert_loads()
+
+    def sample(
+        self, batch: Batch, rows: Sequence[int], requests: Sequence[Request]
+    ) -> list[tuple[Request, SampledToken]] | None:
+        """None: tokens are chosen from the logits of `execute`."""
+        return None
 
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 of the rows batch.logits_indices; the batch's latents are in the cache afterwards."""

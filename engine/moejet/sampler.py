@@ -85,6 +85,22 @@ def sample(logits: Tensor, requests: list[Request]) -> list[SampledToken]:
     return _with_scores(logits, requests, result)
 
 
+def samples_plainly(request: Request) -> bool:
+    """Whether the next token depends on nothing but the raw logits, temperature and cut-offs, and only it is wanted."""
+    state = request.sample_state
+    return (
+        not _adjusts(request)
+        and request.params.logprobs is None
+        and (state is None or state.statistics is None)
+    )
+
+
+def sampled_token(request: Request, token: int) -> SampledToken:
+    """What a device has chosen for a request that `samples_plainly`."""
+    error = BadLogitsError(request.request_id) if token == BAD_LOGITS else None
+    return SampledToken(token, None, error=error)
+
+
 def _with_scores(
     logits: Tensor, requests: list[Request], tokens: list[SampledToken]
 ) -> list[SampledToken]:

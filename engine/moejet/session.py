@@ -18,9 +18,9 @@ import numpy as np
 
 from moejet.block_file import BlockHeader, Bytes, read_block, read_header, write_blocks
 from moejet.block_pool import extend_hashes
+from moejet.cache_blocks import CacheBlocks
 from moejet.engine import Engine
 from moejet.framed_file import fingerprint_of
-from moejet.prefix_tier import block_bytes, cache_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ def save(
         if block is None:
             break
         blocks.append(block)
-    cache = cache_bytes(engine.runner.latent_cache)
+    cache = CacheBlocks(engine.runner.latent_cache)
     try:
         write_blocks(
             path,
             _copies(cache, blocks),
             _hashes(engine, token_ids)[: len(blocks)],
             fingerprint=fingerprint_of(engine.prefix_key),
-            block_bytes=block_bytes(cache),
+            block_bytes=cache.block_bytes,
             info={
                 "key": engine.prefix_key,
                 "token_ids": list(token_ids),
@@ -93,9 +93,9 @@ def load(engine: Engine, path: Path) -> Session:
 
 def _fill(engine: Engine, fd: int, header: BlockHeader) -> None:
     """Blocks into the pool, idle and ready to be found; those that are there already are not read."""
-    pool, cache = engine.block_pool, cache_bytes(engine.runner.latent_cache)
-    if header.block_bytes != block_bytes(cache):
-        raise ValueError(f"its blocks have {header.block_bytes} bytes, not {block_bytes(cache)}")
+    pool, cache = engine.block_pool, CacheBlocks(engine.runner.latent_cache)
+    if header.block_bytes != cache.block_bytes:
+        raise ValueError(f"its blocks have {header.block_bytes} bytes, not {cache.block_bytes}")
     data = np.empty(header.block_bytes, np.uint8)
     # Held until all are there, so that none evicts another.
     table: list[int] = []
@@ -112,7 +112,7 @@ def _fill(engine: Engine, fd: int, header: BlockHeader) -> None:
                     "raise cache_tokens or let running requests finish"
                 )
             read_block(fd, header, index, data)
-            np.copyto(cache[:, table[-1]], data.reshape(cache.shape[0], -1))
+            cache.write(table[-1], data)
             pool.register(table[-1], digest)
     finally:
         pool.release(table)
@@ -151,11 +151,11 @@ def _hashes(engine: Engine, token_ids: Sequence[int]) -> list[bytes]:
     return extend_hashes([], root, token_ids, engine.config.block_size)
 
 
-def _copies(cache: Bytes, blocks: Sequence[int]) -> Iterator[Bytes]:
+def _copies(cache: CacheBlocks, blocks: Sequence[int]) -> Iterator[Bytes]:
     """The blocks one after another, in the same memory."""
-    data = np.empty(block_bytes(cache), np.uint8)
+    data = np.empty(cache.block_bytes, np.uint8)
     for block in blocks:
-        np.copyto(data.reshape(cache.shape[0], -1), cache[:, block])
+        cache.read(block, data)
         yield data
 
 

@@ -86,6 +86,7 @@ def fill_latents(latent_cache: torch.Tensor, blocks: list[int], rank: int, rope:
     shape = (len(blocks), latent_cache.shape[2], rank + rope)
     drawn = torch.randn(shape, generator=generator)
     values = encode_latents(drawn[..., :rank], drawn[..., rank:], latent_cache.dtype)
+    values = values.to(latent_cache.device)
     for layer in latent_cache:
         layer[blocks] = values
 

@@ -26,6 +26,7 @@ class FakeLLM:
             model=model,
             expert_format=engine_options.get("expert_format", "int4_g32"),
             dense_format="bf16",
+            device="cpu",
             arithmetic=engine_options.get("arithmetic", "bf16"),
             cache_dtype=engine_options.get("cache_dtype", "bf16"),
         )
@@ -34,9 +35,9 @@ class FakeLLM:
         formats["cache_dtype"] = self.config.cache_dtype
         self.cost = ModelCost.of(SHAPE, EngineConfig(model="x", **formats))
         pool = SimpleNamespace(num_threads=engine_options.get("num_threads", 2))
-        layer = SimpleNamespace(experts=SimpleNamespace(isa="avx2", pool=pool))
-        model = SimpleNamespace(moe_layers=[layer])
-        self.engine = SimpleNamespace(runner=SimpleNamespace(model=model))
+        model = SimpleNamespace(moe_layers=[SimpleNamespace()])
+        runner = SimpleNamespace(model=model, isa="avx2", pool=pool)
+        self.engine = SimpleNamespace(runner=runner)
         self.calls = []
 
     def __enter__(self):

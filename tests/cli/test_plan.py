@@ -31,11 +31,21 @@ def test_json_of_a_checkpoint_with_measurement(tmp_path, capsys):
     assert sum(p["num_bytes"] for p in plan["parts"]) == plan["ram_bytes"]
 
 
-def test_vram_is_a_forecast(capsys):
-    assert main(["plan", "kimi-k2", "--ram", "640", "--vram", "24", "--no-measure"]) == 0
+def test_a_gpu_takes_experts_out_of_ram(capsys):
+    common = ["plan", "kimi-k2", "--ram", "640", "--no-measure", "--bandwidth", "200", "--json"]
+    plans = []
+    for more in ([], ["--gpu-experts", "0"]):
+        assert main([*common, "--vram", "32", *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    full, none = plans
+    assert full["gpu_experts"] > none["gpu_experts"] == 0
+    assert full["ram_bytes"] < none["ram_bytes"]
+    assert full["vram_bytes"] > none["vram_bytes"]
+    assert full["speeds"][0]["decode"] > none["speeds"][0]["decode"] > 0
+    assert main([*common[:-1], "--vram", "32"]) == 0
     out = capsys.readouterr().out
-    assert "VRAM is a forecast" in out
-    assert "routed experts" in out
+    assert "if the GPU keeps up with the CPU" in out
+    assert "of 23040 routed experts" in out
 
 
 @pytest.mark.parametrize(
@@ -44,6 +54,7 @@ def test_vram_is_a_forecast(capsys):
         (["nowhere/"], "no such file or directory"),
         (["deepseek-v9"], "neither an alias"),
         (["deepseek-v3", "--ram", "-1"], "'-1' is not a positive number"),
+        (["deepseek-v3", "--gpu-experts", "3"], "needs a GPU: give its memory as --vram"),
         (["deepseek-v3", "--bandwidth", "fast"], "'fast' is not a positive number"),
         (["deepseek-v3", "--context", "999999999"], "max_context=999999999 exceeds"),
         ([], "MODEL"),

@@ -231,3 +231,16 @@ def test_missing_extension_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delattr("moejet._C", raising=False)
     with pytest.raises(ImportError, match="install moejet again"):
         load_extension()
+
+
+def test_random_weights_of_some_experts_only():
+    pool = create_pool(1, pin=False)
+    whole, part = (CpuExperts(5, 64, 96, format="int4_g32", pool=pool) for _ in range(2))
+    whole.fill_random(3)
+    part.fill_random(3, [1, 4])
+    for expert in range(5):
+        for a, b in zip(whole.dequantize(expert), part.dequantize(expert), strict=True):
+            assert torch.equal(b, a if expert in (1, 4) else torch.zeros_like(a))
+    with pytest.raises(ValueError, match="5"):
+        part.fill_random(3, [5])
+    pool.close()

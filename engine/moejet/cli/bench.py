@@ -30,9 +30,9 @@ from moejet.presets import PRESETS
 
 if TYPE_CHECKING:
     from moejet.ceilings import Meter
-    from moejet.experts.cpu_experts import CpuExperts
     from moejet.llm import LLM
     from moejet.model_cost import ModelCost
+    from moejet.runner import Runner
 
 _GB = 1e9
 _GIB = 1 << 30
@@ -100,6 +100,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_cache_option(parser)
     options.add_isa_option(parser)
     options.add_arithmetic_option(parser)
+    options.add_device_options(parser)
     parser.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md")
 
 
@@ -165,11 +166,14 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
                 "cache_dtype": args.cache_dtype,
                 "isa": args.isa,
                 "arithmetic": args.arithmetic,
+                "device": args.device,
+                "vram_gib": args.vram_gib,
+                "gpu_experts": args.gpu_experts,
                 **cache_options(tests),
             }
             with open_llm(args, {k: v for k, v in given.items() if v is not None}) as llm:
-                experts = _experts_of(llm)
-                meter = Meter(experts.pool, isa=experts.isa)
+                runner = _runner_of(llm)
+                meter = Meter(runner.pool, isa=runner.isa)
                 meter.read()
                 subject = _describe_model(args, llm)
                 common = {"bench": "model", **environment, **subject}
@@ -256,15 +260,15 @@ def _larger(before: float | None, after: float | None) -> float | None:
     return max(before or 0.0, after or 0.0) or None
 
 
-def _experts_of(llm: "LLM") -> "CpuExperts":
-    moe_layers = llm.engine.runner.model.moe_layers
-    if not moe_layers:
+def _runner_of(llm: "LLM") -> "Runner":
+    runner = llm.engine.runner
+    if not runner.model.moe_layers:
         raise ValueError(f"{llm.config.model} has dense layers only: raise layers=N")
-    return moe_layers[0].experts
+    return runner
 
 
 def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
-    experts = _experts_of(llm)
+    runner = _runner_of(llm)
     return {
         "model": args.synthetic or args.model or options.DEFAULT_MODEL,
         "synthetic": args.synthetic is not None,
@@ -272,8 +276,9 @@ def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
         "format": llm.config.expert_format,
         "dense": llm.config.dense_format,
         "cache": llm.config.cache_dtype,
-        "threads": experts.pool.num_threads,
-        "isa": experts.isa,
+        "device": llm.config.device,
+        "threads": runner.pool.num_threads,
+        "isa": runner.isa,
         "arithmetic": llm.config.arithmetic,
     }
 

@@ -1,5 +1,6 @@
 """The checks of `moejet doctor`, one function per section of its report."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -306,10 +307,13 @@ def _check_gpu(report: Report, root: Path) -> None:
                 )
     for gpu in gpus:
         value = f"{gpu['name']}, SM {gpu['compute_capability']}, {_gib(gpu['memory_bytes'])}"
-        report.add("gpu", "device", f"{value} (not used: this version runs on the CPU)")
+        report.add("gpu", "device", value)
     if not gpus:
         reason = f"nvidia-smi sees {driver}, torch does not" if driver else "none found"
-        report.add("gpu", "device", f"{reason} (this version runs on the CPU)")
+        report.add("gpu", "device", f"{reason} (models run on the CPU)")
+    elif importlib.util.find_spec("triton") is None:
+        remedy = "install it for GPU kernels: python -m pip install triton"
+        report.add("gpu", "triton", "missing: models run on the CPU", "warning", remedy)
     report.facts["gpu"] = {"devices": gpus, "torch_cuda": torch_cuda, "nvidia_smi": driver}
 
 

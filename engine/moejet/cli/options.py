@@ -7,7 +7,14 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from moejet.config import ARITHMETICS, CACHE_DTYPES, DENSE_FORMATS, EXPERT_FORMATS, ISAS
+from moejet.config import (
+    ARITHMETICS,
+    CACHE_DTYPES,
+    DENSE_FORMATS,
+    DEVICES,
+    EXPERT_FORMATS,
+    ISAS,
+)
 
 if TYPE_CHECKING:
     from moejet.llm import LLM
@@ -79,6 +86,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     add_isa_option(group)
     add_arithmetic_option(group)
+    add_device_options(group)
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the model hub")
 
 
@@ -124,6 +132,28 @@ def add_arithmetic_option(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_device_options(group: argparse._ActionsContainer) -> None:
+    """Add where the model runs, and how much of a GPU it may take."""
+    group.add_argument(
+        "--device",
+        choices=DEVICES[:3],
+        help="where everything but routed experts runs (default auto: a GPU if there is one)",
+    )
+    group.add_argument(
+        "--vram",
+        dest="vram_gib",
+        type=float,
+        metavar="GIB",
+        help="GPU memory to use at most (default: what is free)",
+    )
+    group.add_argument(
+        "--gpu-experts",
+        type=int,
+        metavar="N",
+        help="routed experts, of all layers together, that live on the GPU (default: as many as fit)",
+    )
+
+
 def counts(text: str) -> list[int]:
     """argparse type: numbers such as 128,512."""
     try:
@@ -160,6 +190,9 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_threads",
         "isa",
         "arithmetic",
+        "device",
+        "vram_gib",
+        "gpu_experts",
         "revision",
     )
     return {n: v for n in names if (v := getattr(args, n, None)) is not None}

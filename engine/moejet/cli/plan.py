@@ -30,7 +30,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--vram",
         type=_gib,
         metavar="GIB",
-        help="plan for a GPU of this much memory (a forecast: this version computes on the CPU)",
+        help="plan for a GPU with this much memory to use (default: for the CPU alone)",
+    )
+    parser.add_argument(
+        "--gpu-experts",
+        type=int,
+        metavar="N",
+        help="routed experts of all layers on the GPU (default: as many as fit)",
     )
     parser.add_argument(
         "--context", dest="max_context", type=int, metavar="N", help="tokens of the longest request"
@@ -53,6 +59,8 @@ def execute(args: argparse.Namespace) -> int:
     from moejet.loading import plan_cache
     from moejet.weights.resolve import resolve_config
 
+    if args.gpu_experts is not None and args.vram is None:
+        raise ValueError(f"--gpu-experts {args.gpu_experts} needs a GPU: give its memory as --vram")
     given = options.engine_options(args)
     config = EngineConfig.create(model=args.model, **given)
     model_config = resolve_config(args.model, args.revision)
@@ -87,14 +95,13 @@ def render(plan: Plan) -> str:
     speeds = [s for s in plan.speeds if s.decode is not None]
     if speeds:
         read = plan.machine.read_gbps
-        lines += ["", f"expected of one request (memory reads {read:.1f} GB/s)"]
+        bound = "" if plan.machine.vram_bytes is None else ", if the GPU keeps up with the CPU"
+        lines += ["", f"expected of one request (memory reads {read:.1f} GB/s{bound})"]
         for speed in speeds:
             prefill = "" if speed.prefill is None else f", prompts {speed.prefill:.0f} tokens/s"
             lines.append(
                 f"  at depth {speed.depth:6}  generation {speed.decode:.2f} tokens/s{prefill}"
             )
-    if plan.machine.vram_bytes is not None:
-        lines += ["", "VRAM is a forecast: this version computes on the CPU"]
     lines += ["", "it fits" if plan.fits else "it does not fit: " + "; ".join(plan.advice)]
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ This is the only user of the extension's MoE kernels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -186,14 +186,18 @@ class CpuExperts:
         w, arguments = packing_arguments(weight, target)
         self.weights.set_projection(expert, projection, w, self.pool, self.isa, **arguments)
 
-    def fill_random(self, seed: int) -> None:
-        """Random weights of plausible size, the same for the same seed."""
-        self.weights.fill_random(seed, self.pool)
+    def fill_random(self, seed: int, experts: Sequence[int] | None = None) -> None:
+        """Random weights of plausible size, the same for the same seed; of these experts only, if given."""
+        self.weights.fill_random(seed, self.pool, experts)
 
     def dequantize(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """(gate [I, D], up [I, D], down [D, I]) in fp32: the values the kernels compute with."""
         gate, up, down = self.weights.dequantize(expert)
         return from_numpy(gate), from_numpy(up), from_numpy(down)
+
+    def state(self, prefix: str) -> dict[str, Tensor | CpuExperts]:
+        """What holds the weights once they are loaded, by name."""
+        return {prefix: self}
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts; see `moejet.ops.experts.moe_experts`."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moejet.experts.cpu_experts import CpuExperts
+from moejet.ops.fused_add_rms_norm import fused_add_rms_norm
+from moejet.ops.gpu_matrices import GpuMatrices
 from moejet.ops.linear import PackedMatrices, linear
 from moejet.ops.rms_norm import rms_norm
 from moejet.weights.packed_cache import Packed
@@ -22,6 +24,34 @@ from moejet.weights.stored import StoredWeight
 
 if TYPE_CHECKING:
     from moejet._C import ThreadPool
+    from moejet.config import ModelConfig
+    from moejet.layers.mla import MLA
+
+_CPU = torch.device("cpu")
+
+
+class Dense(Protocol):
+    """How a model's dense matrices are held, and where: `DenseWeights`, or `layers.gpu.GpuDenseWeights`."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations inside the layers."""
+
+    def within(self, part: str) -> Dense:
+        """The same for a part of the model, in which names are relative to it."""
+
+    def matrices(self, name: str, num: int, rows: int, cols: int) -> Any:
+        """PackedMatrices or GpuMatrices."""
+
+    def gated_mlp(self, hidden_size: int, intermediate_size: int) -> Any:
+        """GatedMLP or GpuGatedMLP."""
+
+    def attention(self, config: ModelConfig) -> MLA: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +87,25 @@ class DenseWeights:
             arithmetic=self.arithmetic,
         )
 
+    def gated_mlp(self, hidden_size: int, intermediate_size: int) -> GatedMLP:
+        return GatedMLP(hidden_size, intermediate_size, dense=self)
+
+    def attention(self, config: ModelConfig) -> MLA:
+        from moejet.layers.mla import MLA
+
+        return MLA(config, dense=self)
+
+    @property
+    def device(self) -> torch.device:
+        return _CPU
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
 
 class Linear:
-    """y = x W^T + b with W [out, in]; x [T, in] to y [T, out], both fp32."""
+    """y = x W^T + b with W [out, in]; x [T, in] to y [T, out], both fp32; on a GPU of x's dtype."""
 
     def __init__(
         self,
@@ -67,14 +113,17 @@ class Linear:
         in_features: int,
         out_features: int,
         *,
-        dense: DenseWeights,
+        dense: Dense,
         bias: bool = False,
     ):
         self.shape = (out_features, in_features)
-        self.bias = torch.empty(out_features) if bias else None
+        self.bias = torch.empty(out_features, device=dense.device) if bias else None
         self.packed = dense.matrices(name, 1, out_features, in_features)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+        """out_dtype: on a GPU, another one than x's."""
+        if isinstance(self.packed, GpuMatrices):
+            return self.packed.apply(x, self.bias, out_dtype=out_dtype)
         out = linear(x, self.packed)
         return out if self.bias is None else out + self.bias
 
@@ -93,19 +142,26 @@ class Linear:
 
     def state(self, prefix: str) -> dict[str, Tensor | Packed]:
         """What holds the weights once they are loaded, by name: tensors and packed weights."""
-        own: dict[str, Tensor | Packed] = {prefix: self.packed}
+        own: dict[str, Tensor | Packed] = self.packed.state(prefix)
         return own if self.bias is None else {**own, f"{prefix}.bias": self.bias}
 
 
 class RMSNorm:
-    """Root-mean-square norm of `dim` values, fp32."""
+    """Root-mean-square norm of `dim` values, computed in fp32; results have the dtype of `dense`."""
 
-    def __init__(self, dim: int, eps: float):
-        self.weight = torch.empty(dim)
+    def __init__(self, dim: int, eps: float, *, dense: Dense):
+        self.weight = torch.empty(dim, device=dense.device)
         self.eps = eps
+        self.dtype = dense.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, out_dtype=torch.float32)
+        return rms_norm(x, self.weight, self.eps, out_dtype=self.dtype)
+
+    def after(self, delta: Tensor | None, hidden: Tensor) -> Tensor:
+        """hidden += delta in place, then its norm."""
+        if delta is None:
+            return self(hidden)
+        return fused_add_rms_norm(delta, hidden, self.weight, self.eps, out_dtype=self.dtype)
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
         return {f"{prefix}.weight": TensorSpec.copy_into(self.weight)}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moejet.batch import Batch
 from moejet.config import ModelConfig
-from moejet.layers.linear import DenseWeights, Linear, RMSNorm
+from moejet.device_batch import DeviceBatch
+from moejet.layers.linear import Dense, Linear, RMSNorm
 from moejet.ops.mla_attention import mla_attention
 from moejet.ops.rope import apply_rope
 from moejet.ops.store_latent import store_latent
@@ -29,7 +30,7 @@ class LatentUp:
     Of W_UK quantised in the checkpoint, the direction in which it is stored keeps its bits where the format allows.
     """
 
-    def __init__(self, config: ModelConfig, dense: DenseWeights):
+    def __init__(self, config: ModelConfig, dense: Dense):
         self.heads, self.nope = config.num_attention_heads, config.qk_nope_head_dim
         self.rank, self.value = config.kv_lora_rank, config.v_head_dim
         dense = dense.within("kv_b_proj")
@@ -76,16 +77,16 @@ class LatentUp:
 
     def state(self, prefix: str) -> dict[str, Tensor | Packed]:
         return {
-            f"{prefix}.w_uk": self.w_uk,
-            f"{prefix}.w_uk_transposed": self.w_uk_transposed,
-            f"{prefix}.w_uv": self.w_uv,
+            **self.w_uk.state(f"{prefix}.w_uk"),
+            **self.w_uk_transposed.state(f"{prefix}.w_uk_transposed"),
+            **self.w_uv.state(f"{prefix}.w_uv"),
         }
 
 
 class MLA:
     """One attention layer."""
 
-    def __init__(self, config: ModelConfig, *, dense: DenseWeights):
+    def __init__(self, config: ModelConfig, *, dense: Dense):
         self.config = config
         heads, hidden = config.num_attention_heads, config.hidden_size
         rank, bias = config.kv_lora_rank, config.attention_bias
@@ -94,19 +95,22 @@ class MLA:
             self.q_proj = Linear("q_proj", hidden, heads * config.qk_head_dim, dense=dense)
         else:
             self.q_a_proj = Linear("q_a_proj", hidden, config.q_lora_rank, dense=dense, bias=bias)
-            self.q_a_norm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_a_norm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS, dense=dense)
             self.q_proj = Linear(
                 "q_b_proj", config.q_lora_rank, heads * config.qk_head_dim, dense=dense
             )
         self.kv_a_proj = Linear(
             "kv_a_proj_with_mqa", hidden, config.latent_dim, dense=dense, bias=bias
         )
-        self.kv_a_norm = RMSNorm(rank, _LATENT_NORM_EPS)
+        self.kv_a_norm = RMSNorm(rank, _LATENT_NORM_EPS, dense=dense)
         self.up = LatentUp(config, dense)
         self.o_proj = Linear("o_proj", heads * config.v_head_dim, hidden, dense=dense, bias=bias)
 
-    def __call__(self, x: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch) -> Tensor:
+    def __call__(
+        self, x: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch | DeviceBatch
+    ) -> Tensor:
         """x [T, D], cos_sin [T, R], this layer's latent_cache [N, S, row]. Returns [T, D]."""
+        assert isinstance(batch, Batch)
         config = self.config
         nope = config.qk_nope_head_dim
         latent_q = x if self.q_a_proj is None else self.q_a_norm(self.q_a_proj(x))

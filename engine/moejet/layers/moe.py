@@ -1,16 +1,17 @@
-"""Mixture-of-experts block: router, routed experts on the CPU, shared experts."""
+"""Mixture-of-experts block: router, routed experts, shared experts."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moejet.config import ModelConfig
 from moejet.experts.cpu_experts import CpuExperts
-from moejet.layers.linear import DenseWeights, GatedMLP
+from moejet.experts.hybrid_experts import HybridExperts
+from moejet.layers.linear import Dense
 from moejet.ops.router_logits import router_logits
 from moejet.ops.router_topk import router_topk
 from moejet.weights.packed_cache import Packed
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
 class Router:
     """fp32 gate: logits [T, E] to (topk_ids, topk_weights)."""
 
-    def __init__(self, config: ModelConfig, pool: ThreadPool | None = None):
+    def __init__(
+        self, config: ModelConfig, pool: ThreadPool | None = None, *, device: torch.device
+    ):
         self.config = config
         self.pool = pool
-        self.weight = torch.empty(config.num_experts, config.hidden_size)
+        self.weight = torch.empty(config.num_experts, config.hidden_size, device=device)
         self.bias: Tensor | None = None
         if config.topk_method == "noaux_tc":
-            self.bias = torch.empty(config.num_experts)
+            self.bias = torch.empty(config.num_experts, device=device)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return router_topk(router_logits(x, self.weight, self.pool), self.bias, self.config)
@@ -48,21 +51,29 @@ class Router:
 class MoE:
     """shared(x) + sum over the chosen experts of weight * expert(x)."""
 
-    def __init__(self, config: ModelConfig, experts: CpuExperts, *, dense: DenseWeights):
+    def __init__(self, config: ModelConfig, experts: CpuExperts | HybridExperts, *, dense: Dense):
         self.config = config
-        self.router = Router(config, experts.pool)
+        self.router = Router(config, experts.pool, device=dense.device)
         self.experts = experts
-        self.shared_experts: GatedMLP | None = None
+        self.shared_experts: Any = None
         if config.num_shared_experts:
             width = config.num_shared_experts * config.moe_intermediate_size
-            self.shared_experts = GatedMLP(
-                config.hidden_size, width, dense=dense.within("shared_experts")
+            self.shared_experts = dense.within("shared_experts").gated_mlp(
+                config.hidden_size, width
             )
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """x [T, D]. padding [T] bool: rows that stand for nothing, whose result nobody reads."""
         topk_ids, topk_weights = self.router(x)
-        routed = self.experts.forward(x, topk_ids, topk_weights)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+        if padding is not None:
+            topk_ids = topk_ids.masked_fill(padding[:, None], -1)
+        if isinstance(self.experts, CpuExperts):
+            routed = self.experts.forward(x, topk_ids, topk_weights)
+            return routed if self.shared_experts is None else routed + self.shared_experts(x)
+        self.experts.submit(x, topk_ids, topk_weights)
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        routed = self.experts.collect()
+        return routed if shared is None else routed.add_(shared)
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
         specs = self.router.tensor_specs(f"{prefix}.gate")
@@ -84,7 +95,7 @@ class MoE:
 
     def state(self, prefix: str) -> dict[str, Tensor | Packed]:
         """What holds the weights once they are loaded, by name."""
-        own = self.router.state(f"{prefix}.gate") | {f"{prefix}.experts": self.experts}
+        own = self.router.state(f"{prefix}.gate") | self.experts.state(f"{prefix}.experts")
         if self.shared_experts is not None:
             own |= self.shared_experts.state(f"{prefix}.shared_experts")
         return own

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from moejet.batch import Batch
 from moejet.config import ModelConfig
+from moejet.device_batch import DeviceBatch
 from moejet.experts.cpu_experts import CpuExperts
-from moejet.layers.linear import DenseWeights, Embedding, GatedMLP, Linear, RMSNorm
-from moejet.layers.mla import MLA
+from moejet.experts.hybrid_experts import HybridExperts
+from moejet.layers.gpu import GpuGatedMLP
+from moejet.layers.linear import Dense, Embedding, GatedMLP, Linear, RMSNorm
 from moejet.layers.moe import MoE
 from moejet.ops.rope import rope_table
 from moejet.weights.packed_cache import Packed
@@ -33,27 +35,39 @@ class DecoderLayer:
         config: ModelConfig,
         layer: int,
         *,
-        make_experts: Callable[[int], CpuExperts],
-        dense: DenseWeights,
+        make_experts: Callable[[int], CpuExperts | HybridExperts],
+        dense: Dense,
     ):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         dense = dense.within(f"model.layers.{layer}")
         mlp_dense = dense.within("mlp")
-        self.input_norm = RMSNorm(hidden, eps)
-        self.attention = MLA(config, dense=dense.within("self_attn"))
-        self.post_attention_norm = RMSNorm(hidden, eps)
-        self.mlp: MoE | GatedMLP
+        self.input_norm = RMSNorm(hidden, eps, dense=dense)
+        self.attention = dense.within("self_attn").attention(config)
+        self.post_attention_norm = RMSNorm(hidden, eps, dense=dense)
+        self.mlp: MoE | GatedMLP | GpuGatedMLP
         if config.is_moe_layer(layer):
             experts = make_experts(layer - config.first_k_dense_replace)
             self.mlp = MoE(config, experts, dense=mlp_dense)
         else:
-            self.mlp = GatedMLP(hidden, config.intermediate_size, dense=mlp_dense)
+            self.mlp = mlp_dense.gated_mlp(hidden, config.intermediate_size)
 
     def __call__(
-        self, hidden: Tensor, cos_sin: Tensor, latent_cache: Tensor, batch: Batch
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        cos_sin: Tensor,
+        latent_cache: Tensor,
+        batch: Batch | DeviceBatch,
     ) -> Tensor:
-        hidden = hidden + self.attention(self.input_norm(hidden), cos_sin, latent_cache, batch)
-        return hidden + self.mlp(self.post_attention_norm(hidden))
+        """Adds delta, what the block before has left to add, and the attention to hidden [T, D], in place.
+
+        Returns what is left to add, [T, D].
+        """
+        x = self.input_norm.after(delta, hidden)
+        x = self.post_attention_norm.after(self.attention(x, cos_sin, latent_cache, batch), hidden)
+        if isinstance(batch, DeviceBatch) and isinstance(self.mlp, MoE):
+            return self.mlp(x, batch.padding)
+        return self.mlp(x)
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
         return (
@@ -82,8 +96,8 @@ class DeepseekForCausalLM:
         self,
         config: ModelConfig,
         *,
-        make_experts: Callable[[int], CpuExperts],
-        dense: DenseWeights,
+        make_experts: Callable[[int], CpuExperts | HybridExperts],
+        dense: Dense,
         max_context: int,
     ):
         self.config = config
@@ -96,25 +110,29 @@ class DeepseekForCausalLM:
             DecoderLayer(config, layer, make_experts=make_experts, dense=dense)
             for layer in range(config.num_hidden_layers)
         ]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dense=dense)
         self.lm_head = Linear("lm_head", config.hidden_size, config.vocab_size, dense=dense)
-        self.rope = rope_table(config.rope, config.qk_rope_head_dim, max_context)
+        table = rope_table(config.rope, config.qk_rope_head_dim, max_context)
+        self.rope = table.to(dense.device)
 
     @property
     def moe_layers(self) -> list[MoE]:
         return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
 
-    def forward(self, batch: Batch, latent_caches: Tensor) -> Tensor:
+    def forward(self, batch: Batch | DeviceBatch, latent_caches: Tensor) -> Tensor:
         """Hidden states after the final norm of all tokens, [T, D]; fills the cache [layers, N, S, C + R]."""
-        hidden = self.embed_tokens(batch.token_ids)
-        cos_sin = self.rope[batch.positions]
+        if isinstance(batch, DeviceBatch):
+            hidden, cos_sin = batch.embeddings.to(torch.float32, copy=True), self.rope
+        else:
+            hidden, cos_sin = self.embed_tokens(batch.token_ids), self.rope[batch.positions]
+        delta: Tensor | None = None
         for layer, latent_cache in zip(self.layers, latent_caches, strict=True):
-            hidden = layer(hidden, cos_sin, latent_cache, batch)
-        return self.norm(hidden)
+            delta = layer(hidden, delta, cos_sin, latent_cache, batch)
+        return self.norm.after(delta, hidden)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [L, D] to logits [L, V], fp32."""
-        return self.lm_head(hidden)
+        return self.lm_head(hidden, out_dtype=torch.float32)
 
     def tensor_specs(self) -> dict[str, TensorSpec]:
         """Checkpoint tensors by Hugging Face name, with the shape that each must have."""

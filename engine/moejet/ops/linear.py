@@ -70,6 +70,10 @@ class PackedMatrices:
         """Size of the packed weights, padding included."""
         return int(self.weights.nbytes)
 
+    def state(self, prefix: str) -> dict[str, PackedMatrices]:
+        """What holds the weights, by name."""
+        return {prefix: self}
+
     def set(
         self,
         matrix: int,

@@ -20,9 +20,9 @@ from moejet.ops.latent_rows import decode_latents
 
 _CONTINUES, _CONTINUED = 1, 2
 
-# Rows of kv_b_proj per head: N of W_UK, then V of W_UV. A matrix [H * (N + V), C], or what maps c_kv [K, C] to
-# [K, H * (N + V)] in c_kv's dtype.
-UpProjection = Tensor | Callable[[Tensor], Tensor]
+# Rows of kv_b_proj per head: N of W_UK, then V of W_UV. A matrix [H * (N + V), C], or what maps c_kv [K, C] to keys
+# [K, H * N] and values [K, H * V] in c_kv's dtype.
+UpProjection = Tensor | Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -179,12 +179,12 @@ def mla_prefill_chunked(
             max_keys=chunk.max_keys,
             dtype=q.dtype,
         )
-        expanded = _expand(c_kv, w_ukv).view(chunk.num_keys, heads, nope + value_dim)
+        keys, values = _expand(c_kv, w_ukv, heads, nope)
         kernel.mla_prefill(
             q,
-            expanded[..., :nope],
+            keys,
             k_pe,
-            expanded[..., nope:],
+            values,
             chunk.pieces,
             out,
             scale=scale,
@@ -216,19 +216,24 @@ def mla_prefill_ref(
         blocks = block_tables[i, : -(-keys // block_size)].long()
         rows = latent_cache[blocks].flatten(0, 1)[:keys]
         c_kv, k_pe = decode_latents(rows, rank, rope_dim)
-        expanded = _expand(c_kv.double(), w_ukv).double().view(keys, heads, nope + value_dim)
+        k_nope, v = (part.double() for part in _expand(c_kv.double(), w_ukv, heads, nope))
         rows_q = q[token : token + queries].double()
-        scores = torch.einsum("thn,shn->hts", rows_q[..., :nope], expanded[..., :nope])
+        scores = torch.einsum("thn,shn->hts", rows_q[..., :nope], k_nope)
         scores += torch.einsum("thr,sr->hts", rows_q[..., nope:], k_pe.double())
         hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(
             keys - queries + 1
         )
         probs = torch.softmax((scores * scale).masked_fill(hidden, -torch.inf), dim=-1)
-        values = torch.einsum("hts,shv->thv", probs, expanded[..., nope:])
+        values = torch.einsum("hts,shv->thv", probs, v)
         out[token : token + queries] = values.to(q.dtype)
         token += queries
     return out
 
 
-def _expand(c_kv: Tensor, w_ukv: UpProjection) -> Tensor:
-    return c_kv @ w_ukv.to(c_kv.dtype).T if isinstance(w_ukv, Tensor) else w_ukv(c_kv)
+def _expand(c_kv: Tensor, w_ukv: UpProjection, heads: int, nope: int) -> tuple[Tensor, Tensor]:
+    """Keys [K, H, N] and values [K, H, V]."""
+    if isinstance(w_ukv, Tensor):
+        both = (c_kv @ w_ukv.to(c_kv.dtype).T).view(c_kv.shape[0], heads, -1)
+        return both[..., :nope], both[..., nope:]
+    keys, values = w_ukv(c_kv)
+    return keys.view(-1, heads, nope), values.view(c_kv.shape[0], heads, -1)

@@ -148,7 +148,8 @@ class SimulatedStream:
             if self._max_delay_s and self._random.random() < 0.5:
                 time.sleep(self._random.random() * self._max_delay_s)
             try:
-                operation()
+                with torch.inference_mode():  # models make their tensors in it
+                    operation()
             except Exception as error:  # a stream's failure is sticky and seen by whoever asks
                 self.fail(f"{type(error).__name__}: {error}")
             with self._changed:

@@ -1,0 +1,94 @@
+"""The routed experts of one layer, some in RAM and computed by the CPU, some on the GPU; either may be none or all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moejet.experts.bridge import CpuBridge
+from moejet.experts.cpu_experts import CpuExperts
+from moejet.experts.resident_experts import ResidentExperts
+from moejet.weights.stored import StoredWeight
+
+if TYPE_CHECKING:
+    from moejet._C import ThreadPool
+
+
+class HybridExperts:
+    """cpu: those in RAM, by their ids among all; None if there are none · resident: those on the GPU, or None.
+
+    `submit` and `collect` enqueue work on the device's stream. What is called between them runs there while the CPU
+    computes its share.
+    """
+
+    def __init__(self, cpu: CpuExperts | None, resident: ResidentExperts | None):
+        assert cpu is not None or resident is not None
+        self.cpu, self.resident = cpu, resident
+        self._bridge: CpuBridge | None = None
+        self._layer = -1
+        self._routed: Tensor | None = None
+        self._cpu_ids: Tensor | None = None
+        if cpu is not None and resident is not None:
+            # One entry more, of -1: the id -1 of padding finds it from the end.
+            slots = resident.slot_of_expert
+            ids = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)
+            self._cpu_ids = torch.cat((ids.masked_fill(slots >= 0, -1), ids.new_full((1,), -1)))
+
+    @property
+    def pool(self) -> ThreadPool | None:
+        return None if self.cpu is None else self.cpu.pool
+
+    def attach(self, bridge: CpuBridge, layer: int) -> None:
+        """The way to the CPU; layer: the number of these experts there."""
+        self._bridge, self._layer = bridge, layer
+
+    def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        """x [T, D] · topk_ids [T, K] int32, -1 skips · topk_weights [T, K] fp32."""
+        if self.cpu is not None:
+            assert self._bridge is not None
+            ids = topk_ids if self._cpu_ids is None else self._cpu_ids[topk_ids.long()]
+            self._bridge.submit(self._layer, x, ids, topk_weights)
+        if self.resident is not None:
+            self._routed = self.resident.forward(x, topk_ids, topk_weights)
+
+    def collect(self) -> Tensor:
+        """The weighted sum of each token's experts [T, D] in x's dtype, a new tensor."""
+        resident, self._routed = self._routed, None
+        if self.cpu is None:
+            assert resident is not None
+            return resident
+        assert self._bridge is not None
+        routed = self._bridge.collect(self._layer)
+        return routed if resident is None else routed.add_(resident)
+
+    def set_projection(self, expert: int, projection: str, w: Tensor) -> None:
+        """Sets one matrix, gate or up [I, D], down [D, I], where the expert lives."""
+        if self.resident is not None and expert in self.resident.slots:
+            self.resident.set_stored(expert, projection, StoredWeight.plain(w))
+        else:
+            assert self.cpu is not None
+            self.cpu.set_projection(expert, projection, w)
+
+    def set_stored(self, expert: int, projection: str, weight: StoredWeight) -> None:
+        """The same of a quantised weight of a checkpoint."""
+        if self.resident is not None and expert in self.resident.slots:
+            self.resident.set_stored(expert, projection, weight)
+        else:
+            assert self.cpu is not None
+            self.cpu.set_stored(expert, projection, weight)
+
+    def fill_random(self, seed: int) -> None:
+        """Random weights of plausible size, the same for the same seed and placement."""
+        if self.resident is not None:
+            self.resident.fill_random(seed)
+        if self.cpu is not None:
+            resident = {} if self.resident is None else self.resident.slots
+            total = self.cpu.weights.num_experts
+            self.cpu.fill_random(seed, [e for e in range(total) if e not in resident])
+
+    def state(self, prefix: str) -> dict[str, Any]:
+        """What holds the weights once they are loaded, by name."""
+        own: dict[str, Any] = {} if self.cpu is None else {prefix: self.cpu}
+        return own if self.resident is None else own | self.resident.state(f"{prefix}.resident")

@@ -1,0 +1,241 @@
+"""Whether a model runs on a GPU, and the runner for one."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from moejet.config import EngineConfig, ModelConfig, env_device
+from moejet.experts.bridge import CpuBridge, CudaStream, Stream
+from moejet.experts.cpu_experts import CpuExperts
+from moejet.experts.hybrid_experts import HybridExperts
+from moejet.experts.placement import Placement
+from moejet.experts.resident_experts import ResidentExperts
+from moejet.gpu_memory import RESERVE_BYTES, GpuMemory, bridge_tokens
+from moejet.gpu_runner import GpuRunner
+from moejet.layers.gpu import GpuDenseWeights
+from moejet.models.deepseek import DeepseekForCausalLM
+from moejet.plan import GIB
+
+if TYPE_CHECKING:
+    from moejet._C import ThreadPool
+
+logger = logging.getLogger(__name__)
+
+# The simulated device is for comparisons with exact results.
+ACTIVATIONS = {"cuda": torch.bfloat16, "cpu": torch.float32}
+# Of a simulated device, where vram_gib does not say.
+_SIMULATED_BYTES = 64 * GIB
+
+
+def choose_device(config: EngineConfig, model_config: ModelConfig) -> str:
+    """ "cpu", "cuda" or "simulated". Raises ValueError where the options ask for what cannot be.
+
+    config: as `for_model` returns it.
+    """
+    wanted = env_device() if config.device == "auto" else config.device
+    obstacle = "" if wanted == "cpu" else _obstacle(config, model_config, wanted)
+    if obstacle and wanted != "auto":
+        raise ValueError(f"device={wanted!r} is not possible: {obstacle}")
+    if obstacle and torch.cuda.is_available():
+        logger.info("the GPU is not used: %s", obstacle)
+    device = "cpu" if obstacle else "cuda" if wanted == "auto" else wanted
+    for name in ("vram_gib", "gpu_experts"):
+        if device == "cpu" and getattr(config, name) is not None:
+            reason = obstacle or "the model runs on the CPU (device='cpu')"
+            raise ValueError(f"{name}={getattr(config, name)!r} needs a GPU: {reason}")
+    return device
+
+
+def _obstacle(config: EngineConfig, model_config: ModelConfig, device: str) -> str:
+    """Why a GPU cannot be used, or nothing."""
+    if device != "simulated":
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device (`moejet doctor` says why)"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+    if config.deterministic:
+        return "deterministic=True is for the CPU only"
+    if config.dense_format == "fp32":
+        return "dense_format='fp32' is for the CPU only (use 'bf16')"
+    if device == "simulated":
+        return ""
+    size = config.block_size
+    if size & (size - 1):
+        return f"block_size={size} must be a power of two there"
+    for name in ("kv_lora_rank", "qk_rope_head_dim"):
+        size = getattr(model_config, name)
+        if size < 16 or size & (size - 1):
+            return f"the model's {name}={size} must be a power of two and at least 16 there"
+    if config.cache_dtype == "fp8" and model_config.kv_lora_rank < 64:
+        return (
+            f"cache_dtype='fp8' needs a kv_lora_rank of 64 there, not {model_config.kv_lora_rank}"
+        )
+    return ""
+
+
+def vram_budget(config: EngineConfig, device: str) -> int:
+    """Bytes of GPU memory that may be used: vram_gib, else all that is free."""
+    if device == "simulated":
+        return _SIMULATED_BYTES if config.vram_gib is None else round(config.vram_gib * GIB)
+    free, total = torch.cuda.mem_get_info()
+    if config.vram_gib is None:
+        return free
+    budget = round(config.vram_gib * GIB)
+    if budget > total:
+        raise ValueError(
+            f"vram_gib={config.vram_gib:g} is more than the {total / GIB:.1f} GiB of the GPU: lower it"
+        )
+    return budget
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSetup:
+    """A runner, where its experts live, and what releases it."""
+
+    runner: GpuRunner
+    placement: Placement
+    close: Callable[[], None]
+
+
+def create_gpu_runner(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    *,
+    device: str,
+    num_blocks: int,
+    max_context: int,
+    pool: ThreadPool,
+    isa: str,
+) -> GpuSetup:
+    """A model without its weights, on "cuda" or "simulated"; the plan has been checked."""
+    budget = vram_budget(config, device)
+    memory = GpuMemory.of(
+        model_config, config, vram_bytes=budget, cache_tokens=num_blocks * config.block_size
+    )
+    close: Callable[[], None] = lambda: None  # noqa: E731
+    if device == "cuda":
+        place = torch.device("cuda", torch.cuda.current_device())
+        _limit_memory(place, budget)
+        stream: Stream = CudaStream(place)
+    else:
+        from moejet.testing.simulated_stream import SimulatedStream
+
+        place = torch.device("cpu")
+        simulated = SimulatedStream()
+        stream, close = simulated, simulated.close
+    try:
+        runner = _runner(
+            config,
+            model_config,
+            place=place,
+            stream=stream,
+            placement=memory.placement,
+            num_blocks=num_blocks,
+            max_context=max_context,
+            pool=pool,
+            isa=isa,
+        )
+    except BaseException:
+        close()
+        raise
+    logger.info(
+        "%s: %d of %d routed experts there, %.2f GiB of %.2f planned",
+        device,
+        memory.placement.num_resident,
+        model_config.num_moe_layers * model_config.num_experts,
+        memory.on_device / GIB,
+        budget / GIB,
+    )
+    close_stream = close
+
+    def close_all() -> None:
+        runner.close()
+        close_stream()
+
+    return GpuSetup(runner, memory.placement, close_all)
+
+
+def _limit_memory(place: torch.device, budget: int) -> None:
+    """From now on torch's allocator refuses what goes beyond the budget; the context and the kernels are not its."""
+    total = torch.cuda.get_device_properties(place).total_memory
+    allowed = torch.cuda.memory_reserved(place) + budget - RESERVE_BYTES // 2
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(allowed / total, 0.01)), place)
+
+
+def _runner(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    *,
+    place: torch.device,
+    stream: Stream,
+    placement: Placement,
+    num_blocks: int,
+    max_context: int,
+    pool: ThreadPool,
+    isa: str,
+) -> GpuRunner:
+    dense_format, own = config.dense_formats_of(model_config)
+    dtype = ACTIVATIONS[place.type]
+    dense = GpuDenseWeights(dense_format, place, dtype, own)
+    formats = config.expert_formats_of(model_config)
+    shape = (
+        model_config.num_experts,
+        model_config.hidden_size,
+        model_config.moe_intermediate_size,
+    )
+
+    def make_experts(layer: int) -> HybridExperts:
+        resident = placement.resident[layer]
+        format, down_format = formats[layer]
+        there = here = None
+        if resident:
+            there = ResidentExperts(
+                resident, *shape, format=format, down_format=down_format, device=place
+            )
+        if len(resident) < model_config.num_experts:
+            here = CpuExperts(
+                *shape,
+                format=format,
+                down_format=down_format,
+                pool=pool,
+                isa=isa,
+                arithmetic=config.arithmetic,
+            )
+        return HybridExperts(here, there)
+
+    model = DeepseekForCausalLM(
+        model_config, make_experts=make_experts, dense=dense, max_context=max_context
+    )
+    asked = [
+        moe.experts
+        for moe in model.moe_layers
+        if isinstance(moe.experts, HybridExperts) and moe.experts.cpu is not None
+    ]
+    bridge = None
+    if asked:
+        bridge = CpuBridge(
+            [experts.cpu for experts in asked if experts.cpu is not None],
+            stream,
+            top_k=model_config.num_experts_per_tok,
+            max_tokens=bridge_tokens(config),
+            dtype=dtype,
+        )
+        for number, experts in enumerate(asked):
+            experts.attach(bridge, number)
+    return GpuRunner(
+        model,
+        model_config,
+        config,
+        num_blocks=num_blocks,
+        max_context=max_context,
+        dense=dense,
+        pool=pool,
+        isa=isa,
+        bridge=bridge,
+    )

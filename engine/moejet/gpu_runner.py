@@ -1,0 +1,297 @@
+"""Runs the model on a GPU, with the routed experts that do not live there on the CPU.
+
+Decode batches are padded and, on CUDA, replayed as one graph: model, choice of tokens, and the copy of the result. The
+calling thread then serves the layers' CPU shares (`experts.bridge`) until the step is done. The first batch of a kind
+is launched operation by operation, as all other batches are, and captured afterwards.
+
+Nothing but replays and copies is launched while the GPU waits for the CPU in mid-step: loading a kernel or asking the
+driver for memory may wait for the GPU in turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moejet.batch import Batch
+from moejet.config import EngineConfig, ModelConfig, use_graphs, use_reference
+from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
+from moejet.experts.bridge import CpuBridge
+from moejet.gpu_memory import key_chunk
+from moejet.latent_layout import row_elements
+from moejet.layers.gpu import GpuDenseWeights
+from moejet.models.deepseek import DeepseekForCausalLM
+from moejet.ops.device_sampling import SamplingTensors, sample_on_device
+from moejet.ops.latent_rows import CACHE_TYPES
+from moejet.request import Request
+from moejet.sampler import SampledToken, sampled_token, samples_plainly, uniform
+
+if TYPE_CHECKING:
+    from moejet._C import ThreadPool
+
+logger = logging.getLogger(__name__)
+
+# Of logits that are on the device at a time.
+_LOGITS_BYTES = 64 << 20
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What a step's rows choose by, where the device does it: rows of the logits, and whose they are."""
+
+    rows: list[int]
+    requests: list[Request]
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Whether any row draws, and whether any cuts off: what decides about the launches."""
+        params = [request.params for request in self.requests]
+        return (
+            any(p.temperature > 0.0 for p in params),
+            any(p.top_k or p.top_p < 1.0 or p.min_p for p in params),
+        )
+
+    @property
+    def uniforms(self) -> list[float]:
+        return [uniform(r.seed, len(r.token_ids)) for r in self.requests]
+
+
+_Kind = tuple[bool, bool] | None  # of the choice; None: logits go to the host
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A captured step, and where it leaves its result: pinned, logits [n, V] fp32 or token ids [n] int32."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Tensor
+
+
+@dataclass(slots=True)
+class _DecodeStep:
+    inputs: PaddedBatch
+    graphs: dict[_Kind, _Graph] = field(default_factory=dict)
+
+
+class GpuRunner:
+    """`ModelRunner` for a model whose dense weights and cache [layers, blocks, block_size, row] are on a device."""
+
+    samples = True
+
+    def __init__(
+        self,
+        model: DeepseekForCausalLM,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        max_context: int,
+        dense: GpuDenseWeights,
+        pool: ThreadPool,
+        isa: str,
+        bridge: CpuBridge | None,
+    ):
+        self.model, self.pool, self.isa = model, pool, isa
+        self.device, self.bridge = dense.device, bridge
+        self.native_seconds = 0.0
+        row = row_elements(
+            model_config.kv_lora_rank, model_config.qk_rope_head_dim, config.cache_dtype
+        )
+        # Zeros: what masks exclude is multiplied by zero, and must be finite for that.
+        self.latent_cache = torch.zeros(
+            *(model_config.num_hidden_layers, num_blocks, config.block_size, row),
+            dtype=CACHE_TYPES[config.cache_dtype],
+            device=dense.device,
+        )
+        self._max_context = max_context
+        self._max_blocks = -(-max_context // config.block_size)
+        self._key_chunk = key_chunk(model_config)
+        self._sizes = padded_sizes(min(config.max_num_requests, config.max_batch_tokens))
+        self._steps: dict[int, _DecodeStep] = {}
+        self._uses_graphs = dense.device.type == "cuda" and use_graphs() and not use_reference()
+        self._graph_memory: Any = None  # that all graphs share
+
+    def close(self) -> None:
+        """Releases the graphs, which refer to the bridge's signals."""
+        self._synchronize()
+        self._steps.clear()
+
+    def expert_loads(self) -> tuple[int, int]:
+        """Routed experts that the CPU has read so far, and the bytes of their weights."""
+        if self.bridge is None:
+            return 0, 0
+        counters = self.bridge.counters()
+        return int(counters["distinct_experts"]), int(counters["weight_bytes"])
+
+    def execute(self, batch: Batch) -> Tensor:
+        """Logits [L, V] fp32 on the CPU of the rows batch.logits_indices; their latents are in the cache afterwards."""
+        if self._is_decode(batch):
+            logits = self._timed(lambda: self._decode(batch, None))
+            return logits[batch.logits_indices]
+        return self._timed(lambda: self._run(batch))
+
+    def sample(
+        self, batch: Batch, rows: Sequence[int], requests: Sequence[Request]
+    ) -> list[tuple[Request, SampledToken]] | None:
+        """Computes a batch and chooses a token for each of `requests` from its logits' row, on the device.
+
+        rows: as of `batch.logits_indices`. None, and nothing is computed, if that is not possible: they want more than
+        temperature and cut-offs, or logits or scores to look at.
+        """
+        if not requests or not all(samples_plainly(request) for request in requests):
+            return None
+        if any(request.scores is not None for request in batch.sampled):
+            return None
+        if self._is_decode(batch) and len(set(rows)) == len(rows):
+            at = batch.logits_indices[list(rows)].tolist()
+            choice = _Choice(at, list(requests))
+            tokens = self._timed(lambda: self._decode(batch, choice))[at]
+        else:
+            choice = _Choice(list(rows), list(requests))
+            tokens = self._timed(lambda: self._run(batch, choice))
+        return [
+            (request, sampled_token(request, token))
+            for request, token in zip(requests, tokens.tolist(), strict=True)
+        ]
+
+    def _is_decode(self, batch: Batch) -> bool:
+        return max(batch.query_lens) == 1 and len(batch.requests) <= self._sizes[-1]
+
+    def _timed(self, step: Callable[[], Tensor]) -> Tensor:
+        """Runs a step to its end; if it fails, what it left on the stream is let through."""
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                result = step()
+                self._synchronize()
+            return result
+        except BaseException as error:
+            if self.bridge is not None:
+                try:
+                    self.bridge.reset()
+                except RuntimeError as second:
+                    error.add_note(f"and the device does not come to rest: {second}")
+            raise
+        finally:
+            self.native_seconds += time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _copy_blocks(self, batch: Batch) -> None:
+        for source, target in batch.block_copies:
+            self.latent_cache[:, target] = self.latent_cache[:, source]
+        batch.block_copies.clear()
+
+    def _run(self, batch: Batch, choice: _Choice | None = None) -> Tensor:
+        """A batch of any kind, launched operation by operation: logits [L, V], or a token per row of the choice."""
+        self._copy_blocks(batch)
+        there = DeviceBatch.of(
+            batch,
+            self.model.embed_tokens.weight,
+            self.device,
+            max_context=self._max_context,
+            max_key_chunk=self._key_chunk,
+        )
+        hidden = self.model.forward(there, self.latent_cache)
+        assert there.logits_indices is not None
+        wanted = there.logits_indices
+        if choice is not None:
+            wanted = wanted[torch.tensor(choice.rows, device=self.device)]
+        vocab = self.model.config.vocab_size
+        rows = max(1, _LOGITS_BYTES // (4 * vocab))
+        parts = []
+        for begin in range(0, wanted.shape[0], rows):
+            logits = self.model.compute_logits(hidden[wanted[begin : begin + rows]])
+            if choice is None:
+                parts.append(logits.cpu())
+                continue
+            part = slice(begin, begin + rows)
+            columns = SamplingTensors.of(
+                [request.params for request in choice.requests[part]],
+                choice.uniforms[part],
+                device=self.device,
+                adjust=False,
+            )
+            parts.append(sample_on_device(logits, columns)[0].cpu())
+        return torch.cat(parts) if parts else torch.empty(0, 0)
+
+    def _decode(self, batch: Batch, choice: _Choice | None) -> Tensor:
+        """A decode batch: logits of all its rows, or their tokens, of which only those of the choice mean anything."""
+        self._copy_blocks(batch)
+        size = next(size for size in self._sizes if size >= batch.num_tokens)
+        step = self._steps.get(size)
+        if step is None:
+            inputs = PaddedBatch(
+                size,
+                self.model.embed_tokens.weight,
+                self.device,
+                max_context=self._max_context,
+                max_blocks=self._max_blocks,
+            )
+            step = self._steps[size] = _DecodeStep(inputs)
+        kind = None if choice is None else choice.kind
+        step.inputs.fill(batch)
+        if choice is not None:
+            step.inputs.fill_choice(
+                choice.rows, [request.params for request in choice.requests], choice.uniforms
+            )
+        step.inputs.staging.upload()
+        captured = step.graphs.get(kind)
+        if captured is None:
+            result = self._launch(step.inputs, kind).cpu()
+            if self._uses_graphs:
+                self._try_capture(step, kind)
+            return result[: batch.num_tokens]
+        captured.graph.replay()
+        if self.bridge is not None:
+            self.bridge.run_step(size)
+        self._synchronize()
+        return captured.result[: batch.num_tokens].clone()
+
+    def _launch(self, inputs: PaddedBatch, kind: _Kind) -> Tensor:
+        """Enqueues a step over the padded batch: logits [n, V] or token ids [n] on the device."""
+        hidden = self.model.forward(inputs.batch(), self.latent_cache)
+        logits = self.model.compute_logits(hidden)
+        if kind is None:
+            return logits
+        is_random, has_cut_offs = kind
+        columns = inputs.sampling(is_random=is_random, has_cut_offs=has_cut_offs)
+        return sample_on_device(logits, columns)[0]
+
+    def _try_capture(self, step: _DecodeStep, kind: _Kind) -> None:
+        try:
+            step.graphs[kind] = self._capture(step.inputs, kind)
+        except RuntimeError as error:
+            self._uses_graphs = False
+            logger.warning(
+                "steps cannot be captured as graphs (%s): they are launched operation by operation, which is slower",
+                error,
+            )
+            if self.bridge is not None:
+                self.bridge.reset()
+
+    def _capture(self, inputs: PaddedBatch, kind: _Kind) -> _Graph:
+        """Records the same as a graph, after it has run once: all kernels are loaded then."""
+        start = time.perf_counter()
+        if self._graph_memory is None:
+            self._graph_memory = torch.cuda.graph_pool_handle()
+        vocab = self.model.config.vocab_size
+        shape = (inputs.size,) if kind is not None else (inputs.size, vocab)
+        dtype = torch.float32 if kind is None else torch.int32
+        result = torch.empty(shape, dtype=dtype, pin_memory=True)
+        graph = torch.cuda.CUDAGraph()
+        self._synchronize()
+        # Other threads may use the device meanwhile: the one that copies blocks to disk does.
+        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
+            result.copy_(self._launch(inputs, kind), non_blocking=True)
+        elapsed = time.perf_counter() - start
+        logger.debug("captured a graph for %d requests in %.2f s", inputs.size, elapsed)
+        return _Graph(graph, result)
