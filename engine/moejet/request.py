@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Literal
 
+from moejet.grammar import Grammar
+from moejet.policy import TokenPolicy
+from moejet.statistics import TokenStatistics
+
 if TYPE_CHECKING:
-    from moejet.grammar import Grammar
-    from moejet.policy import TokenPolicy
     from moejet.sample_state import SampleState
-    from moejet.statistics import TokenStatistics
 
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
@@ -85,7 +86,7 @@ class SamplingParams:
                 f"policy={self.policy!r} must be a function that makes a policy, called for every "
                 "sample: pass its class, or lambda: YourPolicy(...)"
             )
-        if self.grammar is not None and not _is_grammar(self.grammar):
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise ValueError(
                 f"grammar={self.grammar!r} must be a Grammar: Grammar.json_schema(...), .regex(...), "
                 ".choice(...) or .lark(...)"
@@ -106,12 +107,6 @@ class SamplingParams:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
-
-
-def _is_grammar(value: object) -> bool:
-    from moejet.grammar import Grammar  # which imports the policies
-
-    return isinstance(value, Grammar)
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:

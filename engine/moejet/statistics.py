@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from moejet.ops.top_logits import top_logits
+if TYPE_CHECKING:  # a server's process knows the values and not how they come about
+    from torch import Tensor
 
 _NUM_TOP = 20
 _CHUNK_ELEMENTS = 1 << 20  # of logits at a time: temporaries stay within a core's cache
@@ -83,6 +82,10 @@ def token_scores(logits: Tensor, token_ids: list[int]) -> list[TokenScores]:
 
 
 def _scores_of(logits: Tensor, token_ids: list[int]) -> list[TokenScores]:
+    import torch
+
+    from moejet.ops.top_logits import top_logits
+
     vocab_size = logits.shape[1]
     top, _, log_sums = top_logits(logits, min(_NUM_TOP, vocab_size))
     logprobs = logits - torch.tensor(log_sums, dtype=torch.float32).unsqueeze(1)

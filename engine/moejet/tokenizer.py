@@ -94,6 +94,21 @@ class Tokenizer:
             eos_token_ids=_read_eos_ids(root),
         )
 
+    def parts(self) -> dict[str, Any]:
+        """What `from_parts` makes the same tokenizer of, in another process: texts, flags and ids."""
+        return {
+            "raw": self.raw.to_str(),
+            "special_tokens": self.special_tokens,
+            "chat_templates": self._templates,
+            "add_bos_token": self._adds_bos,
+            "add_eos_token": self._adds_eos,
+            "eos_token_ids": list(self.eos_token_ids),
+        }
+
+    @classmethod
+    def from_parts(cls, *, raw: str, **settings: Any) -> Tokenizer:
+        return cls(RawTokenizer.from_str(raw), **settings)
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""

@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": ("moejet.cli.bench", "measure tokens per second"),
     "plan": ("moejet.cli.plan", "say where the memory goes and how fast a model will be"),
     "cache": ("moejet.cli.cache", "list, check or remove packed weights and prefixes on disk"),
+    "serve": ("moejet.cli.serve", "serve a model to OpenAI's and Anthropic's clients"),
     "doctor": ("moejet.cli.doctor", "check this machine and this installation"),
 }
 # Second words that make another command of the first.
@@ -33,6 +34,9 @@ SUBCOMMANDS = {
     "bench moe": ("moejet.cli.bench_moe", "measure one layer of routed experts"),
     "bench gpu": ("moejet.cli.bench_gpu", "measure the GPU kernels"),
 }
+
+# Of the input, the machine or the network; all others are bugs.
+EXPECTED_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -137,7 +141,7 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         level = env_log_level()
     except ValueError as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     logging.basicConfig(level=level, format="moejet: %(levelname)s: %(name)s: %(message)s")
     try:
         if not arguments or arguments[0] not in COMMANDS:
@@ -146,14 +150,14 @@ def _dispatch(arguments: list[str]) -> int:
         args = build_parser(command).parse(rest)
         code: int = import_module((COMMANDS | SUBCOMMANDS)[command][0]).execute(args)
         return code
-    except (ValueError, ImportError, MemoryError, OSError, FloatingPointError) as error:
+    except EXPECTED_ERRORS as error:
         if isinstance(error, BrokenPipeError):
             raise
         logging.getLogger(__name__).debug("the command failed", exc_info=True)
-        return _fail(*_describe(error))
+        return fail(*describe_error(error))
 
 
-def _describe(error: Exception) -> tuple[str, int]:
+def describe_error(error: Exception) -> tuple[str, int]:
     """One line and an exit code for an error that is not a bug of ours."""
     if isinstance(error, ValueError) and not isinstance(error, OSError):
         return str(error), 2
@@ -167,7 +171,7 @@ def _describe(error: Exception) -> tuple[str, int]:
     return str(error), 1
 
 
-def _fail(message: str, code: int) -> int:
+def fail(message: str, code: int) -> int:
     print(f"moejet: error: {message}", file=sys.stderr)
     return code
 

@@ -20,8 +20,6 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from moejet.async_llm import AsyncLLM
-from moejet.llm import LLM
 from moejet.server.backend import Backend, LocalBackend
 from moejet.server.config import ServerConfig
 from moejet.server.errors import ApiError, dialect_of

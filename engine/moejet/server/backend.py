@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from moejet.async_llm import AsyncLLM
 from moejet.request import SamplingParams, StreamDelta, TokenLogprobs
 from moejet.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # which loads torch
+    from moejet.async_llm import AsyncLLM
 
 
 @dataclass(frozen=True, slots=True)

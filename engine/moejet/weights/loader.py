@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from moejet.progress import ProgressLine
@@ -31,6 +32,17 @@ _IGNORED = re.compile(
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _STACKED = re.compile(r"(?P<prefix>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)(\.weight)?")
 _LISTED = 10
+_LISTENER: ContextVar[Callable[[LoadProgress], None] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def on_load_progress(listener: Callable[[LoadProgress], None]) -> Iterator[None]:
+    """Calls `listener` after every piece that this thread loads within the context."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,7 @@ def load_weights(
     plan = plan_load(checkpoint, specs, num_hidden_layers)
     total = sum(piece.num_bytes for piece in plan.pieces)
     line = ProgressLine(enabled=show_progress)
+    on_progress = on_progress or _LISTENER.get()
     start = time.perf_counter()
     done = 0
     try:
