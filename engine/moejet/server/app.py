@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -24,6 +24,8 @@ from moejet.server.backend import Backend, LocalBackend
 from moejet.server.config import ServerConfig
 from moejet.server.errors import ApiError, dialect_of
 from moejet.server.generation import Generation, Observer, Plan
+from moejet.server.health import health_router
+from moejet.server.metrics import ServerMetrics, metrics_router
 from moejet.server.middleware import Guard, read_json
 from moejet.server.openapi import describe
 from moejet.server.prompts import PromptMaker
@@ -33,34 +35,15 @@ from moejet.server.routes import add_routes
 from moejet.server.sse import WorkResponse, error_response
 from moejet.server.tool_calls import detect_tool_format
 
+if TYPE_CHECKING:
+    from moejet.async_llm import AsyncLLM
+    from moejet.llm import LLM
+
 _PROMPT_THREADS = 2
 PUBLIC_PATHS = ("/health", "/ready")
 
 Model = TypeVar("Model", bound=ApiModel)
 Result = TypeVar("Result")
-
-
-class Unobserved:
-    """Counts nothing."""
-
-    def request_started(self, dialect: str) -> None: ...
-
-    def first_token(self, seconds: float) -> None: ...
-
-    def inter_token(self, seconds: float) -> None: ...
-
-    def finished(
-        self,
-        reason: str,
-        prompt_tokens: int,
-        completion_tokens: int,
-        cached_tokens: int,
-        seconds: float,
-    ) -> None: ...
-
-    def rejected(self, reason: str) -> None: ...
-
-    def cancelled(self, phase: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -136,15 +119,9 @@ def asgi_app(
     if config is not None and options:
         raise ValueError(f"config and {', '.join(options)} are given: put all of them into config")
     config = config or ServerConfig(**options)
-    owned: AsyncLLM | None = None
-    if isinstance(llm, LLM):
-        llm = owned = AsyncLLM.from_llm(llm)
-    if isinstance(llm, AsyncLLM):
-        name = config.model_name or Path(llm.config.model).name
-        backend: Backend = LocalBackend(llm, name=name)
-    else:
-        backend = llm
-    server = _server(backend, config, observer or Unobserved())
+    backend, owned = _backend_of(llm, config)
+    metrics = ServerMetrics(backend)
+    server = _server(backend, config, observer or metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -169,8 +146,27 @@ def asgi_app(
     app.state.server = server
     app.add_middleware(Guard, config=config, public=(*PUBLIC_PATHS, *public_paths))
     add_routes(app, server)
+    app.include_router(health_router(backend))
+    app.include_router(metrics_router(metrics))
     describe(app)
     return app
+
+
+def _backend_of(
+    llm: AsyncLLM | LLM | Backend, config: ServerConfig
+) -> tuple[Backend, AsyncLLM | None]:
+    """The backend, and the engine behind it if that is the application's to close."""
+    if hasattr(llm, "card"):
+        return llm, None
+    from moejet.async_llm import (
+        AsyncLLM,
+    )  # loads torch, which a server beside its engine does not need
+
+    owned = None if isinstance(llm, AsyncLLM) else AsyncLLM.from_llm(llm)
+    engine = owned or llm
+    assert isinstance(engine, AsyncLLM), f"{engine=}"
+    name = config.model_name or Path(engine.config.model).name
+    return LocalBackend(engine, name=name), owned
 
 
 def _server(backend: Backend, config: ServerConfig, observer: Observer) -> Server:

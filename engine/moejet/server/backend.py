@@ -73,14 +73,15 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """An `AsyncLLM` in this process. It stays its owner's: close() leaves it open."""
+    """An `AsyncLLM` in this process. close() leaves it open unless it is owned."""
 
-    def __init__(self, llm: AsyncLLM, *, name: str):
+    def __init__(self, llm: AsyncLLM, *, name: str, is_owned: bool = False):
         try:
             tokenizer: Tokenizer | None = llm.tokenizer
         except ValueError:
             tokenizer = None
         self._llm = llm
+        self._is_owned = is_owned
         self.card = ModelCard(
             name=name,
             max_context=llm.max_context,
@@ -114,4 +115,5 @@ class LocalBackend:
         return self._llm.counters()
 
     async def close(self) -> None:
-        pass
+        if self._is_owned:
+            await self._llm.close(drain=False)

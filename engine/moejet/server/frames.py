@@ -228,9 +228,7 @@ class Channel(asyncio.Protocol, Generic[Incoming]):
         """on_end is called once, with what was wrong or None at the orderly end."""
         decoder = msgspec.msgpack.Decoder(kind)
         loop = asyncio.get_running_loop()
-        _, channel = await loop.create_connection(
-            lambda: cls(decoder, on_frame, on_end), sock=sock
-        )
+        _, channel = await loop.create_connection(lambda: cls(decoder, on_frame, on_end), sock=sock)
         return channel
 
     def send(self, frame: object) -> None:

@@ -204,7 +204,7 @@ class RemoteBackend:
         health: dict[str, Any] = dict(self._status.health) if self._status is not None else {}
         if self._state != "running":
             health |= {"alive": False, "state": self._state}
-            health |= {name: 0 for name in ("running", "waiting", "requests", "queued_requests")}
+            health |= dict.fromkeys(("running", "waiting", "requests", "queued_requests"), 0)
         elif age_s > _SILENT_S:
             health |= {"alive": False, "state": "unresponsive"}
         elif not health:
@@ -233,11 +233,13 @@ class RemoteBackend:
             await asyncio.wait((self._supervision,))
         if was_running and not self._hung_up.done():
             self.send(frames.Stop(drain, timeout_s))
-            wait_s = _STOP_WAIT_S + (timeout_s or 0.0)
-            await asyncio.wait((self._hung_up,), timeout=None if drain and not timeout_s else wait_s)
-            if self._process is not None:
+            # Draining without a limit takes as long as it takes; a process that dies hangs up as well.
+            is_endless = drain and timeout_s is None
+            wait_s = None if is_endless else _STOP_WAIT_S + (timeout_s or 0.0)
+            await asyncio.wait((self._hung_up,), timeout=wait_s)
+            if self._process is not None and self._hung_up.done():
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._process.wait(), _STOP_WAIT_S)
+                    await asyncio.wait_for(self._process.wait(), _EXIT_WAIT_S)
         await self._end_process()
         self._fail_all(lambda: EngineClosedError("the server was closed"))
 

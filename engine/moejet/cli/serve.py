@@ -1,0 +1,347 @@
+"""`moejet serve`: the HTTP server, with the engine in a process of its own."""
+
+import argparse
+import asyncio
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moejet.cli import options
+from moejet.cli.terminal import note
+from moejet.progress import ProgressLine, bar
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from moejet.server.backend import Backend
+    from moejet.server.config import ServerConfig
+
+_EPILOG = """\
+examples:
+  moejet serve                                     the embedded tiny reasoner, for this machine only
+  moejet serve ./DeepSeek-V3 --port 8080
+  MOEJET_API_KEY=secret moejet serve org/name --host 0.0.0.0
+"""
+_ENGINE_LIMITS = ("max_queued_requests", "max_queued_tokens", "step_timeout_s")
+_MAX_CONNECTIONS = 4096
+_CLOSE_S = 30.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `moejet serve`."""
+    parser.usage = "moejet serve [options] [MODEL]"
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=options.DEFAULT_MODEL,
+        metavar="MODEL",
+        help="directory, GGUF file or hub id (org/name, org/name:QUANT); default: the embedded tiny reasoner",
+    )
+    _add_server_options(parser)
+    _add_limits(parser)
+    options.add_engine_options(parser)
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default %(default)s)"
+    )
+    group.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="default %(default)s; 0: any free one"
+    )
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="ask clients for this key (repeatable); others can see it in the list of processes, so better "
+        "set MOEJET_API_KEY",
+    )
+    group.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="ask for one of the keys in FILE, one per line",
+    )
+    group.add_argument(
+        "--insecure", action="store_true", help="let others reach this server without a key"
+    )
+    group.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="name of the model (default: the last part of MODEL)",
+    )
+    group.add_argument(
+        "--reasoning-field",
+        choices=("both", "reasoning_content", "reasoning"),
+        default="both",
+        help="where answers carry the thinking (default %(default)s)",
+    )
+    group.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web page that may call this server, such as https://example.org (repeatable)",
+    )
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        metavar="NAME",
+        help="name under which clients address this server (repeatable; default: localhost and addresses)",
+    )
+    group.add_argument(
+        "--no-access-log", action="store_true", help="do not log a line per request on stderr"
+    )
+    group.add_argument(
+        "--log-prompts", action="store_true", help="write prompts and answers to the log"
+    )
+    group.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="for running requests when the server is told to end (default %(default)g)",
+    )
+    group.add_argument(
+        "--no-worker", action="store_true", help="run the engine in the server's own process"
+    )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("load")
+    for option, kind, text in (
+        ("--max-num-requests", int, "samples that run together (default 64)"),
+        ("--max-queued-requests", int, "requests that may wait; more get 503 (default 512)"),
+        ("--max-queued-tokens", int, "tokens of prompts that may wait (default 1048576)"),
+        ("--max-batch-tokens", int, "tokens per step (default 2048)"),
+        ("--cache-tokens", int, "room of the latent cache, shared by all requests"),
+        ("--seed", int, "base of the seeds of requests that bring none"),
+    ):
+        group.add_argument(option, type=kind, metavar="N", help=text)
+    group.add_argument(
+        "--step-timeout",
+        dest="step_timeout_s",
+        type=float,
+        metavar="SECONDS",
+        help="a step that takes longer counts as hung (default 600)",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_const",
+        const=True,
+        help="answers that depend on nothing but the request and its seed; slower",
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit code."""
+    config = _config(args)
+    if not args.drain_timeout >= 0:
+        raise ValueError(f"--drain-timeout={args.drain_timeout:g} must be 0 or more seconds")
+    if args.no_access_log:
+        logging.getLogger("moejet.server.access").setLevel(logging.WARNING)
+    elif logging.getLogger().level > logging.INFO:
+        logging.getLogger("moejet.server.access").setLevel(logging.INFO)
+    _raise_file_limit()
+    with _listening_socket(config.host, config.port) as sock:
+        return asyncio.run(_serve(args, config, sock))
+
+
+def _config(args: argparse.Namespace) -> "ServerConfig":
+    from moejet.server.config import ServerConfig
+
+    hosts = tuple(name.lower() for name in args.allowed_host) if args.allowed_host else None
+    return ServerConfig(
+        host=args.host,
+        port=args.port,
+        model_name=args.served_model_name or Path(args.model).name,
+        api_keys=_api_keys(args),
+        insecure=args.insecure,
+        cors_origins=tuple(args.cors_origin),
+        allowed_hosts=hosts,
+        reasoning_field=args.reasoning_field,
+        log_prompts=args.log_prompts,
+    )
+
+
+def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    keys = [*args.api_key]
+    if (key := os.environ.get("MOEJET_API_KEY")) is not None:
+        keys.append(key)
+    if args.api_key_file is not None:
+        lines = args.api_key_file.read_text(encoding="utf-8").splitlines()
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ValueError(f"--api-key-file={args.api_key_file} holds no key: write one per line")
+        keys += found
+    return tuple(dict.fromkeys(keys))
+
+
+def _raise_file_limit() -> None:
+    """A connection each is a file each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * _MAX_CONNECTIONS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
+    """Taken before a long load, which a port in use would make futile."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ValueError(
+            f"--host={host!r} is no address of this machine: {error.strerror}"
+        ) from error
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        message = f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
+        raise ValueError(message) from error
+    return sock
+
+
+class _Gate:
+    """Answers 503 until there is an application behind it."""
+
+    def __init__(self) -> None:
+        self.app: ASGIApp | None = None
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if self.app is not None:
+            await self.app(scope, receive, send)
+            return
+        from starlette.responses import JSONResponse
+
+        error = {
+            "message": "the model is being loaded",
+            "type": "overloaded_error",
+            "param": None,
+            "code": "loading",
+        }
+        body = {"status": "loading", "error": error}
+        response = JSONResponse(
+            body, 503, headers={"retry-after": "5", "cache-control": "no-store"}
+        )
+        await response(scope, receive, send)
+
+
+async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.socket) -> int:
+    import uvicorn
+
+    from moejet.cli.main import fail
+    from moejet.server.app import asgi_app
+    from moejet.server.connection import protocol_class
+    from moejet.server.supervisor import LoadError
+
+    gate = _Gate()
+    server = uvicorn.Server(
+        uvicorn.Config(
+            gate,
+            http=protocol_class(config.header_timeout_s),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            h11_max_incomplete_event_size=config.max_header_bytes,
+            timeout_graceful_shutdown=max(1, round(args.drain_timeout)),
+        )
+    )
+    stopped = _on_signals(server)
+    # _serve and not serve, which would take the signals for itself and end the process by them.
+    serving = asyncio.create_task(server._serve([sock]))
+    waiting = asyncio.create_task(stopped.wait())
+    loading = asyncio.create_task(_load(args, config))
+    await asyncio.wait((loading, waiting, serving), return_when=asyncio.FIRST_COMPLETED)
+    try:
+        if not loading.done():
+            loading.cancel()
+            return 130 if server.force_exit else 0
+        backend = loading.result()
+    except LoadError as error:
+        return fail(str(error), error.exit_code)
+    else:
+        app = asgi_app(backend, config)
+        async with app.router.lifespan_context(app), _closing(backend):
+            gate.app = app
+            print(f"{backend.card.name} is served at {_url(config, sock)}", flush=True)
+            await serving
+        return 0
+    finally:
+        server.should_exit = True
+        await asyncio.wait((loading, serving))
+        waiting.cancel()
+
+
+def _on_signals(server: Any) -> asyncio.Event:
+    """The first SIGTERM or SIGINT lets running requests finish, the second ends them."""
+    stopped = asyncio.Event()
+
+    def stop() -> None:
+        if stopped.is_set():
+            server.force_exit = True
+        else:
+            note("finishing the running requests; once more ends them")
+        server.should_exit = True
+        stopped.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    return stopped
+
+
+async def _load(args: argparse.Namespace, config: "ServerConfig") -> "Backend":
+    from moejet.server.backend import LocalBackend
+    from moejet.server.supervisor import RemoteBackend, WorkerOptions
+
+    engine = options.engine_options(args)
+    for name in ("max_num_requests", "max_batch_tokens", "cache_tokens", "seed", "deterministic"):
+        if (value := getattr(args, name)) is not None:
+            engine[name] = value
+    limits = {n: v for n in _ENGINE_LIMITS if (v := getattr(args, n)) is not None}
+    assert config.model_name is not None, "it has been set"
+    if args.no_worker:
+        options.quiet_openmp()
+        from moejet.async_llm import AsyncLLM
+
+        llm = await asyncio.to_thread(AsyncLLM, args.model, **limits, **engine)
+        return LocalBackend(llm, name=config.model_name, is_owned=True)
+    line = ProgressLine()
+    try:
+        return await RemoteBackend.open(
+            WorkerOptions(args.model, {**engine, "show_progress": False}, limits),
+            name=config.model_name,
+            on_loading=lambda share: line.update(f"loading {bar(share)}"),
+        )
+    finally:
+        line.close()
+
+
+@asynccontextmanager
+async def _closing(backend: "Backend") -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await asyncio.wait_for(backend.close(), _CLOSE_S)
+
+
+def _url(config: "ServerConfig", sock: socket.socket) -> str:
+    host = "localhost" if config.host in ("0.0.0.0", "::") else config.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
