@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -157,7 +157,7 @@ def _backend_of(
 ) -> tuple[Backend, AsyncLLM | None]:
     """The backend, and the engine behind it if that is the application's to close."""
     if hasattr(llm, "card"):
-        return llm, None
+        return cast("Backend", llm), None
     from moejet.async_llm import (
         AsyncLLM,
     )  # loads torch, which a server beside its engine does not need

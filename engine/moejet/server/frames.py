@@ -30,7 +30,7 @@ class FrameError(Exception):
     """The other side sent what is no frame."""
 
 
-class _Frame(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
+class _Frame(msgspec.Struct, array_like=True, tag=True, forbid_unknown_fields=True):
     pass
 
 

@@ -116,6 +116,7 @@ class RemoteBackend:
     def __init__(self, options: WorkerOptions, *, name: str, restarts: RestartPolicy | None = None):
         self.loop = asyncio.get_running_loop()
         self.card: ModelCard
+        self._first: frames.Loaded  # what every later process has to load
         self._name = name
         self._options = options
         self._restarts = restarts or RestartPolicy()

@@ -129,9 +129,9 @@ class Worker:
             frame = frames.Loading(progress.bytes_done, progress.bytes_total)
             loop.call_soon_threadsafe(self._send, frame)
 
-        limits: dict[str, Any] = dict(load.limits)
+        options: dict[str, Any] = {**load.options, **load.limits}
         with on_load_progress(report):
-            return AsyncLLM(load.model, **limits, **load.options)
+            return AsyncLLM(load.model, **options)
 
     def _send(self, frame: object) -> None:
         if self._channel is not None:
@@ -153,8 +153,10 @@ class Worker:
                 if not self._load.done():
                     self._load.set_result(frame)
             case frames.Start(number, job):
-                reader = self._readers[number] = _Reader(job.request_id)
-                reader.task = asyncio.create_task(self._serve(number, frame, reader))
+                new = self._readers[number] = _Reader(job.request_id)
+                new.task = asyncio.create_task(self._serve(number, frame, new))
+                # Not in the task itself, which may be cancelled before it begins.
+                new.task.add_done_callback(lambda _: self._readers.pop(number, None))
             case frames.Credit(number, count):
                 if (reader := self._readers.get(number)) is not None:
                     reader.add(count)
@@ -200,7 +202,6 @@ class Worker:
         finally:
             if stream is not None:
                 stream.close()
-            del self._readers[number]
 
     async def _answer(self, call: frames.Score | frames.Abort | frames.EndThinking) -> None:
         try:
