@@ -11,7 +11,7 @@ deterministic), also as far as it came when the client left. One JSON line:
   killed         streams that ended with an error event because the engine's process was killed; they count as neither
   rejected       requests answered with 503; clients wait as Retry-After says, but at most a second, and ask again
   ttft, itl      milliseconds from the request to the first token, and between two events of a stream
-  recovery_s     from a kill to the next answered request
+  recovery       milliseconds from a kill to the next answered request
 """
 
 from __future__ import annotations
@@ -179,20 +179,19 @@ async def kill_engine(
     server: int, port: int, times: int, seconds: float, tally: Tally
 ) -> list[float]:
     """Kills the engine's process now and then; seconds until an answer was whole again."""
-    found = []
+    found: list[float] = []
+    begin_s, pause_s = time.perf_counter(), seconds / (times + 1)
     for number in range(times):
-        await asyncio.sleep(
-            seconds / (times + 1) if number == 0 else max(0.0, next_s - time.perf_counter())
-        )
-        next_s = time.perf_counter() + seconds / (times + 1)
+        due_s = begin_s + pause_s * (number + 1)
+        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
         pid = engine_pid(server)
         if pid is None:
             continue
-        begin = time.perf_counter()
+        killed_s = time.perf_counter()
         os.kill(pid, signal.SIGKILL)
-        while tally.last_success_s < begin + 0.2:  # not one whose last event was on its way
+        while tally.last_success_s < killed_s + 0.2:  # not one whose last event was on its way
             await asyncio.sleep(0.05)
-        found.append(time.perf_counter() - begin)
+        found.append(time.perf_counter() - killed_s)
     return found
 
 
@@ -234,7 +233,7 @@ async def measure(args: argparse.Namespace, server: int, port: int) -> dict[str,
         "ttft_ms": quantiles(tally.ttft_s),
         "itl_ms": quantiles(tally.itl_s),
         "kills": len(recovery_s),
-        "recovery_s": quantiles([s / 1e3 for s in recovery_s]),
+        "recovery_ms": quantiles(recovery_s),
         "server_rss_mb": {
             "first": sizes[tenth][0],
             "last": sizes[-1][0],
