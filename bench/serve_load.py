@@ -9,7 +9,7 @@ deterministic), also as far as it came when the client left. One JSON line:
   lost           streams that ended without [DONE] and without an error event
   crossed        streams whose text was not that of their question
   killed         streams that ended with an error event because the engine's process was killed; they count as neither
-  rejected       requests answered with 503; clients wait as Retry-After says, but at most a second, and ask again
+  rejected       requests answered with 503; clients wait as Retry-After says, but at most 5 s, and ask again
   ttft, itl      milliseconds from the request to the first token, and between two events of a stream
   recovery       milliseconds from a kill to the next answered request
 """
@@ -48,6 +48,7 @@ class Tally:
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
     last_success_s: float = 0.0
+    may_end: bool = True  # no kill waits for its recovery
     wrong: list[str] = field(default_factory=list)
 
 
@@ -101,7 +102,7 @@ async def ask(port: int, number: int, leave_after: int | None, tally: Tally | No
         if status == 503:
             if tally is not None:
                 tally.rejected += 1
-            await asyncio.sleep(min(1.0, float(headers.get("retry-after", "1"))) * random.random())
+            await asyncio.sleep(min(5.0, float(headers.get("retry-after", "1"))) * random.random())
             return None
         assert status == 200, f"{status=}"
         async for event in events(reader):
@@ -157,7 +158,7 @@ def check(tally: Tally, number: int, text: str, has_ended: bool, has_left: bool)
 async def client(port: int, seed: int, until_s: float, tally: Tally) -> None:
     rng = random.Random(seed)
     await asyncio.sleep(rng.random())
-    while time.perf_counter() < until_s:
+    while time.perf_counter() < until_s or not tally.may_end:
         leave_after = rng.randint(1, 20) if rng.random() < 0.2 else None
         await ask(port, rng.randrange(NUM_QUESTIONS), leave_after, tally)
 
@@ -187,11 +188,12 @@ async def kill_engine(
         pid = engine_pid(server)
         if pid is None:
             continue
-        killed_s = time.perf_counter()
+        tally.may_end, killed_s = False, time.perf_counter()
         os.kill(pid, signal.SIGKILL)
         while tally.last_success_s < killed_s + 0.2:  # not one whose last event was on its way
             await asyncio.sleep(0.05)
         found.append(time.perf_counter() - killed_s)
+        tally.may_end = True
     return found
 
 

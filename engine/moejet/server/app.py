@@ -158,9 +158,8 @@ def _backend_of(
     """The backend, and the engine behind it if that is the application's to close."""
     if hasattr(llm, "card"):
         return cast("Backend", llm), None
-    from moejet.async_llm import (
-        AsyncLLM,
-    )  # loads torch, which a server beside its engine does not need
+    # Not at the top: it loads torch, which a server beside its engine does not need.
+    from moejet.async_llm import AsyncLLM
 
     owned = None if isinstance(llm, AsyncLLM) else AsyncLLM.from_llm(llm)
     engine = owned or llm
