@@ -108,3 +108,14 @@ class TrafficCounters:
             "finished_samples": dict(self.finished_samples),
             "queue_time_s": self.queue_time.as_dict(),
         }
+
+
+def add_totals(a: Any, b: Any) -> Any:
+    """Sums of totals as `as_dict` gives them: numbers, those within dicts, and counts of buckets; None counts as 0."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, dict):
+        return {name: add_totals(a.get(name), b.get(name)) for name in {**a, **b}}
+    if isinstance(a, list):
+        return [[bound, count + other] for (bound, count), (_, other) in zip(a, b, strict=True)]
+    return a + b

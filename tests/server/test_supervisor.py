@@ -52,6 +52,8 @@ if load.model.startswith("once:"):
         file.write("x")
 send(frames.Loading(1, 2), frames.Loaded(100, 50, SamplingParams(), None))
 health = {"alive": True, "state": "running", "running": 1}
+if load.model == "stuck":
+    health |= {"state": "stuck", "alive": False, "step_running_s": 5.0}
 send(frames.Status(health, {"steps": 5, "queue": {"buckets": [[1.0, 2]]}}, {"p": (3, 9)}))
 def delta(number, text, **more):
     return frames.Delta(number, StreamDelta("r", 0, text, "", text, (1,), **more))
@@ -243,6 +245,19 @@ def test_load_failures_reach_the_caller():
         with pytest.raises(LoadError, match="SIGSEGV") as crashed:
             await opened("crash")
         assert crashed.value.exit_code == 1
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_hangs_in_a_step_is_killed_in_the_end():
+    async def main() -> None:
+        options = WorkerOptions("stuck", limits={"step_timeout_s": 2.0})
+        backend = await RemoteBackend.open(options, name="m")
+        await until(lambda: backend.health()["state"] == "stuck")
+        stream = await backend.start(job("hang"))
+        with pytest.raises(EngineDeadError, match="had been running for 5 s"):
+            await read(stream)
+        await backend.close()
 
     asyncio.run(main())
 

@@ -17,15 +17,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
-from moejet.mailbox import Mailbox
-from moejet.request import StreamDelta, TokenLogprobs
+from moejet.engine_counters import add_totals
+from moejet.request import TokenLogprobs
 from moejet.server import frames
 from moejet.server.backend import Job, ModelCard, Stream
 from moejet.server.frames import Channel
+from moejet.server.remote_stream import RemoteStream
 from moejet.server.restarts import RestartPolicy, describe_exit, oom_kills
 from moejet.ticket import EngineClosedError, EngineDeadError
 from moejet.tokenizer import Tokenizer
@@ -33,8 +35,11 @@ from moejet.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _EXIT_WAIT_S = 0.5  # for the exit code of a process that has hung up
+_LOOK_S = 2.0
 _SILENT_S = 10.0  # without a status: health says so
 _HUNG_S = 120.0  # without a status: it is killed
+_STEP_TIMEOUT_S = 600.0  # where the engine has its default
+_STUCK_STEPS = 2.0  # times the limit of a step that hangs: it is killed
 _STOP_WAIT_S = 15.0  # for threads and memory, after the last request
 _SECRETS = ("MOEJET_API_KEY",)
 
@@ -56,58 +61,6 @@ class WorkerOptions:
     model: str
     options: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, Any] = field(default_factory=dict)
-
-
-class RemoteStream:
-    """A request in the engine's process."""
-
-    def __init__(self, backend: RemoteBackend, number: int, job: Job):
-        self._backend = backend
-        self._number = number
-        self._job = job
-        self._mailbox = Mailbox()
-        self._num_received = 0  # since the reader last took something
-        self._is_closed = False
-        self.accepted: asyncio.Future[None] = backend.loop.create_future()
-
-    async def get(self, timeout_s: float | None = None) -> StreamDelta | None:
-        try:
-            delta = await self._mailbox.get(timeout_s)
-        except asyncio.CancelledError:
-            self.close()
-            raise
-        if self._num_received >= frames.WINDOW // 2:
-            self._backend.send(frames.Credit(self._number, self._num_received))
-            self._num_received = 0
-        return delta
-
-    def close(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
-            self._backend.drop(self._number)
-
-    def __del__(self) -> None:
-        if not getattr(self, "_is_closed", True) and not self._backend.loop.is_closed():
-            # It may be collected on any thread.
-            close = frames.Close(self._number)
-            self._backend.loop.call_soon_threadsafe(self._backend.send, close)
-
-    def put(self, delta: StreamDelta) -> None:
-        self._num_received += 1
-        if delta.output is not None:
-            ids = tuple(self._job.token_ids)
-            output = replace(delta.output, prompt_token_ids=ids)
-            delta = replace(delta, output=output)
-        _resolve(self._mailbox.put(delta))
-
-    def end(self, error: Exception | None = None) -> None:
-        self._is_closed = True
-        if not self.accepted.done():
-            if error is None:
-                self.accepted.set_result(None)
-            else:
-                self.accepted.set_exception(error)
-        _resolve(self._mailbox.end(error))
 
 
 class RemoteBackend:
@@ -222,7 +175,7 @@ class RemoteBackend:
     def counters(self) -> dict[str, Any]:
         """As `AsyncLLM.counters`, those of processes that have ended included."""
         now = self._status.counters if self._status is not None else {}
-        return {**_added(self._past, now), "worker_restarts": self._num_restarts}
+        return {**add_totals(self._past, now), "worker_restarts": self._num_restarts}
 
     async def close(self, drain: bool = False, timeout_s: float | None = None) -> None:
         """Refuses new requests, finishes what runs (drain) for at most timeout_s, and ends the process."""
@@ -299,7 +252,7 @@ class RemoteBackend:
                 mine.close()
                 raise
         self._channel = await Channel[frames.FromWorker].open(
-            mine, frames.FromWorker, self._on_frame, self._on_end
+            mine, frames.FromWorker, self._on_frame, partial(_hang_up, self._hung_up)
         )
         load = frames.Load(self._options.model, self._options.options, self._options.limits)
         self._channel.send(load)
@@ -336,11 +289,19 @@ class RemoteBackend:
             logger.warning("the engine runs again")
 
     async def _until_ended(self) -> None:
-        """Returns when the process has hung up, or is to be killed because it does not answer."""
+        """Returns when the process has hung up, or is to be killed because it does not get on."""
+        timeout_s = self._options.limits.get("step_timeout_s", _STEP_TIMEOUT_S)
         while not self._hung_up.done():
-            await asyncio.wait((self._hung_up,), timeout=_SILENT_S)
-            if self._status is not None and time.monotonic() - self._status_s > _HUNG_S:
+            await asyncio.wait((self._hung_up,), timeout=_LOOK_S)
+            if self._status is None:
+                continue
+            if time.monotonic() - self._status_s > _HUNG_S:
                 self._last_words = f"the engine's process was silent for {_HUNG_S:.0f} s"
+                return
+            step_s = self._status.health.get("step_running_s", 0.0)
+            # By then the requests have failed; nothing that is worth waiting for can come.
+            if self._status.health["state"] == "stuck" and step_s > _STUCK_STEPS * timeout_s:
+                self._last_words = f"a step of the engine had been running for {step_s:.0f} s"
                 return
 
     async def _lose(self) -> float | None:
@@ -349,7 +310,7 @@ class RemoteBackend:
         self._fail_all(self._dead_error)
         await self._end_process()
         if self._status is not None:
-            self._past = _added(self._past, self._status.counters)
+            self._past = add_totals(self._past, self._status.counters)
             self._status = None
         return self._restarts.failed()
 
@@ -385,10 +346,6 @@ class RemoteBackend:
             if not call.done():
                 call.set_exception(make_error())
 
-    def _on_end(self, error: Exception | None) -> None:
-        if not self._hung_up.done():
-            self._hung_up.set_result(error)
-
     def _on_frame(self, frame: frames.FromWorker) -> None:
         match frame:
             case frames.Delta(number, delta):
@@ -423,9 +380,9 @@ class RemoteBackend:
                     self._loaded.set_exception(LoadError(message, exit_code))
 
 
-def _resolve(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)
+def _hang_up(hung_up: asyncio.Future[Exception | None], error: Exception | None) -> None:
+    if not hung_up.done():
+        hung_up.set_result(error)
 
 
 def _command(descriptor: int) -> list[str]:
@@ -460,14 +417,3 @@ def _card(loaded: frames.Loaded, name: str) -> ModelCard:
             eos_token_ids=parts.eos_token_ids,
         ),
     )
-
-
-def _added(a: Any, b: Any) -> Any:
-    """Sums of counters: numbers, and the numbers within dicts and lists; bounds of buckets stay."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return {name: _added(a.get(name), b.get(name)) for name in {**a, **b}}
-    if isinstance(a, list) and isinstance(b, list):
-        return [[pair[0], pair[1] + other[1]] for pair, other in zip(a, b, strict=True)]
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
