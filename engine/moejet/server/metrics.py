@@ -234,7 +234,11 @@ def metrics_router(metrics: ServerMetrics) -> APIRouter:
     """GET /metrics; it needs a key where the server has any."""
     router = APIRouter(tags=["metrics"])
 
-    @router.get("/metrics")
+    content: dict[int | str, dict[str, Any]] = {
+        200: {"description": "Prometheus' text format", "content": {"text/plain": {}}}
+    }
+
+    @router.get("/metrics", response_class=Response, responses=content)
     async def render() -> Response:
         """Prometheus' text format."""
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
