@@ -419,6 +419,11 @@ def use_graphs() -> bool:
     return value == "0"
 
 
+def env_api_key() -> str | None:
+    """MOEJET_API_KEY: a key that clients of `moejet serve` have to show, beside those of its options."""
+    return os.environ.get("MOEJET_API_KEY")
+
+
 def use_reference() -> bool:
     """MOEJET_REF=1: every operation runs its slow torch reference (for bisecting)."""
     value = os.environ.get("MOEJET_REF", "0")

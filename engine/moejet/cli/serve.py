@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import logging
-import os
 import resource
 import signal
 import socket
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moejet.cli import options
 from moejet.cli.terminal import note
+from moejet.config import env_api_key
 from moejet.progress import ProgressLine, bar
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
 
 def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     keys = [*args.api_key]
-    if (key := os.environ.get("MOEJET_API_KEY")) is not None:
+    if (key := env_api_key()) is not None:
         keys.append(key)
     if args.api_key_file is not None:
         lines = args.api_key_file.read_text(encoding="utf-8").splitlines()
