@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
 # Products and sums are fused as in torch's kernels; said here because Triton 3.9 warns where nothing is said.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+MAX_GRID_Y = 65535  # programs of a grid along its second and third axis
+
+_Params = ParamSpec("_Params")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,20 @@ _pretended: ContextVar[Card] = ContextVar("pretended_card", default=CARDS[86])
 
 def card_of(device: torch.device) -> Card:
     """The card behind a CUDA device; elsewhere (interpreter, compilation without a GPU) the one of `pretend`."""
-    return _properties(device.index or 0) if device.type == "cuda" else _pretended.get()
+    if device.type != "cuda":
+        return _pretended.get()
+    return _properties(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def on_own_device(launcher: Callable[_Params, _Result]) -> Callable[_Params, _Result]:
+    """Launches on the device of the first argument, a tensor: Triton would take the current one."""
+
+    @wraps(launcher)
+    def launch(*args: _Params.args, **kwargs: _Params.kwargs) -> _Result:
+        with torch.cuda.device_of(args[0]):
+            return launcher(*args, **kwargs)
+
+    return launch
 
 
 @contextmanager

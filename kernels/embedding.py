@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import on_own_device
+
 
 @triton.jit
 def _embedding_kernel(
@@ -25,6 +27,7 @@ def _config(dim: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
+@on_own_device
 def embedding(token_ids: Tensor, weight: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     """token_ids [T] int32 or int64, contiguous · weight [V, D], unit stride in D. Ids outside of [0, V) give zeros."""
     assert token_ids.dim() == 1, f"{token_ids.shape=}"

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import on_own_device
+
 
 @triton.jit
 def _fused_add_rms_norm_kernel(
@@ -34,6 +36,7 @@ def _fused_add_rms_norm_kernel(
     tl.store(out_ptr + row * stride_om + cols, out, mask=mask)
 
 
+@on_own_device
 def fused_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype
 ) -> Tensor:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import MAX_GRID_Y, on_own_device
 from moejet.latent_layout import GROUP, scales_begin, scales_end
 
 _ROWS = 8  # per program: 16 values per thread for C = 512, four loads of 16 bytes of bf16 in flight
@@ -25,7 +26,7 @@ def decode_e4m3(code):
     return tl.where((code & 127) == 127, float("nan"), value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])
 def _gather_kernel(
     cache_ptr, scales_ptr, pe_ptr, tables_ptr, pieces_ptr, c_kv_ptr, k_pe_ptr,
     stride_block, stride_row, stride_scales_block, stride_scales_row, stride_pe_block, stride_pe_row,
@@ -72,6 +73,7 @@ def _gather_kernel(
     tl.store(k_pe_ptr + out_row[:, None] * ROPE + cols[None, :], k_pe, mask=mask)
 
 
+@on_own_device
 def gather_latent(
     latent_cache: Tensor,
     block_tables: Tensor,
@@ -93,6 +95,7 @@ def gather_latent(
     assert latent_cache.stride(2) == 1, f"{latent_cache.stride()=}"
     assert block_tables.stride(1) == 1, f"{block_tables.stride()=}"
     assert pieces.is_contiguous(), f"{pieces.stride()=}"
+    assert pieces.shape[0] <= MAX_GRID_Y, f"{pieces.shape=}"
     if max_keys == 0 or pieces.shape[0] == 0:
         return
     fp8 = latent_cache.dtype == torch.uint8

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moejet.kernels.card import Card, card_of
+from moejet.kernels.card import Card, card_of, on_own_device
 from moejet.kernels.weight_tiles import (
     INT4_RESULT,
     INT8_RESULT,
@@ -42,7 +42,7 @@ class LinearConfig:
     num_stages: int
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "blocks_per_split"])
 def _linear_kernel(
     x_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr,
     T, N, K, stride_xt, stride_xh, stride_ch, stride_cn, stride_sh, stride_sn, blocks_per_split,
@@ -93,7 +93,7 @@ def _sum_kernel(
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "rows"])
 def _dequantize_kernel(
     codes_ptr, scales_ptr, out_ptr, first_row, rows, K, stride_cn, stride_sn,
     FORMAT: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -136,12 +136,14 @@ def _dequantize_kernel(
         tl.store(out_row + k[None, :], values.to(dtype), mask=mask)
 
 
+@on_own_device
 def linear(
     x: Tensor, weights: GpuWeights, bias: Tensor | None = None, *, out_dtype: torch.dtype
 ) -> Tensor:
     """x [T, K] times weights (N, K) to [T, N], or x [T, H, K] times (H, N, K) to [T, H, N].
 
-    x bf16, fp16 or fp32 with adjacent inputs, tokens and heads may lie apart; bias [N], without heads only.
+    x bf16, fp16 or fp32 with adjacent inputs, tokens and heads may lie apart; bias [N], without heads only. bf16 and
+    fp16 weights take x of their own dtype alone, and their results are rounded to it before out_dtype.
     """
     heads = weights.shape[0] if len(weights.shape) == 3 else 1
     rows, cols = weights.shape[-2:]
@@ -200,7 +202,11 @@ def is_packed(x: Tensor) -> bool:
 
 
 def _plain(x: Tensor, w: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    w = w.to(x.dtype)
+    if w.dtype != x.dtype:
+        raise TypeError(
+            f"x is {x.dtype} and the weights are {w.dtype}: torch would copy the whole matrix for every product; "
+            "cast x or choose the weights' format after it"
+        )
     if x.dim() == 2:
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, w, bias).to(out_dtype)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moejet.kernels.card import card_of
+from moejet.kernels.card import card_of, on_own_device
 from moejet.kernels.mla_decode_plan import LEAST_TILES, Tiles, choose_splits, choose_tiles
 from moejet.latent_layout import scales_begin, scales_end
 
@@ -156,8 +156,9 @@ def _mla_decode_kernel(
     begin += split * per_split
     end = tl.minimum(begin + per_split, job_end)
     if not DIRECT:  # noqa: SIM102 (one is decided when compiling)
-        if (begin >= end) | (row_block * BLOCK_M >= rows):
-            return  # the merging kernel does not look at this slot
+        # The merging kernel does not look at this slot. Beyond the last one: a context longer than max_context.
+        if (begin >= end) | (row_block * BLOCK_M >= rows) | (slot >= slots):
+            return
 
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < rows
@@ -312,6 +313,7 @@ def _merge_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=cols < C)
 
 
+@on_own_device
 def mla_decode(
     q_latent: Tensor,
     q_pe: Tensor,
@@ -334,6 +336,7 @@ def mla_decode(
     (num_tokens, heads, rank), rope = q_latent.shape, q_pe.shape[-1]
     batch, block_size = block_tables.shape[0], latent_cache.shape[1]
     _check_operands(q_latent, q_pe, latent_cache, out)
+    _check_indices(block_tables, context_lens, groups)
     assert num_tokens == batch * query_len, f"{num_tokens=} {batch=} {query_len=}"
     assert split_tokens is None or split_tokens % 64 == 0, f"{split_tokens=}"
     if num_tokens == 0:
@@ -373,8 +376,8 @@ def mla_decode(
     if direct:
         result, lse = out, None
     else:
-        result = torch.empty(num_tokens, heads, slots, rank, device=out.device)
-        lse = torch.empty(num_tokens, heads, slots, device=out.device)
+        result = torch.empty(num_tokens, heads, slots, rank, dtype=torch.float32, device=out.device)
+        lse = torch.empty(num_tokens, heads, slots, dtype=torch.float32, device=out.device)
     division = {
         "HEADS": heads, "QUERIES": query_len, "C": rank, "GROUPED": groups is not None, "SPLIT": split_tokens or 0,
         "LEAST": LEAST_TILES * tiles.block_n, "ALIGN": split_tokens or tiles.block_n, "BLOCK_N": tiles.block_n,
@@ -418,3 +421,15 @@ def _check_operands(q_latent: Tensor, q_pe: Tensor, latent_cache: Tensor, out: T
         assert size & (size - 1) == 0, f"{q_latent.shape=} {q_pe.shape=}"
     block_size = latent_cache.shape[1]
     assert block_size & (block_size - 1) == 0, f"{latent_cache.shape=}"
+
+
+def _check_indices(block_tables: Tensor, context_lens: Tensor, groups: PrefixGroups | None) -> None:
+    assert block_tables.stride(1) == 1, f"{block_tables.shape=} {block_tables.stride()=}"
+    assert context_lens.shape == block_tables.shape[:1], (
+        f"{context_lens.shape=} {block_tables.shape=}"
+    )
+    lists = [context_lens]
+    if groups is not None:
+        lists += [groups.group_of, groups.starts, groups.members, groups.shared_lens]
+    for tensor in lists:
+        assert tensor.is_contiguous(), f"{tensor.shape=} {tensor.stride()=}"

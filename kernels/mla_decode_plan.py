@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -52,14 +52,17 @@ def choose_tiles(card: Card, rows: int, cache_dtype: torch.dtype) -> Tiles:
     return Tiles(16, 32, 4, 4, 1)  # a third tile: there is no room for a second program
 
 
-@cache
 def choose_splits(programs: int, tokens: int, block_n: int, at_once: int) -> int:
     """Splits of contexts up to `tokens` for `programs` programs per split, `at_once` of which run at a time.
 
     The least of waves * (tiles per program + 4): starting, and writing a partial result for the merge, cost about as
     much as four tiles.
     """
-    tiles = _cdiv(max(tokens, 1), block_n)
+    return _splits_of_tiles(programs, _cdiv(max(tokens, 1), block_n), at_once)
+
+
+@lru_cache(maxsize=4096)  # contexts grow at every step
+def _splits_of_tiles(programs: int, tiles: int, at_once: int) -> int:
     most = max(1, min(_MAX_SPLITS, tiles // LEAST_TILES))
     return min(
         range(1, most + 1),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moejet.kernels.card import Card, card_of
+from moejet.kernels.card import MAX_GRID_Y, Card, card_of, on_own_device
 
 PIECE_COLUMNS = 8  # see `mla_prefill`
 _HEAD_GROUP = 8
@@ -103,7 +103,7 @@ def _attend_block(
     return acc_low, acc_high, total, new_largest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _mla_prefill_kernel(
     q_ptr, k_ptr, pe_ptr, v_ptr, pieces_ptr, out_ptr, state_ptr, lse_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_pt, stride_vt, stride_vh,
@@ -196,6 +196,7 @@ def _mla_prefill_kernel(
         _store_rows(out_ptr + V_LOW, acc_high, rows, stride_ot, written, VALUE - V_LOW, V_HIGH)
 
 
+@on_own_device
 def mla_prefill(
     q: Tensor,
     k_nope: Tensor,
@@ -231,6 +232,7 @@ def mla_prefill(
     assert pieces.dtype == torch.int32, f"{pieces.dtype=}"
     assert pieces.shape[1:] == (PIECE_COLUMNS,), f"{pieces.shape=}"
     assert pieces.is_contiguous(), f"{pieces.stride()=}"
+    assert pieces.shape[0] <= MAX_GRID_Y, f"{pieces.shape=}"
     assert q.dtype == k_nope.dtype == k_pe.dtype == v.dtype, f"{q.dtype=} {k_nope.dtype=}"
     assert state is None or (state.shape == out.shape and lse is not None), "a state needs its lse"
     assert scale > 0, f"{scale=}"

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import on_own_device
 from moejet.kernels.latent_rows import (
     load_pairs,
     rotate,
@@ -70,6 +71,7 @@ def _mla_prepare_kernel(
             store_wide(out_pe_ptr + HALF + pairs, second, mask)
 
 
+@on_own_device
 def mla_prepare(
     latent: Tensor,
     q_pe: Tensor,
@@ -91,6 +93,8 @@ def mla_prepare(
     assert cos_sin.stride(1) == 1, f"{cos_sin.stride()=}"
     assert positions is not None or cos_sin.shape[0] == num_tokens, f"{cos_sin.shape=}"
     assert latent.stride(1) == q_pe.stride(2) == norm_weight.stride(0) == 1, f"{q_pe.stride()=}"
+    assert slot_mapping.is_contiguous(), f"{slot_mapping.stride()=}"
+    assert positions is None or positions.is_contiguous(), f"{positions.stride()=}"
     if q_pe_out is None:
         q_pe_out = torch.empty(q_pe.shape, dtype=q_pe.dtype, device=q_pe.device)
     assert q_pe_out.shape == q_pe.shape, f"{q_pe_out.shape=}"

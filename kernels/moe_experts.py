@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moejet.kernels.card import Card, card_of
+from moejet.kernels.card import Card, card_of, on_own_device
 from moejet.kernels.linear import is_packed
 from moejet.kernels.weight_tiles import weights_times_columns
 from moejet.weights.gpu_weights import GpuWeights
@@ -197,6 +197,7 @@ def _place_kernel(
         tl.store(num_blocks_ptr, before + mine)
 
 
+@on_own_device
 def moe_experts(
     x: Tensor,
     topk_ids: Tensor,

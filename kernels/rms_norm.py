@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import on_own_device
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -24,6 +26,7 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * stride_om + cols, out, mask=mask)
 
 
+@on_own_device
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight. x [..., D] with unit stride in D, weight [D] contiguous."""
     assert weight.is_contiguous(), f"{weight.stride()=}"

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import on_own_device
 from moejet.kernels.latent_rows import rotate_heads
 
 
@@ -26,6 +27,7 @@ def heads_per_program(num_heads: int, rope: int) -> int:
     return min(triton.next_power_of_2(num_heads), max(1, 1024 // triton.next_power_of_2(rope)))
 
 
+@on_own_device
 def apply_rope(x: Tensor, cos_sin: Tensor, *, interleave: bool) -> Tensor:
     """x [T, R] or [T, H, R], any strides, unit in R · cos_sin [T, R] fp32. Returns x's shape and dtype, contiguous."""
     heads = x if x.dim() == 3 else x.unsqueeze(1)

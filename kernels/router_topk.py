@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import on_own_device
 from moejet.kernels.ordered_keys import ordered, ordered_keys, ordered_part, ordered_value
 
 
@@ -83,6 +84,7 @@ def _router_topk_kernel(
     tl.store(weights_ptr + token * K + lanes, chosen * scale, mask=lanes < K)
 
 
+@on_own_device
 def router_topk(
     router_logits: Tensor,
     bias: Tensor | None,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import on_own_device
 from moejet.kernels.ordered_keys import (
     index_part,
     ordered,
@@ -37,7 +38,7 @@ _BINS = 2048  # of 1/64 natural-logarithm units; mass vanishes beyond 30.5 of th
 _BAD_LOGITS, _UNDECIDED = -1, -2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_biases"])
 def _read_kernel(
     logits_ptr, adjusted_ptr, best_ptr, maxima_ptr, sums_ptr,
     repetition_ptr, presence_ptr, frequency_ptr, counts_ptr, bias_ids_ptr, bias_ptr,
@@ -294,6 +295,7 @@ def _choose_kernel(
     tl.store(tokens_ptr + row, token)
 
 
+@on_own_device
 def sample_tokens(
     logits: Tensor,
     temperature: Tensor,
@@ -319,17 +321,21 @@ def sample_tokens(
     assert vocab_size <= 1 << 18, f"{vocab_size=}: masses would not fit 63 bits"
     device = logits.device
     tokens = torch.empty(num_rows, dtype=torch.int32, device=device)
-    sums_out = torch.empty(num_rows, device=device) if log_sums else None
+    sums_out = torch.empty(num_rows, dtype=torch.float32, device=device) if log_sums else None
     if num_rows == 0:
         return tokens, sums_out
     chunks = triton.cdiv(vocab_size, _CHUNK)
     per_chunk = (num_rows, chunks)
     block_n = triton.next_power_of_2(chunks)
     best = torch.empty(per_chunk, dtype=torch.int64, device=device)
-    maxima, sums = torch.empty((2, *per_chunk), device=device) if log_sums else (None, None)
+    # Each allocated on its own: within one tensor, the batch would decide how the second is aligned.
+    maxima, sums = (
+        torch.empty(per_chunk, dtype=torch.float32, device=device) if log_sums else None
+        for _ in range(2)
+    )
     work = logits
     if penalties is not None or biases is not None:
-        work = torch.empty(num_rows, vocab_size, device=device)
+        work = torch.empty(num_rows, vocab_size, dtype=torch.float32, device=device)
     repetition, presence, frequency, counts = penalties or (None, None, None, None)
     bias_ids, bias = biases or (None, None)
     # 4096 values with 8 warps are 16 per thread; 32 chunks of a vocabulary of 129k occupy a quarter of a large card,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import on_own_device
+
 
 @triton.jit
 def _silu_mul_kernel(
@@ -28,6 +30,7 @@ def _config(width: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
+@on_own_device
 def silu_mul(gate: Tensor, up: Tensor, *, out_dtype: torch.dtype) -> Tensor:
     """gate and up [T, I], any row strides, unit stride in I. Returns [T, I]."""
     assert gate.shape == up.shape, f"{gate.shape=} {up.shape=}"

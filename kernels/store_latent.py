@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import on_own_device
 from moejet.kernels.latent_rows import row_constants, row_parts, store_c_kv, store_wide
 
 
@@ -29,6 +30,7 @@ def _store_latent_kernel(
         store_wide(out_pe_ptr + slot * stride_out_pe + cols, k_pe.to(tl.float32), cols < ROPE)
 
 
+@on_own_device
 def store_latent(c_kv: Tensor, k_pe: Tensor, latent_cache: Tensor, slot_mapping: Tensor) -> None:
     """c_kv [T, C] and k_pe [T, R], unit stride in the last dimension · slot_mapping [T], negative: not stored."""
     (num_tokens, rank), rope = c_kv.shape, k_pe.shape[1]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moejet.kernels.card import on_own_device
 from moejet.kernels.ordered_keys import (
     index_part,
     ordered,
@@ -21,7 +22,7 @@ MAX_K = 32
 _CHUNK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _best_of_chunk_kernel(
     logits_ptr, keys_ptr, maxima_ptr, sums_ptr, stride_lb, vocab_size, k, CHUNK: tl.constexpr
 ):
@@ -42,7 +43,7 @@ def _best_of_chunk_kernel(
         keys = tl.where(keys == best, lowest, keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _best_of_row_kernel(
     keys_ptr, maxima_ptr, sums_ptr, values_ptr, ids_ptr, log_sums_ptr, num_chunks, k,
     BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
@@ -67,20 +68,24 @@ def _best_of_row_kernel(
         keys = tl.where(keys == best, lowest, keys)
 
 
+@on_own_device
 def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """logits [B, V], unit stride in V · k <= min(V, MAX_K). Returns values [B, k] fp32, ids [B, k] int32, sums [B]."""
     num_rows, vocab_size = logits.shape
     assert k <= min(vocab_size, MAX_K), f"{k=} {vocab_size=}"
     assert logits.stride(1) == 1 or vocab_size == 1, f"{logits.stride()=}"
     device = logits.device
-    values = torch.empty(num_rows, k, device=device)
+    values = torch.empty(num_rows, k, dtype=torch.float32, device=device)
     ids = torch.empty(num_rows, k, dtype=torch.int32, device=device)
-    log_sums = torch.empty(num_rows, device=device)
+    log_sums = torch.empty(num_rows, dtype=torch.float32, device=device)
     if num_rows == 0:
         return values, ids, log_sums
     chunks = triton.cdiv(vocab_size, _CHUNK)
     keys = torch.empty(num_rows, chunks, k, dtype=torch.int64, device=device)
-    maxima, sums = torch.empty(2, num_rows, chunks, device=device)
+    # Each allocated on its own: within one tensor, the batch would decide how the second is aligned.
+    maxima, sums = (
+        torch.empty(num_rows, chunks, dtype=torch.float32, device=device) for _ in range(2)
+    )
     _best_of_chunk_kernel[(num_rows, chunks)](
         logits, keys, maxima, sums, logits.stride(0), vocab_size, k, CHUNK=_CHUNK, num_warps=8
     )

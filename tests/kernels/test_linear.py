@@ -77,8 +77,14 @@ def assert_right(x, weights, bias=None):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("format", [*QUANTISED, "bf16"])
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [
+        *((f, t) for f in QUANTISED for t in (torch.float32, torch.bfloat16, torch.float16)),
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.float16),
+    ],
+)
 @pytest.mark.parametrize(
     ("rows", "cols"), [(7168, 2048), (1536, 7168), (576, 2048), (100, 1408), (33, 96)]
 )

@@ -68,8 +68,12 @@ def test_a_checkpoint_keeps_its_fp8_codes():
     codes = torch.randint(0, 127, (200, 130), dtype=torch.uint8)
     stored = StoredWeight((200, 130), codes, "fp8", torch.rand(2, 2))
     weights = from_stored(stored, "fp8")
-    assert weights.codes is codes
+    assert torch.equal(weights.codes, codes)
     assert torch.equal(dequantize(weights), stored.dequantize())
+    assert stored.scale is not None
+    stored.scale[1, 0] = torch.inf
+    with pytest.raises(ValueError, match="scale has NaN, infinity"):
+        from_stored(stored, "fp8")
     codes[3, 5] = 0xFF
     with pytest.raises(ValueError, match="NaN"):
         from_stored(stored, "fp8")
@@ -86,6 +90,22 @@ def test_a_checkpoint_keeps_its_int4_codes():
     assert requantized.scales.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("encoding", "format", "scale"),
+    [
+        ("fp8", "fp8", torch.rand(2, 1)),
+        ("int4", "int4_g32", torch.rand(200, 3).bfloat16()),
+    ],
+)
+def test_what_the_loader_reads_next_changes_nothing(encoding, format, scale):
+    codes = torch.randint(0, 127, (200, 96 if encoding == "fp8" else 48), dtype=torch.uint8)
+    weights = from_stored(StoredWeight((200, 96), codes, encoding, scale), format)
+    before = dequantize(weights)
+    codes.fill_(1)
+    scale.fill_(7.0)
+    assert torch.equal(dequantize(weights), before)
+
+
 def test_byte_j_of_a_group_holds_inputs_j_and_j_plus_16():
     w = torch.zeros(1, 64)
     w[0, 32 + 5], w[0, 32 + 21] = -8.0, 7.0
@@ -94,12 +114,19 @@ def test_byte_j_of_a_group_holds_inputs_j_and_j_plus_16():
     assert weights.codes[0, 16 + 6] == 8 | 8 << 4
 
 
-@pytest.mark.parametrize("format", ["int4_g32", "int8", "fp8"])
-def test_infinity_is_refused(format):
+@pytest.mark.parametrize("format", GPU_FORMATS)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_infinity_is_refused(format, value):
     w = torch.randn(4, 64)
-    w[1, 2] = torch.inf
-    with pytest.raises(ValueError, match="not finite"):
+    w[1, 2] = value
+    with pytest.raises(ValueError, match=f"beyond the range of {format}"):
         quantize(w, format)
+
+
+@pytest.mark.parametrize(("format", "value"), [("fp16", 1e6), ("bf16", 3.4028e38)])
+def test_values_that_become_infinity_are_refused(format, value):
+    with pytest.raises(ValueError, match=f"beyond the range of {format}"):
+        quantize(torch.full((2, 32), value), format)
 
 
 def test_scales_out_of_the_kernels_range_are_refused():

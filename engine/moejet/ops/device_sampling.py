@@ -1,8 +1,10 @@
 """Choosing tokens on the device: what `moejet.ops.sample` does, from tensors, without waiting for the host.
 
 Everything that decides a token is a tensor of the batch, so that a captured graph samples whatever its rows ask for.
-The kernels count probability in integers (2^-44 of the likeliest token's), torch's reference in float64: they disagree
-only where u falls within rounding of a boundary between two tokens.
+The kernels count probability in integers (2^-44 of the likeliest token's), torch's reference in float64. They may
+disagree where u falls within rounding of a boundary between two tokens, and for any u where a cut-off ties: where a
+cumulative probability (top_p) or a token's own (min_p) equals the cut-off but for rounding, one more or one less of
+several equal tokens is kept. Tokens below 2^-44 of the likeliest are impossible to the kernels.
 """
 
 from __future__ import annotations
@@ -194,8 +196,8 @@ def _bias_tensors(
     if longest == 0:
         return None, None
     ids = torch.full((len(biases), longest), -1, dtype=torch.int32)
-    values = torch.zeros(len(biases), longest)
+    values = torch.zeros(len(biases), longest, dtype=torch.float32)
     for row, bias in enumerate(biases):
         ids[row, : len(bias)] = torch.tensor(list(bias.keys()), dtype=torch.int32)
-        values[row, : len(bias)] = torch.tensor(list(bias.values()))
+        values[row, : len(bias)] = torch.tensor(list(bias.values()), dtype=torch.float32)
     return ids.to(device), values.to(device)

@@ -61,7 +61,7 @@ def mla_attention(
             scale=scale,
         )
     matrices = up.w_uk
-    out = torch.empty(*q_nope.shape[:2], up.w_uv.weights.rows)
+    out = torch.empty(*q_nope.shape[:2], up.w_uv.weights.rows, dtype=torch.float32)
     used = matrices._C.mla_attention(
         up.w_uk_transposed.weights,
         matrices.weights,
@@ -92,7 +92,7 @@ def mla_attention_ref(
     scale: float,
 ) -> Tensor:
     """Reference of `mla_attention`: token by token, keys and values rebuilt, in float64."""
-    out = torch.empty(*q_nope.shape[:2], up.w_uv.weights.rows)
+    out = torch.empty(*q_nope.shape[:2], up.w_uv.weights.rows, dtype=torch.float32)
     block_size, rank, token = latent_cache.shape[1], up.w_uk.weights.cols, 0
     for i, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
         blocks = block_tables[i, : -(-context_len // block_size)]

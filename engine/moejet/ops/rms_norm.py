@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -
         return rms_norm_triton(x, weight, eps, out_dtype=out_dtype)
     if out_dtype == torch.float32 and x.numel() > 0 and runs_native(x, weight):
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty(rows.shape)
+        out = torch.empty(rows.shape, dtype=torch.float32)
         load_extension().rms_norm(rows, weight, eps, out, isa=cpu_isa())
         return out.view(x.shape)
     return rms_norm_ref(x, weight, eps, out_dtype=out_dtype)

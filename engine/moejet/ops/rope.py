@@ -62,7 +62,7 @@ def apply_rope(x: Tensor, cos_sin: Tensor, *, interleave: bool) -> Tensor:
         return launch(x, cos_sin, interleave=interleave)
     if x.shape[-1] > _MAX_NATIVE_DIM or not runs_native(x, cos_sin):
         return apply_rope_ref(x, cos_sin, interleave=interleave)
-    out = torch.empty(x.shape)
+    out = torch.empty(x.shape, dtype=torch.float32)
     heads = (x, out) if x.dim() == 3 else (x.unsqueeze(1), out.unsqueeze(1))
     load_extension().rope(heads[0], cos_sin, interleave, heads[1], isa=cpu_isa())
     return out

@@ -23,7 +23,7 @@ def router_logits(x: Tensor, weight: Tensor, pool: ThreadPool | None = None) -> 
     x = x.float()
     if not runs_native(x, weight):
         return router_logits_ref(x, weight)
-    out = torch.empty(x.shape[0], weight.shape[0])
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
     load_extension().router_logits(x, weight, out, pool, cpu_isa())
     return out
 

@@ -40,7 +40,7 @@ def router_topk(
         return router_topk_ref(router_logits, bias, config)
     num_tokens, top_k = router_logits.shape[0], config.num_experts_per_tok
     topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int32)
-    topk_weights = torch.empty(num_tokens, top_k)
+    topk_weights = torch.empty(num_tokens, top_k, dtype=torch.float32)
     load_extension().router_topk(
         router_logits,
         topk_ids,

@@ -26,7 +26,7 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, list[float]]:
     if k > _MAX_NATIVE_K or not runs_native(logits):
         return top_logits_ref(logits, k)
     ids = torch.empty(num_rows, k, dtype=torch.int32)
-    values = torch.empty(num_rows, k)
+    values = torch.empty(num_rows, k, dtype=torch.float32)
     log_sums: list[float] = load_extension().top_logits(logits, ids, values, isa=cpu_isa())
     return values, ids, log_sums
 

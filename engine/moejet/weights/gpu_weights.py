@@ -104,15 +104,17 @@ def check_shape(format: str, shape: tuple[int, ...]) -> None:
 
 
 def quantize(weight: Tensor, format: str) -> GpuWeights:
-    """Quantises weight [.., N, K] fp32, bf16 or fp16, on its own device. NaN and infinity raise ValueError."""
+    """Quantises weight [.., N, K] fp32, bf16 or fp16, on its own device.
+
+    ValueError where it has NaN or infinity, or values that the format turns into infinity.
+    """
     shape = tuple(weight.shape)
     result = GpuWeights.empty(format, shape, weight.device)
     if format in _PLAIN:
-        result.codes.copy_(weight)
+        _check_finite(result.codes.copy_(weight), "weight", format)
         return result
     assert result.scales is not None
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"weight has values that are not finite, which {format} cannot hold")
+    _check_finite(weight, "weight", format)
     # Whole rows, or rows of blocks, are quantised independently of the others.
     step = max(1, _CHUNK // (shape[-1] * FP8_BLOCK)) * FP8_BLOCK
     flat = weight.reshape(-1, *shape[-2:])
@@ -130,20 +132,35 @@ def quantize(weight: Tensor, format: str) -> GpuWeights:
 
 
 def from_stored(weight: StoredWeight, format: str) -> GpuWeights:
-    """One matrix of a checkpoint: fp8 and int4 with bf16 scales keep every code and scale in their own format."""
+    """One matrix of a checkpoint: fp8 and int4 with bf16 scales keep every code and scale in their own format.
+
+    The result is a copy: what is read from a checkpoint lies in memory that is read into again.
+    """
     scale = weight.scale
     if weight.encoding == format == "fp8" and scale is not None:
         if bool(((weight.data & _FP8_NAN) == _FP8_NAN).any()):
             raise ValueError("weight has NaN among its fp8 codes")
-        return GpuWeights("fp8", weight.shape, weight.data, scale.float().contiguous())
+        _check_finite(scale, "weight's scale", format)
+        codes = weight.data.clone(memory_format=torch.contiguous_format)
+        scales = scale.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return GpuWeights("fp8", weight.shape, codes, scales)
     keeps_int4 = weight.encoding == "int4" and format == "int4_g32"
     if keeps_int4 and scale is not None and scale.dtype == torch.bfloat16:
         check_shape(format, weight.shape)
         codes = torch.stack((weight.data & 15, weight.data >> 4), dim=-1)
-        result = GpuWeights(format, weight.shape, pack_nibbles(codes.flatten(-2)), scale)
+        scales = scale.clone(memory_format=torch.contiguous_format)
+        result = GpuWeights(format, weight.shape, pack_nibbles(codes.flatten(-2)), scales)
         _check_scales(result)
         return result
     return quantize(weight.dequantize(), format)
+
+
+def _check_finite(values: Tensor, name: str, format: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(
+            f"{name} has NaN, infinity or values beyond the range of {format}: "
+            "choose another format, or repair the checkpoint"
+        )
 
 
 def _check_scales(weights: GpuWeights) -> None:

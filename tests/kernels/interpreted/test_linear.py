@@ -20,7 +20,7 @@ def check(x, weights, bias=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("format", [*QUANTISED, "bf16"])
+@pytest.mark.parametrize("format", QUANTISED)
 @pytest.mark.parametrize(("tokens", "rows", "cols"), [(1, 70, 160), (9, 33, 96), (19, 130, 256)])
 def test_matches_the_reference(tokens, rows, cols, format, dtype):
     x = torch.randn(tokens, cols + 8).to(dtype)[:, :cols]
@@ -52,9 +52,16 @@ def test_bias_is_added_once():
 
 
 def test_no_tokens():
-    for format in ("int4_g32", "bf16"):
-        weights = quantize(torch.randn(8, 64), format)
-        assert linear(torch.empty(0, 64), weights, out_dtype=torch.float32).shape == (0, 8)
+    for format, dtype in (("int4_g32", torch.float32), ("bf16", torch.bfloat16)):
+        weights, x = quantize(torch.randn(8, 64), format), torch.empty(0, 64, dtype=dtype)
+        assert linear(x, weights, out_dtype=torch.float32).shape == (0, 8)
+
+
+def test_plain_weights_take_their_own_dtype():
+    weights, x = quantize(torch.randn(33, 96), "fp16"), torch.randn(9, 96)
+    check(x.half(), weights, torch.randn(33))
+    with pytest.raises(TypeError, match="copy the whole matrix"):
+        linear(x, weights, out_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("format", QUANTISED)

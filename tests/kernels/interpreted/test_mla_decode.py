@@ -185,6 +185,34 @@ def test_groups_share_their_prefix(query_len, heads, split_tokens):
         assert torch.equal(got, run(case, query_len=query_len, split_tokens=split_tokens))
 
 
+def test_a_context_beyond_the_longest_writes_into_no_other():
+    case = sized([300, 100], share=[([0, 1], 64)])
+    groups = PrefixGroups.of([([0, 1], 64)], batch=2)
+    got = run(case, query_len=1, max_context=128, split_tokens=64, groups=groups)
+    expected = mla_decode_ref(*case, query_len=1, scale=0.2)
+    assert_close(got[1:], expected[1:], "fp16")
+
+
+def test_index_tensors_that_lie_apart_are_refused():
+    q_latent, q_pe, cache, tables, lens = sized([40, 70])
+    with pytest.raises(AssertionError, match="block_tables"):
+        run((q_latent, q_pe, cache, tables.T.contiguous().T, lens), query_len=1)
+    with pytest.raises(AssertionError, match="tensor"):
+        run((q_latent, q_pe, cache, tables, lens.repeat_interleave(2)[::2]), query_len=1)
+
+
+def test_scratch_is_fp32_whatever_the_default_is():
+    case = sized([300, 5], cache_dtype=torch.float32, dtype=torch.float32)
+    expected = run(case, query_len=1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        out = torch.empty(expected.shape, dtype=torch.float32)
+        mla_decode(*case, query_len=1, scale=0.2, max_context=300, out=out)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(out, expected)
+
+
 def test_a_prefix_is_read_from_the_first_member_alone():
     q_latent, q_pe, cache, tables, lens = grouped_case()
     groups = PrefixGroups.of(GROUPS, batch=len(GROUPED_CONTEXTS))

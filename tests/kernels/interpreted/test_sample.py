@@ -179,3 +179,17 @@ def test_top_logits_in_half_precision():
     expected_values, expected_ids, _ = top_logits_ref(logits.float(), 4)
     assert torch.equal(values, expected_values)
     assert torch.equal(ids, expected_ids)
+
+
+def test_results_are_fp32_whatever_the_default_is():
+    logits = torch.randn(2, 600) * 4
+    rows = SamplingTensors.of([SamplingParams(logit_bias={3: 0.123})] * 2, [0.3, 0.7], device="cpu")
+    expected = _launch(logits, rows, log_sums=True), top.top_logits(logits, 4)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = _launch(logits, rows, log_sums=True), top.top_logits(logits, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip((*got[0], *got[1]), (*expected[0], *expected[1]), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
