@@ -64,7 +64,9 @@ def test_few_outputs_are_computed_in_parts():
 
 
 def test_compiles_slabs():
-    compile_linear(CARDS[86], 1, 512, 1536, "int4_g32", 2048)
+    compiled = compile_linear(CARDS[86], 1, 8200, 1536, "int4_g32", 2048)
+    assert len(compiled) == 2  # of 8192 rows and of 8, by one kernel
+    assert compiled[0].asm is compiled[1].asm
 
 
 def assert_right(x, weights, bias=None):

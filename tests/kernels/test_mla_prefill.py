@@ -29,17 +29,18 @@ def test_compiles(capability, shape):
     tokens, keys = 2048, 8192
     expanded = empty(keys, shape.heads, shape.nope + shape.value)
     with launches_compiled_for(CARDS[capability]) as compiled:
-        kernel.mla_prefill(
-            empty(tokens, shape.heads, shape.nope + shape.rope),
-            expanded[..., : shape.nope],
-            empty(keys, shape.rope),
-            expanded[..., shape.nope :],
-            empty(3, kernel.PIECE_COLUMNS, dtype=torch.int32),
-            empty(tokens, shape.heads, shape.value),
-            scale=0.1,
-            max_query_len=tokens,
-        )
-    assert len(compiled) == 1
+        for max_query_len in (tokens, 1, 300):
+            kernel.mla_prefill(
+                empty(tokens, shape.heads, shape.nope + shape.rope),
+                expanded[..., : shape.nope],
+                empty(keys, shape.rope),
+                expanded[..., shape.nope :],
+                empty(3, kernel.PIECE_COLUMNS, dtype=torch.int32),
+                empty(tokens, shape.heads, shape.value),
+                scale=0.1,
+                max_query_len=max_query_len,
+            )
+    assert len({id(launch.asm) for launch in compiled}) == 1  # compiled once, not while serving
     assert_fits(compiled[0], CARDS[capability])
     # Scores and accumulators fill the registers; what spills are addresses, outside of the loop over full blocks.
     assert compiled[0].spilled <= 160
