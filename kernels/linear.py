@@ -143,7 +143,8 @@ def linear(
     """x [T, K] times weights (N, K) to [T, N], or x [T, H, K] times (H, N, K) to [T, H, N].
 
     x bf16, fp16 or fp32 with adjacent inputs, tokens and heads may lie apart; bias [N], without heads only. bf16 and
-    fp16 weights take x of their own dtype alone, and their results are rounded to it before out_dtype.
+    fp16 weights take x of their own dtype, whose results are rounded to it before out_dtype, or fp32, for which the
+    whole matrix is converted: for checks.
     """
     heads = weights.shape[0] if len(weights.shape) == 3 else 1
     rows, cols = weights.shape[-2:]
@@ -202,6 +203,8 @@ def is_packed(x: Tensor) -> bool:
 
 
 def _plain(x: Tensor, w: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    if x.dtype == torch.float32:
+        w = w.float()  # a copy for each product: a check in full precision, not a way to serve
     if w.dtype != x.dtype:
         raise TypeError(
             f"x is {x.dtype} and the weights are {w.dtype}: torch would copy the whole matrix for every product; "

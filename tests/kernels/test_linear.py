@@ -84,6 +84,7 @@ def assert_right(x, weights, bias=None):
     [
         *((f, t) for f in QUANTISED for t in (torch.float32, torch.bfloat16, torch.float16)),
         ("bf16", torch.bfloat16),
+        ("bf16", torch.float32),
         ("fp16", torch.float16),
     ],
 )

@@ -25,7 +25,7 @@ def gpu_linear(
     out_dtype (default: x's). bf16 activations meet weights as bf16: int4_g32 values are rounded to it, codes of int8
     and fp8 fit exactly and are scaled in fp32. From hundreds of tokens on, and for bf16 and fp16 weights, torch
     multiplies in x's dtype: values of all formats and results are rounded to it, whatever out_dtype is. On a GPU bf16
-    and fp16 weights take x of their own dtype alone (TypeError), which saves a copy of the matrix for each product.
+    and fp16 weights take x of their own dtype; fp32 x costs a copy of the matrix for each product, others TypeError.
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if not x.is_cuda or use_reference():

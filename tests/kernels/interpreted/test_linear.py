@@ -57,11 +57,12 @@ def test_no_tokens():
         assert linear(x, weights, out_dtype=torch.float32).shape == (0, 8)
 
 
-def test_plain_weights_take_their_own_dtype():
+def test_plain_weights_take_their_own_dtype_and_fp32():
     weights, x = quantize(torch.randn(33, 96), "fp16"), torch.randn(9, 96)
     check(x.half(), weights, torch.randn(33))
+    check(x, weights)
     with pytest.raises(TypeError, match="copy the whole matrix"):
-        linear(x, weights, out_dtype=torch.float32)
+        linear(x.bfloat16(), weights, out_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("format", QUANTISED)
