@@ -18,7 +18,7 @@ the calling thread's current one; a caller whose replay is on yet another must n
 
 The GPU may use the bridge's pinned memory until the stream is idle, which is later than the end of `run_step`. It is
 therefore freed by `close`, or by a finaliser, once the stream is idle. While a captured graph may still be replayed,
-its bridge must stay open and alive. In host-function mode that also keeps the functions' arguments, which graphs point to.
+its bridge must stay open and alive. That also keeps the arguments of host functions, to which its operations point.
 
 Ids are those of the layer's experts in RAM, -1 for what is not for the CPU: padding, and experts that live on the GPU.
 The protocol, and why one set of buffers is enough, is explained in csrc/expert_bridge.h.
@@ -141,9 +141,9 @@ class CudaStream:
             self._last = replayed_on
             used = [replayed_on]
         else:
-            used = [torch.cuda.current_stream(self.device)]
-            if self._last is not None:
-                used.append(self._last)
+            used = [] if self._last is None else [self._last]
+            if not self.is_capturing:  # which a query would break off
+                used.append(torch.cuda.current_stream(self.device))
         handles = {int(stream.cuda_stream) for stream in used}
         return {"signals": self._attached, "streams": sorted(handles)}
 
