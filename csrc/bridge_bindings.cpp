@@ -41,9 +41,10 @@ class BoundBridge {
   const char* isa() const { return isa_name(table_.isa); }
 
   void run_step(int64_t num_tokens, const std::optional<std::vector<int>>& layers, double timeout_s,
-                const py::object& query, const BoundSignals* signals, uintptr_t stream);
+                const py::object& query, const BoundSignals* signals,
+                const std::vector<uintptr_t>& streams);
   void reset(double timeout_s, const py::object& query, const BoundSignals* signals,
-             uintptr_t stream);
+             const std::vector<uintptr_t>& streams);
 
   py::dict counters() const {
     const BridgeCounters c = bridge_.counters();
@@ -102,7 +103,7 @@ class BoundSignals {
  public:
   BoundSignals(py::object bridge, const std::string& library, uintptr_t stream, bool host_functions)
       : kept_(std::move(bridge)),
-        signals_(&kept_.cast<BoundBridge&>().bridge(), library, handle(stream), host_functions) {}
+        signals_(make(&kept_.cast<BoundBridge&>().bridge(), library, stream, host_functions)) {}
 
   static CuStream handle(uintptr_t stream) { return reinterpret_cast<CuStream>(stream); }
   const char* mode() const {
@@ -112,17 +113,33 @@ class BoundSignals {
   const CudaSignals& signals() const { return signals_; }
 
  private:
+  // Waits for the stream, with the interpreter free for what the stream may need of it.
+  static CudaSignals make(ExpertBridge* bridge, const std::string& library, uintptr_t stream,
+                          bool host_functions) {
+    const py::gil_scoped_release release;
+    return CudaSignals(bridge, library, handle(stream), host_functions);
+  }
+
   const py::object kept_;
   const CudaSignals signals_;
 };
 
-// From a Python callable (True: idle), or by the driver, or none.
-StreamQuery stream_query(const py::object& query, const BoundSignals* signals, uintptr_t stream) {
+// From a Python callable (True: idle), or by the driver (idle if all streams are), or none.
+StreamQuery stream_query(const py::object& query, const BoundSignals* signals,
+                         const std::vector<uintptr_t>& streams) {
   if (!query.is_none() && signals != nullptr) {
     throw py::value_error("give query or signals, not both");
   }
   if (signals != nullptr) {
-    return [signals, stream] { return signals->signals().query(BoundSignals::handle(stream)); };
+    if (streams.empty()) throw py::value_error("streams is empty: name those that signals are for");
+    return [signals, streams] {
+      StreamState state = StreamState::kIdle;
+      for (const uintptr_t stream : streams) {
+        const StreamState one = signals->signals().query(BoundSignals::handle(stream));
+        if (one == StreamState::kBusy) state = one;
+      }
+      return state;
+    };
   }
   if (query.is_none()) return {};
   // The caller holds `query` for the length of the call.
@@ -135,15 +152,15 @@ StreamQuery stream_query(const py::object& query, const BoundSignals* signals, u
 
 void BoundBridge::run_step(int64_t num_tokens, const std::optional<std::vector<int>>& layers,
                            double timeout_s, const py::object& query, const BoundSignals* signals,
-                           uintptr_t stream) {
-  const StreamQuery state = stream_query(query, signals, stream);
+                           const std::vector<uintptr_t>& streams) {
+  const StreamQuery state = stream_query(query, signals, streams);
   const py::gil_scoped_release release;
   bridge_.run_step(num_tokens, layers ? *layers : all_layers_, timeout_s, state);
 }
 
 void BoundBridge::reset(double timeout_s, const py::object& query, const BoundSignals* signals,
-                        uintptr_t stream) {
-  const StreamQuery state = stream_query(query, signals, stream);
+                        const std::vector<uintptr_t>& streams) {
+  const StreamQuery state = stream_query(query, signals, streams);
   const py::gil_scoped_release release;
   bridge_.reset(timeout_s, state);
 }
@@ -160,9 +177,10 @@ void register_bridge(py::module_& m) {
            py::arg("topk_weights"), py::arg("out"), py::arg("flags"), py::arg("isa") = "auto")
       .def("run_step", &BoundBridge::run_step, py::arg("num_tokens"),
            py::arg("layers") = py::none(), py::arg("timeout_s") = 30.0,
-           py::arg("query") = py::none(), py::arg("signals") = py::none(), py::arg("stream") = 0)
+           py::arg("query") = py::none(), py::arg("signals") = py::none(),
+           py::arg("streams") = py::list())
       .def("reset", &BoundBridge::reset, py::arg("timeout_s") = 5.0, py::arg("query") = py::none(),
-           py::arg("signals") = py::none(), py::arg("stream") = 0)
+           py::arg("signals") = py::none(), py::arg("streams") = py::list())
       .def(
           "submit",
           [](BoundBridge& self, int layer) {

@@ -27,6 +27,7 @@ CudaDriver::CudaDriver(const std::string& library)
   find("cuStreamWaitValue32_v2", &wait_value_);
   require(library, "cuLaunchHostFunc", &launch_host_function_);
   require(library, "cuStreamQuery", &query_);
+  require(library, "cuStreamSynchronize", &synchronize_);
   require(library, "cuMemHostGetDevicePointer_v2", &device_pointer_);
   require(library, "cuGetErrorName", &error_name_);
 }
@@ -72,6 +73,10 @@ bool CudaDriver::is_idle(CuStream stream) const {
   if (result == kNotReady) return false;
   check(result, "the CUDA stream failed");
   return true;
+}
+
+void CudaDriver::synchronize(CuStream stream) const {
+  check(synchronize_(stream), "the CUDA stream failed");
 }
 
 CuDevicePtr CudaDriver::device_pointer(void* host) const {

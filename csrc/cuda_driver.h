@@ -26,6 +26,8 @@ class CudaDriver {
   void launch_host_function(CuStream stream, void (*function)(void*), void* argument) const;
   // Whether the stream has nothing left to do. Throws std::runtime_error if it has failed.
   bool is_idle(CuStream stream) const;
+  // Blocks until the stream has nothing left to do. Throws std::runtime_error if it has failed.
+  void synchronize(CuStream stream) const;
   // What the GPU calls this pinned memory. Throws std::runtime_error.
   CuDevicePtr device_pointer(void* host) const;
 
@@ -44,6 +46,7 @@ class CudaDriver {
   CuResult (*wait_value_)(CuStream, CuDevicePtr, uint32_t, unsigned) = nullptr;
   CuResult (*launch_host_function_)(CuStream, void (*)(void*), void*) = nullptr;
   CuResult (*query_)(CuStream) = nullptr;
+  CuResult (*synchronize_)(CuStream) = nullptr;
   CuResult (*device_pointer_)(CuDevicePtr*, void*, unsigned) = nullptr;
   CuResult (*error_name_)(CuResult, const char**) = nullptr;
 };

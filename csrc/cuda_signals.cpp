@@ -24,8 +24,10 @@ CudaSignals::CudaSignals(ExpertBridge* bridge, const std::string& library, CuStr
   if (reason_.empty()) mode_ = SignalMode::kMemoryOperations;
 }
 
-// Returns what went wrong.
+// Returns what went wrong. What is on the stream already may take any time (weights that are being
+// copied), and says nothing about these operations: it is awaited first.
 std::string CudaSignals::try_memory_operations(CuStream stream) const {
+  driver_.synchronize(stream);
   uint32_t* const flag = bridge_->trial_flag();
   CuResult result = driver_.try_write_value(stream, address(flag), 1);
   if (result == 0) result = driver_.try_wait_value(stream, address(flag), 1);

@@ -17,9 +17,11 @@ enum class SignalMode { kMemoryOperations, kHostFunctions };
 // Enqueues the stream's side of a bridge on CUDA streams, also while they are being captured.
 class CudaSignals {
  public:
-  // The bridge outlives this object and every captured graph. Memory operations are tried out on
-  // `stream`, which must not be capturing: whether they work depends on driver, card and operating
-  // system. With host_functions they are not used at all.
+  // The bridge and this object outlive every captured graph: the graph's operations hold addresses
+  // of the bridge's flags or, as host functions, of this object's calls_. Memory operations are
+  // tried out on `stream`: whether they work depends on driver, card and operating system. It must
+  // not be capturing nor wait for the calling thread, which waits for all that it has to do. With
+  // host_functions they are not used at all.
   CudaSignals(ExpertBridge* bridge, const std::string& library, CuStream stream,
               bool host_functions);
 

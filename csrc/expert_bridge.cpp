@@ -49,6 +49,16 @@ std::string current_message() {
   }
 }
 
+bool has_failed(const StreamQuery& query) {
+  if (!query) return false;
+  try {
+    query();
+  } catch (...) {
+    return true;
+  }
+  return false;
+}
+
 class FailingTask final : public Task {
  public:
   explicit FailingTask(int worker) : worker_(worker) {}
@@ -133,11 +143,9 @@ void ExpertBridge::run_step(int64_t num_tokens, const std::vector<int>& layers, 
     }
   } catch (...) {
     failure_ = current_message();
-    abandon(layers, position, was_submitted, num_tokens, query);
+    abandon(layers, position, was_submitted, query);
     throw;
   }
-  const std::lock_guard<std::mutex> counting(counters_mutex_);
-  ++counters_.steps;
 }
 
 // If the stream still has work before its first submission.
@@ -223,6 +231,7 @@ void ExpertBridge::serve(int layer, int64_t num_tokens) {
   store(finished_flag(layer), 1);
   const std::lock_guard<std::mutex> counting(counters_mutex_);
   ++counters_.layers;
+  counters_.steps += layer == num_layers() - 1;
   counters_.layer_s[static_cast<size_t>(layer)] += seconds_since(start);
   counters_.distinct_experts += distinct;
   counters_.weight_bytes += distinct * served.weights->expert_bytes();
@@ -271,11 +280,12 @@ void ExpertBridge::compute(Layer* layer, int64_t num_tokens) {
 }
 
 // Answers layers[position] and those after it without computing, or, once the stream does not
-// submit any more, lets it through all of them.
+// submit any more, lets it through all of them: out holds no numbers then that it could take away.
 void ExpertBridge::abandon(const std::vector<int>& layers, size_t position, bool was_submitted,
-                           int64_t num_tokens, const StreamQuery& query) {
+                           const StreamQuery& query) {
   // Before its first submission, the stream may still be copying the result of the step before.
-  if (was_submitted || position > 0) spoil(num_tokens);
+  if (!was_submitted && position == 0 && !has_failed(query)) return;
+  spoil();
   if (was_submitted) {
     const Clock::time_point start = Clock::now();
     try {
@@ -290,18 +300,19 @@ void ExpertBridge::abandon(const std::vector<int>& layers, size_t position, bool
   for (; position < layers.size(); ++position) store(finished_flag(layers[position]), 1);
 }
 
-// All bits set is a NaN in fp32 and in bf16.
-void ExpertBridge::spoil(int64_t num_tokens) {
-  std::memset(
-      buffers_.out, 0xff,
-      static_cast<size_t>(num_tokens * buffers_.hidden_size * dtype_bytes(buffers_.out_dtype)));
+// All rows: the step on the stream may have more than run_step was told. All bits set is a NaN in
+// fp32 and in bf16.
+void ExpertBridge::spoil() {
+  std::memset(buffers_.out, 0xff,
+              static_cast<size_t>(buffers_.max_tokens * buffers_.hidden_size *
+                                  dtype_bytes(buffers_.out_dtype)));
 }
 
 bool ExpertBridge::answer_all() {
   bool any = false;
   for (int layer = 0; layer < num_layers(); ++layer) {
     if (load(submitted_flag(layer)) == 0) continue;
-    spoil(buffers_.max_tokens);
+    spoil();
     store(submitted_flag(layer), 0);
     store(finished_flag(layer), 1);
     any = true;

@@ -25,10 +25,13 @@
 // after some submitted == 1, by when the stream has copied the last one. (Layers in flight at the
 // same time would need a set each.)
 //
-// When a step fails, the GPU must not be left waiting. The rest of the step is then answered
-// without computing: out is NaN, so that nobody takes the step for a good one. If the stream does
-// not even submit, all its waits are let through. Either way the exception is thrown, and further
-// steps are refused until reset().
+// When a step fails, nobody may take it for a good one: out is filled with NaN and the rest of the
+// step is answered without computing, or, if the stream submits no more, let through at once. There
+// is one exception. Until the step's first layer is submitted, the stream may still be copying the
+// out of the step before, which must not be spoiled, and a wait let through would pass on those old
+// numbers. So its layers stay unfinished: should the stream submit them later, it waits until
+// reset() answers them, with NaN. Only a stream that has failed is let through even then. The
+// exception is thrown in any case, and further steps are refused until reset().
 #pragma once
 
 #include <sys/types.h>
@@ -70,7 +73,7 @@ enum class StreamState { kBusy, kIdle };
 using StreamQuery = std::function<StreamState()>;
 
 struct BridgeCounters {
-  int64_t steps = 0;            // completed
+  int64_t steps = 0;            // completed: one each time that the last layer is served
   double wait_s = 0;            // run_step waiting for the stream
   std::vector<double> layer_s;  // run_step computing, by layer
   int64_t layers = 0;           // computed
@@ -100,8 +103,8 @@ class ExpertBridge {
 
   // Makes the bridge ready again after a failure, or after a step was launched and not served:
   // answers all that the stream submits with NaN until it is idle, then clears all flags. Throws
-  // what query throws, or std::runtime_error after timeout_s. Without query the stream must be
-  // idle.
+  // what query throws, or std::runtime_error after timeout_s; until a later call succeeds, what the
+  // stream submits is left waiting. Without query the stream must be idle.
   void reset(double timeout_s, const StreamQuery& query);
 
   // The stream's side, for streams that call host functions. wait() returns when the layer is
@@ -137,8 +140,8 @@ class ExpertBridge {
   int64_t count_experts(int layer, int64_t num_tokens);
   void compute(Layer* layer, int64_t num_tokens);
   void abandon(const std::vector<int>& layers, size_t position, bool was_submitted,
-               int64_t num_tokens, const StreamQuery& query);
-  void spoil(int64_t num_tokens);
+               const StreamQuery& query);
+  void spoil();
   bool answer_all();
 
   ThreadPool* const pool_;

@@ -200,4 +200,25 @@ TEST(bridge_gives_up_on_streams_that_do_not_submit) {
   stream.join();
 }
 
+TEST(bridge_answers_late_submissions_with_nan) {
+  ThreadPool pool({0, 1}, false);
+  Setup setup(&pool);
+  const StreamStep step(2, 3);
+  for (int round = 0; round < 10; ++round) {
+    std::thread first([&] { step.run(&setup, nothing); });
+    setup.bridge->run_step(2, kAll, 30.0, {});
+    first.join();
+    CHECK_THROWS(std::runtime_error, "nothing came", setup.bridge->run_step(2, kAll, 0.01, busy));
+    std::vector<float> got;
+    std::atomic<bool> done{false};
+    std::thread late([&] {
+      got = step.run(&setup, nothing);
+      done = true;
+    });
+    setup.bridge->reset(30.0, [&] { return done ? StreamState::kIdle : StreamState::kBusy; });
+    late.join();
+    for (const float value : got) CHECK(std::isnan(value));
+  }
+}
+
 }  // namespace moejet

@@ -434,12 +434,12 @@ class ExpertBridge:
         timeout_s: float = 30.0,
         query: Callable[[], bool] | None = None,
         signals: CudaSignals | None = None,
-        stream: int = 0,
+        streams: Sequence[int] = (),
     ) -> None:
         """Serves the layers (all of them in order) of a step that was launched; see CpuBridge.run_step.
 
         How the stream is, is asked of query() (True: out of work; raises if it failed) or, given
-        signals, of the driver with the handle `stream`.
+        signals, of the driver with the handles `streams`: out of work if all are.
         """
 
     def reset(
@@ -447,7 +447,7 @@ class ExpertBridge:
         timeout_s: float = 5.0,
         query: Callable[[], bool] | None = None,
         signals: CudaSignals | None = None,
-        stream: int = 0,
+        streams: Sequence[int] = (),
     ) -> None:
         """Answers what the stream still submits until it is idle, then makes all ready again."""
 
@@ -476,7 +476,8 @@ class CudaSignals:
     ) -> None:
         """library: of the CUDA driver. RuntimeError if it cannot be loaded.
 
-        stream: a handle, not capturing, on which stream memory operations are tried out.
+        stream: a handle, not capturing, on which stream memory operations are tried out once it has
+        nothing else to do.
         """
 
     def submit(self, layer: int, stream: int) -> None: ...

@@ -118,7 +118,9 @@ class GpuRunner:
         self._graph_memory: Any = None  # that all graphs share
 
     def close(self) -> None:
-        """Releases the graphs, which refer to the bridge's signals."""
+        """Releases the bridge, once the device is done with it, and the graphs, which are not replayed any more."""
+        if self.bridge is not None:
+            self.bridge.close()
         self._synchronize()
         self._steps.clear()
 

@@ -20,7 +20,7 @@ constexpr int kSuccess = 0, kInvalidValue = 1, kNotReady = 600, kIllegalAddress 
               kNotSupported = 801;
 constexpr unsigned long long kDeviceOffset = 1ull << 44;
 
-std::atomic<bool> memory_operations{true};
+std::atomic<bool> memory_operations{true}, writes_arrive{true};
 
 uint32_t* host(unsigned long long address) {
   return reinterpret_cast<uint32_t*>(address - kDeviceOffset);
@@ -100,7 +100,7 @@ EXPORT int cuStreamWriteValue32_v2(void* stream, unsigned long long address, uin
   if (!memory_operations) return kNotSupported;
   if (flags != 0 || address < kDeviceOffset) return kInvalidValue;
   stream_of(stream)->add([=] {
-    __atomic_store_n(host(address), value, __ATOMIC_RELEASE);
+    if (writes_arrive) __atomic_store_n(host(address), value, __ATOMIC_RELEASE);
     return true;
   });
   return kSuccess;
@@ -124,6 +124,12 @@ EXPORT int cuLaunchHostFunc(void* stream, void (*function)(void*), void* argumen
 
 EXPORT int cuStreamQuery(void* stream) { return stream_of(stream)->query(); }
 
+EXPORT int cuStreamSynchronize(void* stream) {
+  int result;
+  while ((result = stream_of(stream)->query()) == kNotReady) std::this_thread::yield();
+  return result;
+}
+
 EXPORT int cuMemHostGetDevicePointer_v2(unsigned long long* device, void* pointer, unsigned) {
   *device = reinterpret_cast<unsigned long long>(pointer) + kDeviceOffset;
   return kSuccess;
@@ -139,6 +145,7 @@ EXPORT int cuGetErrorName(int error, const char** name) {
 // What the tests call.
 
 EXPORT void fake_support_memory_operations(bool support) { memory_operations = support; }
+EXPORT void fake_let_writes_arrive(bool arrive) { writes_arrive = arrive; }
 EXPORT void* fake_create(unsigned seed, int max_delay_us) { return new Stream(seed, max_delay_us); }
 EXPORT void fake_destroy(void* stream) { delete stream_of(stream); }
 

@@ -90,6 +90,8 @@ def test_eager_layers_are_served_by_collect(
             bridge.submit(layer, x, ids[layer], mix[layer])
             x = bridge.collect(layer)
         assert torch.equal(x, expected)
+    counters = bridge.counters()
+    assert (counters["steps"], counters["layers"]) == (10, 10 * LAYERS)
 
 
 def test_rows_without_experts_are_zero(layers: list[CpuExperts], make_stream: MakeStream) -> None:

@@ -120,6 +120,36 @@ def test_a_stream_that_never_submits(layers: list[CpuExperts], make_stream: Make
     assert torch.equal(step.run(), expected)
 
 
+def test_a_stream_that_submits_late(layers: list[CpuExperts], make_stream: MakeStream) -> None:
+    """After the timeout, with the numbers of the step before still in memory: they must not come out."""
+    stream = make_stream()
+    step, expected = make_step(layers, stream, timeout_s=0.2)
+    assert torch.equal(step.run(), expected)
+    stream.hang()
+    step.launch()
+    with pytest.raises(RuntimeError, match="nothing came"):
+        step.bridge.run_step(3)
+    stream.hang(False)
+    time.sleep(0.1)
+    assert (step.out == 123.0).all()  # it waits
+    step.bridge.reset()
+    assert step.out.isnan().all()
+    assert torch.equal(step.run(), expected)
+
+
+def test_a_step_that_was_launched_late(layers: list[CpuExperts], make_stream: MakeStream) -> None:
+    """After run_step has found the stream idle."""
+    stream = make_stream()
+    step, expected = make_step(layers, stream)
+    assert torch.equal(step.run(), expected)
+    with pytest.raises(RuntimeError, match="run out of work"):
+        step.bridge.run_step(3)
+    step.launch()
+    step.bridge.reset()
+    assert step.out.isnan().all()
+    assert torch.equal(step.run(), expected)
+
+
 def test_a_step_that_was_not_launched(layers: list[CpuExperts], make_stream: MakeStream) -> None:
     stream = make_stream()
     step, expected = make_step(layers, stream)
@@ -198,11 +228,32 @@ def test_memory_operations_that_do_not_work(layers: list[CpuExperts], fake_drive
         stream.library.fake_support_memory_operations(True)
         make_bridge(layers, stream)
         assert (stream.signals.mode, stream.signals.reason) == ("memory_operations", "")
-        stream.hang()
+        stream.library.fake_let_writes_arrive(False)
         make_bridge(layers, stream)
         assert "within 2 s" in stream.signals.reason
     finally:
+        stream.library.fake_let_writes_arrive(True)
         stream.library.fake_support_memory_operations(True)
+        stream.close()
+
+
+def test_memory_operations_are_tried_when_the_stream_is_idle(
+    layers: list[CpuExperts], fake_driver: str
+) -> None:
+    """What it has to do before that says nothing about them, however long it takes."""
+    stream = FakeStream(fake_driver, host_functions=False, seed=0, max_delay_s=0.0)
+    source, target = torch.ones(3), torch.zeros(3)
+    stream.hang()
+    stream.copy(target, source)
+    timer = threading.Timer(2.3, stream.hang, (False,))
+    timer.start()
+    try:
+        step, expected = make_step(layers, stream)
+        assert torch.equal(target, source)
+        assert (stream.signals.mode, stream.signals.reason) == ("memory_operations", "")
+        assert torch.equal(step.run(), expected)
+    finally:
+        timer.join()
         stream.close()
 
 

@@ -96,6 +96,29 @@ def test_eager_layers(layers: list[CpuExperts], stream: CudaStream) -> None:
         assert torch.equal(out.cpu(), expected)
 
 
+def test_a_replay_on_a_named_stream(layers: list[CpuExperts], stream: CudaStream) -> None:
+    """Served outside of its context, and late; then one that only close lets through."""
+    bridge = make_bridge(layers, stream)
+    inputs, expected = example(layers, 0)
+    static = [tensor.cuda() for tensor in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = enqueue(bridge, *static)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # cycles, about 0.1 s
+        graph.replay()
+    bridge.run_step(TOKENS, side)
+    side.synchronize()
+    assert torch.equal(out.cpu(), expected)
+    with torch.cuda.stream(side):
+        graph.replay()
+    bridge.close()
+    assert side.query()
+    assert out.isnan().all()
+
+
 def test_an_idle_stream_is_noticed(layers: list[CpuExperts], stream: CudaStream) -> None:
     bridge = make_bridge(layers, stream)
     torch.cuda.synchronize()

@@ -13,6 +13,13 @@ the graph was captured with; rows of padding have ids -1 and come back as zeros.
 Eagerly, `collect` serves its layer itself. Launching a whole step first and serving it then would hang: a stream takes
 only about a thousand operations before the launching thread has to wait, and the stream waits for the CPU.
 
+`run_step` and `reset` ask how the stream is. They take that of the last eager layer or replay they were told of, and
+the calling thread's current one; a caller whose replay is on yet another must name it.
+
+The GPU may use the bridge's pinned memory until the stream is idle, which is later than the end of `run_step`. It is
+therefore freed by `close`, or by a finaliser, once the stream is idle. While a captured graph may still be replayed,
+its bridge must stay open and alive. That also keeps the arguments of host functions, to which its operations point.
+
 Ids are those of the layer's experts in RAM, -1 for what is not for the CPU: padding, and experts that live on the GPU.
 The protocol, and why one set of buffers is enough, is explained in csrc/expert_bridge.h.
 """
@@ -20,6 +27,8 @@ The protocol, and why one set of buffers is enough, is explained in csrc/expert_
 from __future__ import annotations
 
 import logging
+import os
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,11 +39,13 @@ from moejet.experts.cpu_experts import CpuExperts
 from moejet.extension import load_extension
 
 if TYPE_CHECKING:
-    from moejet._C import ExpertBridge
+    from moejet._C import CudaSignals, ExpertBridge
 
 logger = logging.getLogger(__name__)
 
 CUDA_DRIVER = "libcuda.so.1"
+# How long collecting a bridge that was not closed may wait for its stream.
+_RELEASE_SECONDS = 5.0
 
 
 class Stream(Protocol):
@@ -50,6 +61,9 @@ class Stream(Protocol):
     def attach(self, native: ExpertBridge) -> None:
         """Called once, before `submit` and `wait`."""
 
+    def detach(self, native: ExpertBridge) -> None:
+        """Called when the stream is idle and the bridge will not be used any more."""
+
     def copy(self, target: Tensor, source: Tensor) -> None: ...
     def submit(self, layer: int) -> None: ...
     def wait(self, layer: int) -> None: ...
@@ -57,12 +71,12 @@ class Stream(Protocol):
     def settle(self) -> None:
         """Makes results readable by operations that are not on the stream, if the model uses such."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self, replayed_on: torch.cuda.Stream | None = None) -> dict[str, Any]:
         """The arguments by which `ExpertBridge.run_step` learns how the stream is."""
 
 
 class CudaStream:
-    """PyTorch's current stream of a CUDA device."""
+    """PyTorch's current stream of a CUDA device, for one bridge."""
 
     pin_memory = True
 
@@ -77,10 +91,16 @@ class CudaStream:
         self.device = device
         self._driver = driver
         self._host_functions = host_functions
+        self._signals: CudaSignals | None = None
+        self._last: torch.cuda.Stream | None = None  # kept, lest its handle be given to another
 
     def attach(self, native: ExpertBridge) -> None:
+        """Waits for the current stream, on which memory operations are tried out."""
+        if self._signals is not None:
+            raise ValueError("this CudaStream serves another CpuBridge: create one for each")
+        self._last = torch.cuda.current_stream(self.device)
         self._signals = load_extension().CudaSignals(
-            native, self._driver, self._handle, self._host_functions
+            native, self._driver, self._last.cuda_stream, self._host_functions
         )
         if self._signals.reason:
             logger.warning(
@@ -89,10 +109,13 @@ class CudaStream:
                 self._signals.reason,
             )
 
+    def detach(self, native: ExpertBridge) -> None:
+        self._signals = self._last = None
+
     @property
     def mode(self) -> str:
         """How flags are set and awaited: "memory_operations" or "host_functions"."""
-        return str(self._signals.mode)
+        return str(self._attached.mode)
 
     @property
     def is_capturing(self) -> bool:
@@ -102,20 +125,49 @@ class CudaStream:
         target.copy_(source.to(target.dtype), non_blocking=True)
 
     def submit(self, layer: int) -> None:
-        self._signals.submit(layer, self._handle)
+        current = torch.cuda.current_stream(self.device)
+        self._attached.submit(layer, current.cuda_stream)
+        if not self.is_capturing:  # a graph is replayed on another stream than it was captured on
+            self._last = current
 
     def wait(self, layer: int) -> None:
-        self._signals.wait(layer, self._handle)
+        self._attached.wait(layer, torch.cuda.current_stream(self.device).cuda_stream)
 
     def settle(self) -> None:
         pass  # whatever uses the result comes later on the same stream
 
-    def state(self) -> dict[str, Any]:
-        return {"signals": self._signals, "stream": self._handle}
+    def state(self, replayed_on: torch.cuda.Stream | None = None) -> dict[str, Any]:
+        if replayed_on is not None:
+            self._last = replayed_on
+            used = [replayed_on]
+        else:
+            used = [] if self._last is None else [self._last]
+            if not self.is_capturing:  # which a query would break off
+                used.append(torch.cuda.current_stream(self.device))
+        handles = {int(stream.cuda_stream) for stream in used}
+        return {"signals": self._attached, "streams": sorted(handles)}
 
     @property
-    def _handle(self) -> int:
-        return int(torch.cuda.current_stream(self.device).cuda_stream)
+    def _attached(self) -> CudaSignals:
+        if self._signals is None:
+            raise RuntimeError("this CudaStream belongs to no open CpuBridge")
+        return self._signals
+
+
+# What a stream that failed or hangs may still use: never freed.
+_abandoned: list[tuple[ExpertBridge, Stream]] = []
+
+
+def _release(native: ExpertBridge, stream: Stream, process: int) -> None:
+    """Frees a bridge that was not closed, once its stream is idle."""
+    if os.getpid() != process:  # the parent's stream is none of a forked child's business
+        return
+    try:
+        native.reset(_RELEASE_SECONDS, **stream.state())
+        stream.detach(native)
+    except Exception as error:
+        _abandoned.append((native, stream))
+        logger.warning("a CpuBridge's memory is not freed: its stream may use it (%s)", error)
 
 
 class CpuBridge:
@@ -171,6 +223,25 @@ class CpuBridge:
             first.isa,
         )
         stream.attach(self._native)
+        # Holds what the GPU uses: memory (by the native bridge) and signals (by the stream).
+        self._finalizer = weakref.finalize(self, _release, self._native, stream, os.getpid())
+        self._is_closed = False
+        self._last_counters: dict[str, Any] = {}
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Waits until the stream is idle and frees the memory; graphs with this bridge must not be replayed again.
+
+        Steps that were launched and not served are let through, as by `reset`, whose exceptions this raises; the
+        bridge is then still open.
+        """
+        if self._is_closed:
+            return
+        self.reset(timeout_s)
+        self._finalizer.detach()
+        self._last_counters = self._native.counters()
+        self._is_closed = True
+        self.stream.detach(self._native)
+        del self._native, self._x, self._topk_ids, self._topk_weights, self._out, self._flags
 
     @property
     def pinned_bytes(self) -> int:
@@ -180,6 +251,7 @@ class CpuBridge:
 
     def submit(self, layer: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Enqueues the hand-over of x [T, D], topk_ids [T, K] and topk_weights [T, K] to the CPU."""
+        self._check_open()
         num_tokens = x.shape[0]
         if not 1 <= num_tokens <= self._x.shape[0]:
             raise ValueError(
@@ -205,6 +277,7 @@ class CpuBridge:
 
         Unless a graph is being captured, the CPU computes the layer now, on the calling thread.
         """
+        self._check_open()
         if layer not in self._pending:
             raise ValueError(f"layer={layer} was not submitted: submit it first")
         num_tokens = self._pending.pop(layer)
@@ -220,26 +293,42 @@ class CpuBridge:
             self.stream.settle()
         return out
 
-    def run_step(self, num_tokens: int) -> None:
-        """Serves all layers of a graph that was just replayed, of num_tokens rows.
+    def run_step(self, num_tokens: int, stream: torch.cuda.Stream | None = None) -> None:
+        """Serves all layers of a graph that was just replayed, of num_tokens rows, on `stream`.
 
-        Raises RuntimeError if the CPU or the GPU fails, or if the GPU takes longer than timeout_s for a layer; the GPU
-        is then let through the rest of the step, whose results are NaN, and `reset` must be called.
+        stream: by default that of the last eager layer or named replay, and the current one.
+
+        Raises RuntimeError if the CPU or the GPU fails, or if the GPU takes longer than timeout_s for a layer. `reset`
+        must be called then. The step's results are NaN: the GPU is let through the rest of it, or, if it had not even
+        submitted the first layer, waits there until `reset` lets it through.
         """
-        self._serve(num_tokens, None)
+        self._check_open()
+        self._serve(num_tokens, None, stream)
 
-    def reset(self, timeout_s: float = 5.0) -> None:
+    def reset(self, timeout_s: float = 5.0, stream: torch.cuda.Stream | None = None) -> None:
         """Lets the stream run out of work, without computing, and makes the bridge ready for the next step.
 
         For the time after an exception, wherever it came from between the launch of a step and the end of `run_step`.
-        Raises RuntimeError if the stream has failed or does not come to its end within timeout_s.
+        Raises RuntimeError if the stream has failed or does not come to its end within timeout_s; what it submits
+        after that waits for the next `reset`, so call it again before waiting for the stream. stream: as of `run_step`.
         """
+        self._check_open()
         self._pending.clear()
-        self._native.reset(timeout_s, **self.stream.state())
+        self._native.reset(timeout_s, **self.stream.state(stream))
 
     def counters(self) -> dict[str, Any]:
-        """So far: steps; layers, distinct_experts, weight_bytes computed; wait_s for the GPU, layer_s by layer."""
-        return self._native.counters()
+        """So far: steps; layers, distinct_experts, weight_bytes computed; wait_s for the GPU, layer_s by layer.
 
-    def _serve(self, num_tokens: int, layers: list[int] | None) -> None:
-        self._native.run_step(num_tokens, layers, self.timeout_s, **self.stream.state())
+        A step, eager or replayed, counts when its last layer has been served.
+        """
+        return self._last_counters if self._is_closed else self._native.counters()
+
+    def _serve(
+        self, num_tokens: int, layers: list[int] | None, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        state = self.stream.state(stream)
+        self._native.run_step(num_tokens, layers, self.timeout_s, **state)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("this CpuBridge is closed: create another")

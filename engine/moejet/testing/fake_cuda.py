@@ -44,6 +44,7 @@ class FakeStream:
         self._path, self._host_functions = path, host_functions
         self.handle = self.library.fake_create(seed, int(max_delay_s * 1e6))
         self.is_capturing = False
+        self._is_open = True
         self._kept: list[Tensor] = []  # what operations in progress use
         self._captured: list[Tensor] = []
         self._attached: list[_C.ExpertBridge] = []
@@ -53,6 +54,10 @@ class FakeStream:
         self.signals = load_extension().CudaSignals(
             native, self._path, self.handle, self._host_functions
         )
+
+    def detach(self, native: _C.ExpertBridge) -> None:
+        if native in self._attached:
+            self._attached.remove(native)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         same = (target.dtype, target.shape) == (source.dtype, source.shape)
@@ -74,8 +79,9 @@ class FakeStream:
     def settle(self) -> None:
         self.synchronize()
 
-    def state(self) -> dict[str, Any]:
-        return {"signals": self.signals, "stream": self.handle}
+    def state(self, replayed_on: torch.cuda.Stream | None = None) -> dict[str, Any]:
+        # Nothing runs any more on a stream that is closed.
+        return {"signals": self.signals, "streams": [self.handle]} if self._is_open else {}
 
     def synchronize(self) -> None:
         deadline = time.monotonic() + 30
@@ -109,10 +115,13 @@ class FakeStream:
 
     def close(self) -> None:
         """Lets the stream through where it waits for a bridge. What is left is dropped."""
+        if not self._is_open:
+            return
         for native in self._attached:
             with suppress(RuntimeError):
                 native.reset(1.0, **self.state())
         self._attached.clear()
+        self._is_open = False
         self.call_driver("fake_destroy")
 
     def call_driver(self, name: str, *arguments: object) -> Any:

@@ -128,6 +128,10 @@ class SimulatedStream:
         self._native = native
         self._attached.append(native)
 
+    def detach(self, native: ExpertBridge) -> None:
+        if native in self._attached:
+            self._attached.remove(native)
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         self.call(lambda: target.copy_(source))
 
@@ -140,8 +144,9 @@ class SimulatedStream:
     def settle(self) -> None:
         self.synchronize()
 
-    def state(self) -> dict[str, Any]:
-        return {"query": self.query}
+    def state(self, replayed_on: torch.cuda.Stream | None = None) -> dict[str, Any]:
+        # Nothing runs any more on a stream that is closed.
+        return {} if self._is_closed else {"query": self.query}
 
     def _work(self) -> None:
         while (operation := self._next()) is not None:
