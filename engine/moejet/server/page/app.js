@@ -23,6 +23,7 @@ class App {
     this.current = tree.newConversation();
     this.runs = new Map(); // by conversation id
     this.views = new Map(); // of the conversation that is shown, by node id
+    this.changes = new Set(); // ids of nodes that the next frame shows
     this.saves = new Map(); // timers, by conversation id
     this.model = '';
     this.isFollowing = true; // the end of the conversation is kept in view
@@ -195,18 +196,30 @@ class App {
       ...this.settings.fields(),
     });
     this.runs.delete(conversation.id);
+    if (failure && nodes.every((node) => !node.content && !node.reasoning)) {
+      // One error for all of them.
+      for (const node of nodes.slice(1)) tree.removeNode(conversation, node.id);
+      nodes[0].group = null;
+    }
     this.save(conversation);
     if (conversation === this.current) this.showThread();
     this.say(failure ? failure.message : nodes[0].state === 'stopped' ? 'Stopped.' : 'The answer is complete.');
     if (failure?.status === 401) this.askKey(failure.message, () => this.retry(nodes[0]));
   }
 
+  /** Shows what has come once per frame, however many tokens those were. */
   changed(conversation, nodes) {
     this.saveSoon(conversation);
     if (conversation !== this.current) return;
-    for (const node of nodes) this.views.get(node.id)?.update();
-    this.showControls();
-    this.follow();
+    const isWaiting = this.changes.size > 0;
+    for (const node of nodes) this.changes.add(node.id);
+    if (isWaiting) return;
+    requestAnimationFrame(() => {
+      for (const id of this.changes) this.views.get(id)?.update();
+      this.changes.clear();
+      this.showControls();
+      this.follow();
+    });
   }
 
   select(node) {

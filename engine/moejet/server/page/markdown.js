@@ -88,6 +88,7 @@ const HTML_RULES = {
   ).split(' '),
   ALLOWED_ATTR: ['align', 'alt', 'checked', 'class', 'data-formula', 'data-language', 'disabled', 'href', 'src', 'start', 'type'],
   ALLOWED_URI_REGEXP: /^(?:https?:\/\/|mailto:|data:image\/)/i,
+  ADD_URI_SAFE_ATTR: ['align', 'checked', 'data-formula', 'data-language', 'disabled', 'start', 'type'],
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
