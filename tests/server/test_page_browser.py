@@ -549,7 +549,10 @@ def test_policy_stops_a_script_that_got_through(visit: Visit) -> None:
 def test_narrow_screen_has_all_of_it(browser: Any, url: str) -> None:
     visit = Visit(browser, url, viewport={"width": 360, "height": 640}, has_touch=True)
     visit.ask("showcase")
-    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360
+    for place in ("main", "header", "#composer", "#scroller", ".message.assistant"):
+        box = visit.page.locator(place).bounding_box()
+        assert box["x"] >= 0, place
+        assert box["x"] + box["width"] <= 360, place
     assert visit.page.evaluate("document.querySelector('#scroller').scrollWidth") <= 360
     assert not visit.page.locator("#sidebar").is_visible()
     visit.page.click("#open-sidebar")

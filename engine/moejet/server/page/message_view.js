@@ -105,12 +105,12 @@ export class AssistantView {
   place(siblings, group) {
     const { node, actions } = this;
     this.element.classList.toggle('chosen', group.length > 0 && node === group.chosen);
-    const pick = group.length ? button('Use this one', () => actions.pick(node)) : null;
+    const pick = el('button', { type: 'button', className: 'small', textContent: 'Use this one', onclick: () => actions.pick(node) });
+    const isEmpty = !node.content && node.state === 'error';
     const buttons = [
-      pick,
-      group.length ? null : switcher(siblings, node, actions.select),
-      copyButton('Copy', () => node.content),
-      group.length ? null : button('Regenerate', () => actions.regenerate(node)),
+      group.length ? pick : switcher(siblings, node, actions.select),
+      isEmpty ? null : copyButton('Copy', () => node.content),
+      group.length || isEmpty ? null : button('Regenerate', () => actions.regenerate(node)),
       this.stats,
     ];
     this.foot.replaceChildren(...buttons.filter(Boolean));

@@ -133,7 +133,8 @@ export class Run {
       node.state = state;
       this.#measure(node, this.#clocks[this.nodes.indexOf(node)]);
       if (failure) {
-        const again = failure.retryAfter ? ` Try again in ${failure.retryAfter} s.` : '';
+        const stop = /[.!?]$/.test(failure.message) ? '' : '.';
+        const again = failure.retryAfter ? `${stop} Try again in ${failure.retryAfter} s.` : '';
         node.error = failure.message + again;
       }
     }

@@ -4,7 +4,7 @@ import { byId } from './dom.js';
 
 const KEY = 'moejet.settings';
 const NUMBERS = ['temperature', 'top_p', 'max_tokens', 'n', 'seed'];
-const THEMES = { '': 'Auto', light: 'Light', dark: 'Dark' };
+const THEMES = { '': 'auto', light: 'light', dark: 'dark' };
 
 export class Settings {
   #values = {};
@@ -71,8 +71,7 @@ export class Settings {
 function setUpTheme() {
   const button = byId('theme');
   const show = () => {
-    button.textContent = THEMES[document.documentElement.dataset.theme ?? ''];
-    button.title = 'Colours: as the system has them, light or dark';
+    button.textContent = `Theme: ${THEMES[document.documentElement.dataset.theme ?? '']}`;
   };
   button.addEventListener('click', () => {
     const names = Object.keys(THEMES);
