@@ -102,7 +102,9 @@ def test_own_files_name_no_foreign_address(path: Path) -> None:
 
 
 def test_vendored_code_loads_nothing() -> None:
-    loads = re.compile(r"""(?:import\(|from\s*|fetch\(|url\(|importScripts\(|src\s*=)\s*['"]https?:""")
+    loads = re.compile(
+        r"""(?:import\(|from\s*|fetch\(|url\(|importScripts\(|src\s*=)\s*['"]https?:"""
+    )
     for path in PAGE.glob("vendor/*/*"):
         if path.suffix in (".js", ".css"):
             assert not loads.search(path.read_text(encoding="utf-8")), path.name

@@ -1,3 +1,4 @@
+# ruff: noqa: E402, E501
 """The chat page in a browser: what a person does there, and what hostile model output must not be able to do.
 
 Needs Playwright and a Chromium: its own, or the system's. A stand-in speaks the API, so that every case of a stream can
@@ -563,7 +564,9 @@ def test_narrow_screen_has_all_of_it(browser: Any, url: str) -> None:
 
 
 def test_events_are_read_however_they_are_divided(visit: Visit) -> None:
-    stream = ': hi\r\n\r\ndata: {"a": "é€"}\r\n\r\nevent: x\ndata:one\ndata: two\n\n\ndata: last\r\r'
+    stream = (
+        ': hi\r\n\r\ndata: {"a": "é€"}\r\n\r\nevent: x\ndata:one\ndata: two\n\n\ndata: last\r\r'
+    )
     read = visit.page.evaluate(
         """async ({text, src}) => {
              const { eventData } = await import(src);

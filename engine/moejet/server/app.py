@@ -28,6 +28,7 @@ from moejet.server.health import health_router
 from moejet.server.metrics import ServerMetrics, metrics_router
 from moejet.server.middleware import Guard, read_json
 from moejet.server.openapi import describe
+from moejet.server.page import PAGE_PATHS, page_router
 from moejet.server.prompts import PromptMaker
 from moejet.server.protocol.answers import Renderer, collect, stream
 from moejet.server.protocol.common import ApiModel, Context, parse
@@ -144,11 +145,13 @@ def asgi_app(
         },
     )
     app.state.server = server
-    app.add_middleware(Guard, config=config, public=(*PUBLIC_PATHS, *public_paths))
+    public = (*PUBLIC_PATHS, *PAGE_PATHS, *public_paths)
+    app.add_middleware(Guard, config=config, public=public)
     add_routes(app, server)
     app.include_router(health_router(backend))
     app.include_router(metrics_router(metrics))
     describe(app)
+    app.include_router(page_router(config))  # not part of the API's description
     return app
 
 
