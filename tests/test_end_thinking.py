@@ -123,6 +123,8 @@ def test_who_asks_is_answered_when_the_engine_ends_the_request():
         stream.close()  # it is asked for first, so it thinks still
         is_open.set()
         assert await asyncio.wait_for(asked, 10)
+        # Before the close has reached the engine it thinks still.
+        await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(stream._ticket.ended)), 10)
         asked = asyncio.create_task(llm.end_thinking("mine"))
         assert not await asyncio.wait_for(asked, 10)
         await llm.close(drain=False)
