@@ -1,4 +1,3 @@
-# ruff: noqa: E402, E501
 """The chat page in a browser: what a person does there, and what hostile model output must not be able to do.
 
 Needs Playwright and a Chromium: its own, or the system's. A stand-in speaks the API, so that every case of a stream can
