@@ -55,7 +55,7 @@ def gcd(a: int, b: int) -> int:
 """
 ATTACKS = """<img src=x onerror="window.hacked=1"> <script>window.hacked=2</script>
 
-[a](javascript:window.hacked=3) [b](JaVaScRiPt&colon;window.hacked=4) 
+[a](javascript:window.hacked=3) [b](JaVaScRiPt&colon;window.hacked=4)
 [c](data:text/html,<script>window.hacked=5</script>)
 
 ![beacon](http://beacon.test/pixel.png) ![x](x" onerror="window.hacked=6)  ![own](/v1/models)
