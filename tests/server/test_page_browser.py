@@ -1,4 +1,3 @@
-# ruff: noqa: E402, E501
 """The chat page in a browser: what a person does there, and what hostile model output must not be able to do.
 
 Needs Playwright and a Chromium: its own, or the system's. A stand-in speaks the API, so that every case of a stream can
@@ -17,10 +16,11 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi")
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 
 import uvicorn
 from fastapi import FastAPI, Request
+from playwright import sync_api
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from moejet.server.config import ServerConfig
@@ -55,11 +55,14 @@ def gcd(a: int, b: int) -> int:
 """
 ATTACKS = """<img src=x onerror="window.hacked=1"> <script>window.hacked=2</script>
 
-[a](javascript:window.hacked=3) [b](JaVaScRiPt&colon;window.hacked=4) [c](data:text/html,<script>window.hacked=5</script>)
+[a](javascript:window.hacked=3) [b](JaVaScRiPt&colon;window.hacked=4)
+[c](data:text/html,<script>window.hacked=5</script>)
 
 ![beacon](http://beacon.test/pixel.png) ![x](x" onerror="window.hacked=6)  ![own](/v1/models)
 
-<a href="java&#x0A;script:window.hacked=7">d</a> <svg onload="window.hacked=8"><style><img src=x onerror=window.hacked=9>
+<a href="java&#x0A;script:window.hacked=7">d</a>
+
+<svg onload="window.hacked=8"><style><img src=x onerror=window.hacked=9>
 
 <math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror=window.hacked=10&gt;">
 
@@ -506,7 +509,8 @@ def test_hostile_output_does_nothing(visit: Visit) -> None:
     assert "last line" in visit.texts(".answer")[0]
     found = page.evaluate(
         """() => [...document.querySelectorAll('.answer *')].flatMap((e) => [
-             ...(/^(script|style|iframe|form|link|base|meta|svg|object|embed|img|mglyph)$/i.test(e.localName) ? [e.localName] : []),
+             ...(/^(script|style|iframe|form|link|base|meta|svg|object|embed|img|mglyph)$/i.test(
+               e.localName) ? [e.localName] : []),
              ...[...e.attributes].filter((a) => /^on|^id$|^name$|^srcdoc$/.test(a.name)
                || (/href|src|action/.test(a.name) && !/^(https?:|mailto:)/.test(a.value))
                || (a.name === 'style' && /url|expression/.test(a.value))).map((a) => a.name + '=' + a.value),
