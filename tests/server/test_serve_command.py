@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from moejet.cli.main import main
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 ENVIRONMENT.pop("MOEJET_API_KEY", None)
 QUESTION = {
@@ -229,3 +231,11 @@ def test_it_may_be_ended_while_it_loads(moment):
         error = process.communicate(timeout=30)[1]
     assert "Traceback" not in error
     assert process.returncode in (0, -signal.SIGTERM)  # not before Python itself has begun
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 2
+    error = capsys.readouterr().err
+    assert "needs the package uvicorn" in error
+    assert "pip install 'moejet[server]'" in error

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    _check_packages()
     config = _config(args)
     if not args.drain_timeout >= 0:
         raise ValueError(f"--drain-timeout={args.drain_timeout:g} must be 0 or more seconds")
@@ -154,6 +156,17 @@ def execute(args: argparse.Namespace) -> int:
     _raise_file_limit()
     with _listening_socket(config.host, config.port) as sock:
         return asyncio.run(_serve(args, config, sock))
+
+
+def _check_packages() -> None:
+    for name in ("fastapi", "uvicorn", "msgspec", "prometheus_client"):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ValueError(
+                f"moejet serve needs the package {name}, which cannot be imported ({error}): "
+                "pip install 'moejet[server]'"
+            ) from error
 
 
 def _config(args: argparse.Namespace) -> "ServerConfig":
