@@ -62,8 +62,8 @@ def test_openai_streams(client):
     ) as stream:
         content = [e.delta for e in stream if e.type == "content.delta"]
         final = stream.get_final_completion()
+    # How many pieces there are depends on how fast they are read: what waits is merged.
     assert "".join(content) == final.choices[0].message.content == "The answer is 42."
-    assert len(content) > 3
     assert final.usage.completion_tokens == 36
 
 
