@@ -5,12 +5,12 @@ A key that changes the computation and whose value we do not implement raises Va
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from moejet.config import ModelConfig, Quantization
+from moejet.json_file import read_json_object
 from moejet.rope_config import RopeConfig
 
 # model_type -> (scoring_func, topk_method) where the file does not say.
@@ -237,10 +237,4 @@ def _read_config_json(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file} does not exist: a model directory needs a config.json")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return raw
+    return read_json_object(file)

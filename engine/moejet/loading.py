@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 from dataclasses import replace
@@ -20,6 +19,7 @@ from moejet.engine import Engine
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.extension import resolve_isa
 from moejet.gpu_loading import choose_device, create_gpu_runner, vram_budget
+from moejet.json_file import read_json_object
 from moejet.layers.linear import DenseWeights
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM
@@ -313,10 +313,7 @@ def _read_default_params(path: Path) -> SamplingParams:
     file = path / "generation_config.json"
     if not file.is_file():
         return SamplingParams()
-    try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
+    raw = read_json_object(file)
     if raw.get("do_sample") is False:
         return SamplingParams(temperature=0.0)
     return _default_params(raw, file)

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from moejet import tiktoken_files
 from moejet.chat_template import ChatTemplate
+from moejet.json_file import read_json_object
 from moejet.reasoning.parser import detect_think_tags
 from moejet.tool_markers import KNOWN_TOOL_MARKERS
 
@@ -345,15 +346,7 @@ def _read_raw(root: Path, settings: dict[str, Any]) -> RawTokenizer:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return value
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _content(token: Any) -> str | None:
