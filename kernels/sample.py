@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moejet.kernels.card import on_own_device
+from moejet.kernels.log_sums import log_sum_of_row
 from moejet.kernels.ordered_keys import (
     index_part,
     ordered,
@@ -253,12 +254,7 @@ def _choose_kernel(
     best, is_good = _best_of_row(best_ptr, row, num_chunks, BLOCK_N)
     tl.store(row_best_ptr + row, best)
     if HAS_SUMS:
-        mask = chunks < num_chunks
-        maxima = tl.load(maxima_ptr + row * num_chunks + chunks, mask=mask, other=float("-inf"))
-        sums = tl.load(sums_ptr + row * num_chunks + chunks, mask=mask, other=0.0)
-        top = tl.max(maxima, axis=0)
-        sums = tl.where(maxima == float("-inf"), 0.0, sums * tl.exp(maxima - top))
-        tl.store(log_sums_ptr + row, top + tl.log(tl.sum(sums, axis=0)))
+        tl.store(log_sums_ptr + row, log_sum_of_row(maxima_ptr, sums_ptr, row, num_chunks, BLOCK_N))
     token = tl.where(is_good, index_part(best), BAD)
     temperature = tl.load(temperature_ptr + row)
     if IS_RANDOM:  # noqa: SIM102 (one is known when compiling)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moejet.kernels.card import on_own_device
+from moejet.kernels.log_sums import log_sum_of_row
 from moejet.kernels.ordered_keys import (
     index_part,
     ordered,
@@ -49,13 +50,7 @@ def _best_of_row_kernel(
     BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    chunks = tl.arange(0, BLOCK_N)
-    mask = chunks < num_chunks
-    maxima = tl.load(maxima_ptr + row * num_chunks + chunks, mask=mask, other=float("-inf"))
-    sums = tl.load(sums_ptr + row * num_chunks + chunks, mask=mask, other=0.0)
-    top = tl.max(maxima, axis=0)
-    sums = tl.where(maxima == float("-inf"), 0.0, sums * tl.exp(maxima - top))
-    tl.store(log_sums_ptr + row, top + tl.log(tl.sum(sums, axis=0)))
+    tl.store(log_sums_ptr + row, log_sum_of_row(maxima_ptr, sums_ptr, row, num_chunks, BLOCK_N))
     lowest = tl.full([BLOCK], -(2**63), tl.int64)
     lanes = tl.arange(0, BLOCK)
     number = num_chunks * k
