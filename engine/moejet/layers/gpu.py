@@ -96,8 +96,7 @@ class GpuMLA(MLA):
         """As `MLA`, but cos_sin is the whole table [P, R] of `rope_table`."""
         assert isinstance(batch, DeviceBatch)
         config = self.config
-        latent_q = x if self.q_a_proj is None else self.q_a_norm(self.q_a_proj(x))
-        q = self.q_proj(latent_q).view(-1, config.num_attention_heads, config.qk_head_dim)
+        q = self.queries(x)
         q_pe = q[..., config.qk_nope_head_dim :]
         mla_prepare(
             self.kv_a_proj(x),

@@ -113,8 +113,7 @@ class MLA:
         assert isinstance(batch, Batch)
         config = self.config
         nope = config.qk_nope_head_dim
-        latent_q = x if self.q_a_proj is None else self.q_a_norm(self.q_a_proj(x))
-        q = self.q_proj(latent_q).view(-1, config.num_attention_heads, config.qk_head_dim)
+        q = self.queries(x)
         q_nope, q_pe = q[..., :nope], q[..., nope:]
         latent = self.kv_a_proj(x)
         c_kv, k_pe = latent[:, : config.kv_lora_rank], latent[:, config.kv_lora_rank :]
@@ -132,6 +131,12 @@ class MLA:
             scale=config.softmax_scale,
         )
         return self.o_proj(mixed.flatten(1))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x [T, D] to [T, H, N + R], not rotated."""
+        latent_q = x if self.q_a_proj is None else self.q_a_norm(self.q_a_proj(x))
+        config = self.config
+        return self.q_proj(latent_q).view(-1, config.num_attention_heads, config.qk_head_dim)
 
     def tensor_specs(self, prefix: str) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}
