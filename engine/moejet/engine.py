@@ -280,7 +280,9 @@ class Engine:
             if request.scores is not None:
                 first = batch.sampled.index(request)
                 set_scores(request, logits[first : first + batch.sampled.count(request)])
-        return _Computed(batch, requests, sample(logits[rows], requests) if requests else [])
+        if rows != list(range(logits.shape[0])):  # else a copy of all of them would change nothing
+            logits = logits[rows]
+        return _Computed(batch, requests, sample(logits, requests) if requests else [])
 
     def probe(self) -> None:
         """One forward pass of one token outside the schedule; raises if even that does not work."""

@@ -307,6 +307,14 @@ def structured_grammar(fields: Mapping[str, Any] | None) -> Grammar | None:
         raise wrong(f"structured_outputs.{given[0]}: {error}", "structured_outputs") from error
 
 
+def string_field(item: Mapping[str, Any], name: str, where: str) -> str:
+    """item[name], which must be a string; where: the item's path in the request."""
+    value = item.get(name)
+    if not isinstance(value, str):
+        raise wrong(f"{where}.{name}={short(value)} must be a string", f"{where}.{name}")
+    return value
+
+
 def usage(totals: Totals) -> dict[str, Any]:
     """In OpenAI's Chat form. reasoning_tokens: all tokens of the thinking, tags that the model wrote included."""
     return {

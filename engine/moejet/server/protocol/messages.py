@@ -23,6 +23,7 @@ from moejet.server.protocol.common import (
     one_of,
     response_grammar,
     sampling_params,
+    string_field,
 )
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
 from moejet.server.short import short
@@ -187,18 +188,18 @@ def _assistant(blocks: list[dict[str, Any]], where: str, known: set[str]) -> dic
         at = f"{where}[{j}]"
         match block.get("type"):
             case "text":
-                texts.append(_string(block, "text", at))
+                texts.append(string_field(block, "text", at))
             case "thinking":
-                thoughts.append(_string(block, "thinking", at))
+                thoughts.append(string_field(block, "thinking", at))
             case "redacted_thinking":
                 continue
             case "tool_use":
                 if not isinstance(block.get("input"), dict):
                     raise wrong(f"{at}.input must be an object", f"{at}.input")
-                call_id = _string(block, "id", at)
+                call_id = string_field(block, "id", at)
                 known.add(call_id)
                 arguments = json.dumps(block["input"], ensure_ascii=False)
-                function = {"name": _string(block, "name", at), "arguments": arguments}
+                function = {"name": string_field(block, "name", at), "arguments": arguments}
                 calls.append({"id": call_id, "type": "function", "function": function})
             case kind:
                 raise _unknown_block(kind, at)
@@ -219,7 +220,7 @@ def _user(
         at = f"{where}[{j}]"
         match block.get("type"):
             case "text":
-                texts.append(_string(block, "text", at))
+                texts.append(string_field(block, "text", at))
             case "tool_result":
                 call_id = block.get("tool_use_id")
                 if call_id not in known:
@@ -245,15 +246,8 @@ def _text(content: Any, where: str) -> str:
             raise _unknown_block(
                 block.get("type") if isinstance(block, dict) else block, f"{where}[{j}]"
             )
-        texts.append(_string(block, "text", f"{where}[{j}]"))
+        texts.append(string_field(block, "text", f"{where}[{j}]"))
     return "\n".join(texts)
-
-
-def _string(block: dict[str, Any], name: str, where: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise wrong(f"{where}.{name}={short(value)} must be a string", f"{where}.{name}")
-    return value
 
 
 def _unknown_block(kind: Any, where: str) -> ApiError:

@@ -20,6 +20,7 @@ from moejet.server.protocol.common import (
     one_of,
     response_grammar,
     sampling_params,
+    string_field,
 )
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
 from moejet.server.short import short
@@ -166,19 +167,19 @@ def _add_item(
             item.get("content") or item.get("summary") or "", f"{where}.content"
         )
     elif kind == "function_call":
-        arguments = _string(item, "arguments", where) or "{}"
+        arguments = string_field(item, "arguments", where) or "{}"
         if not _is_object(arguments):
             raise wrong(
                 f"{where}.arguments must be the text of a JSON object", f"{where}.arguments"
             )
-        function = {"name": _string(item, "name", where), "arguments": arguments}
-        call_id = _string(item, "call_id", where)
+        function = {"name": string_field(item, "name", where), "arguments": arguments}
+        call_id = string_field(item, "call_id", where)
         calls.add(call_id)
         turn = _assistant(turns)
         call = {"id": call_id, "type": "function", "function": function}
         turn.setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
-        call_id = _string(item, "call_id", where)
+        call_id = string_field(item, "call_id", where)
         if call_id not in calls:
             raise wrong(
                 f"{where}.call_id={short(call_id)} answers no earlier function_call",
@@ -210,15 +211,8 @@ def _text(content: Any, where: str) -> str:
                 f"{where}[{j}].type={short(kind)} is not supported: this model reads text only",
                 f"{where}[{j}].type",
             )
-        texts.append(_string(part, "text", f"{where}[{j}]"))
+        texts.append(string_field(part, "text", f"{where}[{j}]"))
     return "\n".join(texts)
-
-
-def _string(item: dict[str, Any], name: str, where: str) -> str:
-    value = item.get(name)
-    if not isinstance(value, str):
-        raise wrong(f"{where}.{name}={short(value)} must be a string", f"{where}.{name}")
-    return value
 
 
 def _is_object(text: str) -> bool:
