@@ -67,9 +67,12 @@ class ResidentExperts:
                 values = torch.empty(shape, device=device).normal_(generator=generator)
                 quantise_into(matrix, StoredWeight.plain(values / shape[-1] ** 0.5))
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's resident experts, in x's dtype."""
-        return gpu_experts(x, topk_ids, topk_weights, self.slot_of_expert, self.gate_up, self.down)
+    def forward(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, into: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of each token's resident experts, in x's dtype, or added to `into` [T, D] fp32."""
+        arguments = (x, topk_ids, topk_weights, self.slot_of_expert, self.gate_up, self.down)
+        return gpu_experts(*arguments, into=into)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """What holds the weights once they are loaded, by name."""

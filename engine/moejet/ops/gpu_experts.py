@@ -30,7 +30,8 @@ def gpu_experts(
       x [T, D] bf16, fp16 or fp32, rows may be apart · topk_ids [T, K] int32 or int64, -1 skips ·
       topk_weights [T, K] fp32 · slot_of_expert [E] int32 on the same device, -1: not resident ·
       gate_up (S, 2, I, D) and down (S, D, I), in formats of their own
-    Returns [T, D] in out_dtype (default: x's), or adds to `into` [T, D] fp32, contiguous, and returns that. Sums are fp32, the inner activations are rounded to x's dtype.
+    Returns [T, D] in out_dtype (default: x's), or adds to `into` [T, D] fp32, contiguous, and returns that. Sums are
+    fp32, the inner activations are rounded to x's dtype.
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     arguments = (x, topk_ids, topk_weights, slot_of_expert, gate_up, down)
