@@ -83,9 +83,10 @@ class Model:
             raise RuntimeError("in the middle")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1node", "2nodes"])
-def pool(request):
-    made = _C.ThreadPool([0], False, [0], [-1] * request.param)
+@pytest.fixture(scope="module")
+def pool():
+    """Of two memory nodes, among which experts are divided."""
+    made = _C.ThreadPool([0], False, [0], [-1] * 2)
     yield made
     made.close()
 
