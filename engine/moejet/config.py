@@ -219,7 +219,7 @@ class EngineConfig:
     most (None: what is free) · gpu_experts: routed experts, of all layers together, that live on the GPU (None: as many
     as fit); the others live in RAM and the CPU computes them · stream_prefill_tokens: steps with prompts of at least so
     many tokens copy those to the GPU, layer by layer, and compute all experts there ("auto": where that is faster, as
-    measured while loading; 0: never)
+    measured while loading, but not experts in fp32, which the GPU has as int8; 0: never)
     seed: base of requests that bring none of their own
     show_progress: a bar while loading (None: if stderr is a terminal)
     """
