@@ -2,37 +2,41 @@
 
 Two processes. The supervisor reads the job, enters fresh namespaces where that is allowed, forks, watches the clocks of
 its child, and reports. The confined child loads the wanted modules, gives up files, rights and system calls for good,
-and only then looks at the program's text: not even the parser sees it before. Standard library only.
+and only then looks at the program's text: not even the parser sees it before. Few imports, all of the standard library:
+this is what starting a sandbox costs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import io
 import marshal
 import os
 import resource
 import select
-import signal
 import sys
 import time
-import types
-from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from importlib.util import MAGIC_NUMBER, cache_from_source
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any, NoReturn
+
+    Job = dict[str, Any]
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from sandbox_program import EXIT_UNAVAILABLE, run  # type: ignore[import-not-found]
+from sandbox_program import EXIT_UNAVAILABLE, run, suppress  # type: ignore[import-not-found]  # noqa: E402
 
 del sys.path[0]
 
+SIGKILL = 9
 NOBODY = 65534
 STARTUP_CPU_S = 30
 STARTUP_BYTES = 512 << 20
 # What large packages import of the standard library only when they need it.
-IMPORTED_LATE = "dataclasses glob hashlib heapq logging statistics tokenize"
+IMPORTED_LATE = "dataclasses glob hashlib heapq importlib.machinery logging statistics tokenize"
 
 # linux/sched.h, linux/prctl.h, linux/capability.h
 NAMESPACES = {"mnt": 0x00020000, "ipc": 0x08000000, "pid": 0x20000000, "net": 0x40000000}
@@ -41,12 +45,10 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 2
 SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION_3 = 0x20080522
 
-Job = dict[str, Any]
-
 
 def main() -> None:
     status_fd = int(sys.argv[1])
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         os.rmdir(os.getcwd())  # an unlinked directory: nothing can ever be created in it
     job: Job = marshal.loads(_read_exactly(int.from_bytes(_read_exactly(8), "little")))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -86,7 +88,7 @@ def _enter_namespaces(libc: ctypes.CDLL) -> list[str]:
             ("uid_map", f"{uid} {uid} 1"),
             ("gid_map", f"{gid} {gid} 1"),
         ):
-            with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
+            with suppress(OSError), open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     if libc.unshare(sum(NAMESPACES.values())) == 0:
         return list(NAMESPACES)
@@ -99,7 +101,7 @@ def _supervise(job: Job, pid: int, ready_r: int, status_fd: int) -> str:
     poller.register(ready_r, select.POLLIN)
     poller.register(status_fd, 0)  # an error there means that nobody waits for us any more
     pid_fd = -1
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         pid_fd = os.pidfd_open(pid)
         poller.register(pid_fd, select.POLLIN)
     cpu_clock = (
@@ -130,12 +132,12 @@ def _supervise(job: Job, pid: int, ready_r: int, status_fd: int) -> str:
             if not piece and not running:  # closed: from here on it is the program's time
                 running = True
                 poller.unregister(ready_r)
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     cpu_start = time.clock_gettime(cpu_clock)
                 start = time.monotonic()
                 wall_limit, cpu_limit = float(job["wall_s"]), float(job["cpu_s"])
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(pid, SIGKILL)
     _, state, usage = os.wait4(pid, 0)
     seconds = time.monotonic() - start
     cpu_s = usage.ru_utime + usage.ru_stime - cpu_start
@@ -147,7 +149,7 @@ def _supervise(job: Job, pid: int, ready_r: int, status_fd: int) -> str:
 
 
 def _confined(job: Job, libc: ctypes.CDLL, measures: list[str], ready_w: int) -> NoReturn:
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     _limit(resource.RLIMIT_AS, _address_space_bytes() + int(job["memory_bytes"]) + STARTUP_BYTES)
     _limit(resource.RLIMIT_CPU, STARTUP_CPU_S + int(job["cpu_s"]) + 1)
     if job["mode"] == "run":
@@ -173,10 +175,12 @@ def _prepare(job: Job) -> Callable[[], None]:
     words = set(_words(job["code"]))
     wanted = set(job["modules"]) if job["screen"] else words & sys.stdlib_module_names
     for name in (*sorted(wanted & words), *job["preload"]):
-        with contextlib.suppress(ImportError):
+        with suppress(ImportError):
             __import__(name)
     if words & {"datetime", "time"}:
         __import__("_strptime")
+    if "collections" in sys.modules:
+        __import__("heapq")  # Counter.most_common
     for codec in ("ascii", "latin-1", "utf-16", "utf-32"):
         "".encode(codec)
     if "random" in sys.modules:
@@ -222,7 +226,7 @@ def _address_space_bytes(fd: int | None = None) -> int:
 def _shut_doors(libc: ctypes.CDLL) -> list[str]:
     """Gives up files and rights; returns the measures that took effect."""
     done = []
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         os.chroot(".")
         os.chdir("/")
         done.append("root")
@@ -230,7 +234,7 @@ def _shut_doors(libc: ctypes.CDLL) -> list[str]:
         _limit(getattr(resource, f"RLIMIT_{kind}"), 0)
     _limit(resource.RLIMIT_NOFILE, 16)
     if os.geteuid() == 0:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -291,19 +295,23 @@ class MemoryImporter:
         if name not in self.modules:
             return None
         _, _, is_package, file = self.modules[name]
+        from importlib.machinery import ModuleSpec
+
         return ModuleSpec(name, self, origin=file, is_package=is_package)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
 
-    def exec_module(self, module: types.ModuleType) -> None:
+    def exec_module(self, module: ModuleType) -> None:
         data, is_code, _, file = self.modules[module.__name__]
         exec(marshal.loads(data) if is_code else compile(data, file, "exec"), module.__dict__)
 
 
 def _cached_code(path: str, mtime: int) -> bytes | None:
     """The marshalled code of an up-to-date .pyc file beside `path`."""
-    with contextlib.suppress(OSError), open(cache_from_source(path), "rb") as file:
+    from importlib.util import MAGIC_NUMBER, cache_from_source
+
+    with suppress(OSError), open(cache_from_source(path), "rb") as file:
         data = file.read()
         stamp = mtime.to_bytes(4, "little")
         if data[:4] == MAGIC_NUMBER and data[4:8] == bytes(4) and data[8:12] == stamp:

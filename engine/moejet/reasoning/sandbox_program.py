@@ -6,14 +6,15 @@ the sandbox's second layer: it explains what is not wanted in plainer words than
 
 from __future__ import annotations
 
-import ast
+import _ast as ast
 import builtins
-import contextlib
 import os
 import sys
-import types
-from collections.abc import Sequence
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Any
 
 EXIT_ERROR, EXIT_MEMORY, EXIT_REFUSED, EXIT_UNAVAILABLE = 1, 250, 251, 252
 
@@ -30,11 +31,24 @@ _SYS = (
 )
 
 
+class suppress:
+    """contextlib's, without the cost of importing that."""
+
+    def __init__(self, *errors: type[BaseException]):
+        self.errors = errors
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return kind is not None and issubclass(kind, self.errors)
+
+
 def run(code: str, *, allowed: set[str] | None) -> None:
     """Runs the program and ends the process; `allowed` modules only and reduced builtins, or None for all."""
     status = EXIT_ERROR
     try:
-        tree = ast.parse(code, "<program>")
+        flags = int(ast.PyCF_ONLY_AST)
+        tree: ast.Module = compile(code, "<program>", "exec", flags, dont_inherit=True)
         problems = [] if allowed is None else screen(tree, allowed)
         if problems:
             sys.stderr.write("".join(f"{problem}\n" for problem in problems[:10]))
@@ -49,11 +63,11 @@ def run(code: str, *, allowed: set[str] | None) -> None:
     except MemoryError:
         status = EXIT_MEMORY
     except BaseException as error:
-        with contextlib.suppress(BaseException):
+        with suppress(BaseException):
             _print_error(error, code)
-    with contextlib.suppress(BaseException):
+    with suppress(BaseException):
         sys.stdout.flush()
-    with contextlib.suppress(BaseException):
+    with suppress(BaseException):
         sys.stderr.flush()
     os._exit(status)
 
@@ -85,7 +99,7 @@ def _print_error(error: BaseException, code: str) -> None:
 
 def _reduced_builtins(allowed: set[str]) -> dict[str, Any]:
     scope = {k: v for k, v in vars(builtins).items() if k not in FORBIDDEN_NAMES}
-    stand_in = types.ModuleType("sys")  # what programs want of sys, without sys.modules
+    stand_in = type(sys)("sys")  # what programs want of sys, without sys.modules
     for name in _SYS.split():
         setattr(stand_in, name, getattr(sys, name))
     stand_in.argv = ["<program>"]  # type: ignore[attr-defined]
@@ -122,10 +136,21 @@ def is_forbidden_attribute(name: str) -> bool:
     )
 
 
+def _walk(tree: ast.AST) -> Iterator[ast.AST]:
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for field in node._fields:
+            value = getattr(node, field, None)
+            items = value if isinstance(value, list) else [value]
+            waiting += [item for item in items if isinstance(item, ast.AST)]
+
+
 def screen(tree: ast.AST, allowed: set[str]) -> list[str]:
     """What in a program is not wanted: the lines with unwanted imports, names and attributes."""
     problems = []
-    for node in ast.walk(tree):
+    for node in _walk(tree):
         line = f"line {getattr(node, 'lineno', '?')}"
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = (
