@@ -42,13 +42,17 @@ from moejet.reasoning.seccomp import filter_program
 Status = Literal["ok", "error", "timeout", "memory", "output", "killed", "refused"]
 Level = Literal["full", "seccomp", "limits"]
 LEVELS: tuple[Level, ...] = ("limits", "seccomp", "full")
+REQUIRED: dict[Level, tuple[str, ...]] = {
+    "limits": (),
+    "seccomp": ("seccomp", "uid", "no_new_privs"),
+    "full": ("seccomp", "uid", "no_new_privs", "root", "mnt", "ipc", "pid", "net"),
+}
 
 _MODULES = (
     "array bisect calendar cmath collections copy dataclasses datetime decimal enum fractions functools heapq "
     "itertools json math numbers operator random re statistics string sympy textwrap time typing"
 )
 MODULES = tuple(_MODULES.split())
-NAMESPACES = ("mnt", "ipc", "pid", "net")
 THIRD_PARTY = {"sympy": ("sympy", "mpmath")}  # an importable name: the packages that it is made of
 CODE_CHARACTERS = 200_000
 GRACE_S = 5.0  # between the supervisor's limit and ours
@@ -107,9 +111,7 @@ class SandboxResult:
 
 def level_of(measures: Sequence[str]) -> Level:
     """'full': all; 'seccomp': system calls and user, but not all namespaces; 'limits': resource limits only."""
-    if not {"seccomp", "uid", "no_new_privs"} <= set(measures):
-        return "limits"
-    return "full" if {*NAMESPACES, "root"} <= set(measures) else "seccomp"
+    return next(level for level in reversed(LEVELS) if set(REQUIRED[level]) <= set(measures))
 
 
 @functools.cache
@@ -146,7 +148,7 @@ def job_of(code: str, stdin: str, limits: SandboxLimits, *, serve: bool = False)
         "preload": tuple(limits.modules) if serve else (),
         "packages": _package_folders(tuple(wanted)),
         "filter": filter_program(platform.machine(), may_read_stdin=serve),
-        "require_filter": limits.require != "limits",
+        "required": REQUIRED[limits.require],
     }
 
 
@@ -281,7 +283,7 @@ class Child:
         if "not:seccomp" in measures:
             measures = tuple(m for m in measures if m not in ("seccomp", "not:seccomp"))
         level = level_of(measures)
-        if code == EXIT_UNAVAILABLE or LEVELS.index(level) < LEVELS.index(self.limits.require):
+        if code == EXIT_UNAVAILABLE:
             raise SandboxUnavailableError(
                 f"this machine gives isolation level {level!r} ({' '.join(measures) or 'none'}), "
                 f"require={self.limits.require!r} wants more: {base.stderr.strip() or 'no message'}"

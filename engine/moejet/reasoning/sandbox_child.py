@@ -157,9 +157,11 @@ def _confined(job: Job, libc: ctypes.CDLL, measures: list[str], ready_w: int) ->
     program = _prepare(job)
     measures = [*measures, *_shut_doors(libc)]
     _limit(resource.RLIMIT_AS, _address_space_bytes(_STATM.pop()) + int(job["memory_bytes"]))
-    if not _install_filter(libc, job["filter"], ready_w, measures) and job["require_filter"]:
-        os._exit(EXIT_UNAVAILABLE)
+    if _install_filter(libc, job["filter"], ready_w, measures):
+        measures.append("seccomp")
     os.close(ready_w)
+    if not set(job["required"]) <= set(measures):
+        os._exit(EXIT_UNAVAILABLE)
     program()
     os._exit(0)
 
