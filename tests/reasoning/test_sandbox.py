@@ -420,7 +420,8 @@ def test_level_is_reported_and_required(monkeypatch: pytest.MonkeyPatch) -> None
     assert (weak.stdout, weak.level) == ("1\n", "limits")
     fork = SandboxLimits(require="limits", screen=False, cpu_s=0.2)
     assert run_python("import os\nos.fork()", limits=fork).status == "error"  # RLIMIT_NPROC alone
-    assert run_python("open('/etc/passwd')", limits=fork).status == "error"  # the empty root alone
+    if "root" in weak.measures:  # the empty root directory alone
+        assert run_python("open('/etc/passwd')", limits=fork).status == "error"
 
 
 def test_program_that_is_no_text() -> None:
