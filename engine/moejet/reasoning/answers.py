@@ -62,7 +62,7 @@ class Boxed:
         return found
 
 
-_BOX = re.compile(r"\\f?boxed\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
 def _balanced(text: str, start: int) -> str | None:

@@ -68,7 +68,6 @@ def numeric_verdict(first: Node, second: Node) -> bool | None:
         try:
             a, b = one.value(first), two.value(second)
         except ExpressionError:
-            exact = False
             continue
         seen = True
         if isinstance(a, Fraction) and isinstance(b, Fraction):
@@ -83,9 +82,9 @@ def numeric_verdict(first: Node, second: Node) -> bool | None:
         )
         if difference > TOLERANCE * scale and math.isfinite(scale):
             return False
-    if exact and seen:
-        return True
-    return True if first == second else None
+    if not seen:  # no values: nothing to go by, and nothing for sympy to spend its time on
+        return first == second
+    return True if exact or first == second else None
 
 
 def same_answer(first: Answer, second: Answer, scalars: Scalars) -> bool:
@@ -171,8 +170,8 @@ def _same_members(first: Sequence[Form], second: Sequence[Form], scalars: Scalar
 def key(answer: str) -> str:
     """A text that is the same for equal answers of the common kinds; it leaves out unit and name.
 
-    Costs a fraction of a millisecond, so that votes can be counted while samples arrive. Whether sympy would find two keys equal
-    stays open; `group` asks it.
+    Costs a fraction of a millisecond, so that votes can be counted while samples arrive. Whether sympy would find two
+    keys equal stays open; `group` asks it.
     """
     read = read_answer(answer)
     if read.equation is not None and not read.label:
@@ -200,13 +199,12 @@ def _node_key(node: Node) -> str:
             return _value_key(Evaluation().value(node))
         except ExpressionError:
             return f"tree {node}"
-    values = []
-    for index in range(2):  # both points positive
-        try:
-            values.append(_rounded(Evaluation(sample_point(names, index)).value(node)))
-        except ExpressionError:
-            values.append("none")
-    return f"f {' '.join(values)}" if set(values) != {"none"} else f"tree {node}"
+    try:  # both points are positive
+        values = [Evaluation(sample_point(names, index)).value(node) for index in range(2)]
+    except ExpressionError:
+        return f"tree {node}"
+    first, second = map(_rounded, values)
+    return _value_key(values[0]) if first == second else f"f {first} {second}"
 
 
 def _equation_key(node: Node) -> str:

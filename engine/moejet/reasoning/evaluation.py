@@ -42,8 +42,8 @@ class Evaluation:
         """Raises ExpressionError where the tree has no finite value (poles, overflow, unknown functions)."""
         try:
             result = self._value(node)
-            size = float(abs(result)) if abs(result) < 10**300 else math.inf
-            self.magnitude = max(self.magnitude, size)
+            huge = isinstance(result, Fraction) and abs(result) >= 10**300
+            self.magnitude = max(self.magnitude, math.inf if huge else abs(as_complex(result)))
         except (ArithmeticError, ValueError, KeyError, RecursionError) as error:
             raise ExpressionError(f"no value: {error}") from error
         if isinstance(result, complex) and not cmath.isfinite(result):

@@ -84,6 +84,7 @@ _TOKEN = re.compile(
     r"(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)|(?P<command>\\(?:[a-zA-Z]+|.))|(?P<power>\*\*)"
     r"|(?P<word>[a-zA-Z]+)|(?P<symbol>[-+*/^_()\[\]{}|!'])|(?P<space>\s+)"
 )
+_NUMERIC = "0123456789."
 _WRAPPERS = frozenset(["\\mathrm", "\\text", "\\operatorname", "\\mathbf", "\\mathit", "\\textrm"])
 
 
@@ -190,7 +191,7 @@ class _Reader:
         ):
             whole = left.number
             return num(whole + right.number if whole >= 0 else whole - right.number)
-        if self.tokens[start][0].isdigit() and self.tokens[start - 1][-1].isdigit():
+        if self.tokens[start][0] in _NUMERIC and self.tokens[start - 1][-1] in _NUMERIC:
             raise ExpressionError("two numbers side by side")
         return mul(left, right)
 
