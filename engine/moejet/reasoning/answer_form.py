@@ -7,6 +7,7 @@ three digits follow it without a space, outside brackets: 1,234 is a number, (1,
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 
@@ -99,6 +100,7 @@ _UNIT_TAIL = re.compile(
 )
 
 
+@functools.lru_cache(maxsize=4096)  # votes compare the same texts again and again
 def read_answer(text: str) -> Answer:
     """Never raises: what is no mathematics is a text."""
     clean = _cleaned(text[: MAX_CHARACTERS + 1])

@@ -1,8 +1,8 @@
 """What a model answered, taken from its text, and whether that is the answer that was wanted.
 
-    key = AnswerKey(extract=FirstMatch((Boxed(), After("####"), LastNumber())), equal=SympyEqual(timeout=2))
-    key.answer(text)            # "\\frac{1}{2}", or None
-    key.is_correct(text, "0.5")
+    answers = AnswerKey(extract=FirstMatch((Boxed(), LastNumber())), equal=SympyEqual(timeout=2))
+    answers.answer(text)            # "\\frac{1}{2}", or None
+    answers.is_correct(text, "0.5")
 
 Only what follows the end of the thinking counts; a thinking without its end tag holds no answer.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from moejet.reasoning.answer_form import read_answer
 from moejet.reasoning.equality import NumericEqual, SympyEqual, group, key
@@ -34,7 +35,11 @@ __all__ = [
 ]
 
 THINK_TAGS = (*KNOWN_TAGS, ("<Thought>", "</Thought>"))
-Extractor = Callable[[str], str | None]
+
+
+class Extractor(Protocol):
+    def __call__(self, content: str) -> str | None:
+        """The answer in a text, None if there is none."""
 
 
 def answer_part(text: str, *, thinking: bool = False) -> str | None:
@@ -51,14 +56,14 @@ def answer_part(text: str, *, thinking: bool = False) -> str | None:
 class Boxed:
     """The content of the last \\boxed{...} whose braces are balanced."""
 
-    def __call__(self, text: str) -> str | None:
-        part = answer_part(text)
+    def __call__(self, content: str) -> str | None:
+        part = answer_part(content)
         found, at = None, 0
         while part is not None and (match := _BOX.search(part, at)) is not None:
-            content = _balanced(part, match.end())
-            if content is not None and content.strip():
-                found = content.strip()
-            at = match.end() + len(content or "")
+            inside = _balanced(part, match.end())
+            if inside is not None and inside.strip():
+                found = inside.strip()
+            at = match.end() + len(inside or "")
         return found
 
 
@@ -85,8 +90,8 @@ class Tag:
 
     name: str = "answer"
 
-    def __call__(self, text: str) -> str | None:
-        part = answer_part(text) or ""
+    def __call__(self, content: str) -> str | None:
+        part = answer_part(content) or ""
         name = re.escape(self.name)
         found = re.findall(
             rf"<{name}>((?:(?!<{name}>).)*?)</{name}>", part, re.DOTALL | re.IGNORECASE
@@ -100,8 +105,8 @@ class After:
 
     marker: str = "####"
 
-    def __call__(self, text: str) -> str | None:
-        part = answer_part(text) or ""
+    def __call__(self, content: str) -> str | None:
+        part = answer_part(content) or ""
         _, found, rest = part.rpartition(self.marker)
         line = rest.strip().split("\n", 1)[0].strip()
         return line or None if found else None
@@ -111,8 +116,8 @@ class After:
 class LastNumber:
     """The last number in the text: with sign, thousands separators, decimals, a fraction or per cent."""
 
-    def __call__(self, text: str) -> str | None:
-        found = _NUMBER.findall(answer_part(text) or "")
+    def __call__(self, content: str) -> str | None:
+        found = _NUMBER.findall(answer_part(content) or "")
         return found[-1].replace("−", "-") if found else None
 
 
@@ -128,8 +133,8 @@ class Choice:
 
     letters: str = "ABCD"
 
-    def __call__(self, text: str) -> str | None:
-        part = answer_part(text)
+    def __call__(self, content: str) -> str | None:
+        part = answer_part(content)
         if part is None:
             return None
         letter = f"([{self.letters}{self.letters.lower()}])"
@@ -161,15 +166,18 @@ class FirstMatch:
 
     extractors: Sequence[Extractor] = (Boxed(), Tag(), After(), LastNumber())
 
-    def __call__(self, text: str) -> str | None:
-        return next((a for e in self.extractors if (a := e(text)) is not None), None)
+    def __call__(self, content: str) -> str | None:
+        return next((a for e in self.extractors if (a := e(content)) is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerKey:
-    """How answers of one kind of task are found and compared. `thinking`: prompts end inside an open thinking tag."""
+    """How answers of one kind of task are found and compared; strategies vote with it.
 
-    extract: Extractor = field(default_factory=Boxed)
+    thinking: prompts end inside an open thinking tag, so a text without the closing one is all thinking
+    """
+
+    extract: Extractor = field(default_factory=FirstMatch)
     equal: Callable[[str, str], bool] = field(default_factory=SympyEqual)
     thinking: bool = False
 
@@ -184,5 +192,10 @@ class AnswerKey:
     def key(self, answer: str) -> str:
         return key(answer)
 
-    def group(self, answers: Sequence[str | None]) -> list[list[int]]:
-        return group(answers, self.equal)
+    def group(self, answers: Sequence[str | None]) -> list[int]:
+        """For each answer the index of the first one of its group, see `equality.group`; None is alone."""
+        firsts = list(range(len(answers)))
+        for members in group(answers, self.equal):
+            for index in members:
+                firsts[index] = members[0]
+        return firsts
