@@ -15,20 +15,21 @@ costs time and changes no result beyond rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moejet.output import OutputAssembler
 from moejet.policy import Stop, TokenPolicy
 from moejet.reasoning.parser import split_reasoning
-from moejet.request import FinishReason, Request, SamplingParams
+from moejet.request import CompletionOutput, FinishReason, Request, SamplingParams
 from moejet.sample_state import SampleState
 from moejet.sampler import derive_seed
 from moejet.statistics import TokenStatistics
 
 if TYPE_CHECKING:
-    from moejet.llm import LLM
+    from moejet.engine import Engine
 
 Until = str | int | Collection[str | int] | Callable[[str, Sequence[int]], bool] | None
 
@@ -46,10 +47,29 @@ class Segment:
     stop_reason: str | int | None
 
 
+class BranchHost(Protocol):
+    """Who drives the engine of branches: `LLM`."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    def exclusive(self, *, even_closed: bool = False) -> AbstractContextManager[Engine]:
+        """The engine, for one thread at a time."""
+
+    def advance(
+        self,
+        branches: Sequence[Branch],
+        *,
+        until: Until = None,
+        max_tokens: int | None = None,
+        params: SamplingParams | None = None,
+    ) -> list[Segment]: ...
+
+
 class Branch:
     """One context. Make it with `LLM.branch` or `fork`; release it, or leave its `with` block, which ends forks too."""
 
-    def __init__(self, llm: LLM, prompt_token_ids: Sequence[int], prompt: str | None):
+    def __init__(self, llm: BranchHost, prompt_token_ids: Sequence[int], prompt: str | None):
         with llm.exclusive() as engine:
             ids = list(prompt_token_ids)
             engine.rules.check_prompt(ids, SamplingParams())
@@ -80,7 +100,7 @@ class Branch:
         self._opens_thinking = thinking
         self._setup(llm, request)
 
-    def _setup(self, llm: LLM, request: Request) -> None:
+    def _setup(self, llm: BranchHost, request: Request) -> None:
         self._llm = llm
         self._request = request
         self._forks: list[Branch] = []
@@ -129,6 +149,16 @@ class Branch:
         return self.statistics.sum.logprob
 
     @property
+    def mark(self) -> tuple[int, int]:
+        """How much there is of `token_ids` and of `text`."""
+        return len(self._request.token_ids) - self._request.num_prompt_tokens, len(self.text)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether `fork` has nothing to compute first."""
+        return len(self._request.token_ids) - self._request.num_computed_tokens <= 1
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the cache that it holds, shared ones included."""
         return len(self._request.block_table)
@@ -138,7 +168,7 @@ class Branch:
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"n={n!r} must be an integer of at least 1")
         self._check_usable()
-        if len(self._request.token_ids) - self._request.num_computed_tokens > 1:
+        if not self.is_computed:
             self.advance(max_tokens=0)
         with self._llm.exclusive():
             forks = [self._fork() for _ in range(n)]
@@ -228,11 +258,11 @@ class Branch:
 
 
 class _Until(TokenPolicy):
-    """Stops a branch whose new part, from where it was when this was made, meets the condition."""
+    """Stops a branch whose part since then, in tokens and characters, meets the condition."""
 
-    def __init__(self, branch: Branch, condition: Until):
-        self._num_tokens = len(branch.token_ids)
-        self._begin = self._searched = len(branch.text)
+    def __init__(self, branch: Branch, condition: Until, since: tuple[int, int]):
+        self._num_tokens, self._begin = since
+        self._searched = len(branch.text)
         self._condition = condition if callable(condition) else None
         self._strings: list[str] = []
         self._ids: set[int] = set()
@@ -264,28 +294,57 @@ class _Until(TokenPolicy):
         return Stop("until") if self._condition(state.text[self._begin :], new_ids) else None
 
 
-def advance(
-    llm: LLM,
-    branches: Sequence[Branch],
-    *,
-    until: Until,
-    max_tokens: int | None,
-    params: SamplingParams,
-) -> list[Segment]:
-    """See `LLM.advance`."""
-    with llm.exclusive():
-        _check(llm, branches, max_tokens, params)
-        marks = [(len(b.token_ids), len(b.text)) for b in branches]
-        conditions = [_Until(branch, until) for branch in branches]
-        seed = llm.engine.seed_of(params, llm.engine.next_number())
-        starts = [
-            partial(_resume, branch, params, max_tokens, derive_seed(seed, index), condition)
-            for index, (branch, condition) in enumerate(zip(branches, conditions, strict=True))
-        ]
-        outputs = [result.outputs[0] for result in llm.run(starts)]
+class Advance:
+    """One common advance of several branches: `starts` begin their requests, `segments` says what came of them.
+
+    until, max_tokens: as of `LLM.advance` · params, max_tokens: one for all, or one for each · since: where a branch's
+    new part begins, in tokens and in characters, if not where it is now
+    Raises ValueError for what cannot run, before anything has changed.
+    """
+
+    def __init__(
+        self,
+        llm: BranchHost,
+        branches: Sequence[Branch],
+        *,
+        until: Until = None,
+        max_tokens: int | Sequence[int | None] | None = None,
+        params: SamplingParams | Sequence[SamplingParams],
+        since: Sequence[tuple[int, int]] | None = None,
+    ):
+        with llm.exclusive() as engine:
+            _check_branches(llm, branches)
+            self.branches = list(branches)
+            counts = _for_each("max_tokens", max_tokens, len(self.branches))
+            choices = _for_each("params", params, len(self.branches))
+            for branch, count, choice in zip(self.branches, counts, choices, strict=True):
+                _check(engine, branch, count, choice)
+            self.since = [branch.mark for branch in branches] if since is None else list(since)
+            self._marks = [branch.mark for branch in branches]
+            self._conditions = [
+                _Until(branch, until, mark)
+                for branch, mark in zip(self.branches, self.since, strict=True)
+            ]
+            number = engine.next_number()
+            self.starts = [
+                partial(
+                    _resume,
+                    branch,
+                    choice,
+                    count,
+                    derive_seed(engine.seed_of(choice, number), index),
+                    condition,
+                )
+                for index, (branch, count, choice, condition) in enumerate(
+                    zip(self.branches, counts, choices, self._conditions, strict=True)
+                )
+            ]
+
+    def segments(self, outputs: Sequence[CompletionOutput]) -> list[Segment]:
+        """Of all branches, given how their requests ended."""
         segments = []
         for branch, (first, begin), condition, output in zip(
-            branches, marks, conditions, outputs, strict=True
+            self.branches, self._marks, self._conditions, outputs, strict=True
         ):
             ids = branch.token_ids[first:]
             reason, stop_reason = output.finish_reason, output.stop_reason
@@ -296,6 +355,14 @@ def advance(
                     reason, stop_reason = "stop", stop.reason
             segments.append(Segment(branch.text[begin:], ids, reason, stop_reason))
         return segments
+
+
+def _for_each(name: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries for {count} branches")
+    return list(value)
 
 
 def _resume(
@@ -315,15 +382,16 @@ def _resume(
     return request.request_id
 
 
-def _check(
-    llm: LLM, branches: Sequence[Branch], max_tokens: int | None, params: SamplingParams
-) -> None:
+def _check_branches(llm: BranchHost, branches: Sequence[Branch]) -> None:
     if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):
         raise ValueError("branches must be a list of branches")
     if len(set(branches)) < len(branches):
         raise ValueError("a branch is listed twice: fork it")
     if any(branch._llm is not llm for branch in branches):
         raise ValueError("a branch belongs to another LLM")
+
+
+def _check(engine: Engine, branch: Branch, max_tokens: int | None, params: SamplingParams) -> None:
     is_count = isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 0
     if max_tokens is not None and not is_count:
         raise ValueError(f"max_tokens={max_tokens!r} must be an integer of at least 0")
@@ -334,8 +402,7 @@ def _check(
     ):
         if (value := getattr(params, name)) != default:
             raise ValueError(f"{name}={value!r} does not apply to branches: {remedy}")
-    for branch in branches:
-        branch._check_usable()
-        if branch.is_finished and max_tokens != 0:
-            raise ValueError("a branch has ended with an eos: append something before it goes on")
-        llm.engine.rules.check_params(params)
+    branch._check_usable()
+    if branch.is_finished and max_tokens != 0:
+        raise ValueError("a branch has ended with an eos: append something before it goes on")
+    engine.rules.check_params(params)
