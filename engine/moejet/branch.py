@@ -65,6 +65,12 @@ class BranchHost(Protocol):
         params: SamplingParams | None = None,
     ) -> list[Segment]: ...
 
+    def begin(self, starts: Sequence[Callable[[], str]]) -> list[str]:
+        """Calls functions that start requests; returns their ids."""
+
+    def abandon(self, request_ids: Collection[str]) -> None:
+        """Aborts those of these requests that still run."""
+
 
 class Branch:
     """One context. Make it with `LLM.branch` or `fork`; release it, or leave its `with` block, which ends forks too."""
@@ -101,7 +107,7 @@ class Branch:
         self._setup(llm, request)
 
     def _setup(self, llm: BranchHost, request: Request) -> None:
-        self._llm = llm
+        self.llm = llm
         self._request = request
         self._forks: list[Branch] = []
         self._is_released = False
@@ -131,6 +137,11 @@ class Branch:
     @property
     def is_thinking(self) -> bool:
         return self._assembler.is_thinking
+
+    @property
+    def num_thinking_tokens(self) -> int:
+        """Of `token_ids`, inside the thinking, tags left out."""
+        return self._state.num_thinking_tokens
 
     @property
     def is_finished(self) -> bool:
@@ -170,7 +181,7 @@ class Branch:
         self._check_usable()
         if not self.is_computed:
             self.advance(max_tokens=0)
-        with self._llm.exclusive():
+        with self.llm.exclusive():
             forks = [self._fork() for _ in range(n)]
         self._forks += forks
         return forks
@@ -180,7 +191,7 @@ class Branch:
 
         Raises ValueError for ids outside the vocabulary and for more than the context holds.
         """
-        with self._llm.exclusive() as engine:
+        with self.llm.exclusive() as engine:
             self._check_usable()
             ids = self._state.encode(more) if isinstance(more, str) else list(more)
             if not ids:
@@ -200,15 +211,15 @@ class Branch:
         params: SamplingParams | None = None,
     ) -> Segment:
         """`LLM.advance` of this branch alone."""
-        return self._llm.advance([self], until=until, max_tokens=max_tokens, params=params)[0]
+        return self.llm.advance([self], until=until, max_tokens=max_tokens, params=params)[0]
 
     def release(self) -> None:
         """Frees its blocks, as far as no other branch shares them. Forks stay. Calling it twice is harmless."""
         if self._is_released:
             return
         self._is_released = True
-        scheduler = self._llm.engine.scheduler
-        with self._llm.exclusive(even_closed=True):
+        scheduler = self.llm.engine.scheduler
+        with self.llm.exclusive(even_closed=True):
             if self._request in scheduler.held:
                 scheduler.drop(self._request)
 
@@ -228,7 +239,7 @@ class Branch:
         return self._request.sample_state
 
     def _fork(self) -> Branch:
-        source, engine = self._request, self._llm.engine
+        source, engine = self._request, self.llm.engine
         number = engine.next_number()
         request = replace(
             source,
@@ -243,7 +254,7 @@ class Branch:
         fork._opens_thinking = self._opens_thinking
         request.sample_state = self._state.fork(request, fork._assembler)
         engine.scheduler.hold(request, source)
-        fork._setup(self._llm, request)
+        fork._setup(self.llm, request)
         return fork
 
     def _split(self) -> tuple[str | None, str]:
@@ -298,7 +309,8 @@ class Advance:
     """One common advance of several branches: `starts` begin their requests, `segments` says what came of them.
 
     until, max_tokens: as of `LLM.advance` · params, max_tokens: one for all, or one for each · since: where a branch's
-    new part begins, in tokens and in characters, if not where it is now
+    new part begins, in tokens and in characters, if not where it is now · seeds: of each branch, instead of those that
+    follow from params and the place in the list
     Raises ValueError for what cannot run, before anything has changed.
     """
 
@@ -311,7 +323,9 @@ class Advance:
         max_tokens: int | Sequence[int | None] | None = None,
         params: SamplingParams | Sequence[SamplingParams],
         since: Sequence[tuple[int, int]] | None = None,
+        seeds: Sequence[int] | None = None,
     ):
+        self.llm = llm
         with llm.exclusive() as engine:
             _check_branches(llm, branches)
             self.branches = list(branches)
@@ -325,18 +339,16 @@ class Advance:
                 _Until(branch, until, mark)
                 for branch, mark in zip(self.branches, self.since, strict=True)
             ]
-            number = engine.next_number()
+            if seeds is None:
+                number = engine.next_number()
+                seeds = [
+                    derive_seed(engine.seed_of(choice, number), index)
+                    for index, choice in enumerate(choices)
+                ]
             self.starts = [
-                partial(
-                    _resume,
-                    branch,
-                    choice,
-                    count,
-                    derive_seed(engine.seed_of(choice, number), index),
-                    condition,
-                )
-                for index, (branch, count, choice, condition) in enumerate(
-                    zip(self.branches, counts, choices, self._conditions, strict=True)
+                partial(_resume, *of_branch)
+                for of_branch in zip(
+                    self.branches, choices, counts, seeds, self._conditions, strict=True
                 )
             ]
 
@@ -368,7 +380,7 @@ def _for_each(name: str, value: Any, count: int) -> list[Any]:
 def _resume(
     branch: Branch, params: SamplingParams, max_tokens: int | None, seed: int, until: TokenPolicy
 ) -> str:
-    engine, request = branch._llm.engine, branch._request
+    engine, request = branch.llm.engine, branch._request
     branch._check_usable()
     branch._state.set_policies([*engine.rules.policies_of(params), until])
     request.params, request.seed = params, seed
@@ -387,7 +399,7 @@ def _check_branches(llm: BranchHost, branches: Sequence[Branch]) -> None:
         raise ValueError("branches must be a list of branches")
     if len(set(branches)) < len(branches):
         raise ValueError("a branch is listed twice: fork it")
-    if any(branch._llm is not llm for branch in branches):
+    if any(branch.llm is not llm for branch in branches):
         raise ValueError("a branch belongs to another LLM")
 
 

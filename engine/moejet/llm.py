@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -145,14 +146,19 @@ class LLM:
 
         prompt: a text, token ids, or a conversation, which goes through the chat template.
         """
+        text, tokens = self.read_prompt(prompt, **template_kwargs)
+        return Branch(self, tokens, text)
+
+    def read_prompt(
+        self, prompt: str | Sequence[int] | Sequence[Message], **template_kwargs: Any
+    ) -> tuple[str | None, list[int]]:
+        """A prompt's text, None if it was given as token ids, and its tokens. Messages go through the chat template."""
         is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
         if is_chat:
-            text, tokens = self._render(cast(Sequence[Message], prompt), template_kwargs)
-        elif template_kwargs:
+            return self._render(cast(Sequence[Message], prompt), template_kwargs)
+        if template_kwargs:
             raise ValueError(f"{', '.join(template_kwargs)}: a text has no chat template")
-        else:
-            text, tokens = self._tokenise(prompt)
-        return Branch(self, tokens, text)
+        return self._tokenise(prompt)
 
     def advance(
         self,
@@ -364,18 +370,24 @@ class LLM:
                 raise
             return ids
 
-    def wait(self, request_ids: Collection[str]) -> dict[str, RequestOutput | Exception]:
-        """Steps until at least one of these requests has ended, and tells how; each is told once."""
-        while True:
+    def wait(
+        self, request_ids: Collection[str], *, max_steps: int | None = None
+    ) -> dict[str, RequestOutput | Exception]:
+        """Steps until at least one of these requests has ended, and tells how; each is told once.
+
+        {} if none has after max_steps.
+        """
+        for number in count():
             with self.exclusive():
                 ended = {
                     request_id: result
                     for request_id in request_ids
                     if (result := self._read(request_id)) is not None
                 }
-                if ended:
+                if ended or number == max_steps:
                     return ended
                 self._step()
+        raise AssertionError("unreachable")
 
     def abandon(self, request_ids: Collection[str]) -> None:
         """Aborts those of these requests that still run and forgets what nobody has asked about."""
