@@ -155,6 +155,11 @@ class Branch:
         return self._state.statistics or TokenStatistics()
 
     @property
+    def step_scores(self) -> dict[int, float]:
+        """What the step head says of `token_ids`, by index: those that were the last of a step (`moejet.step_head`)."""
+        return self._state.step_scores
+
+    @property
     def score(self) -> float:
         """Sum of the log-probabilities of those tokens."""
         return self.statistics.sum.logprob

@@ -12,14 +12,22 @@ from moejet.statistics import TokenScores
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredStep:
+    """A line of the thinking and what the model's step head says of it, between 0 and 1."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """One way to answer, as selectors and scorers see it. The reference answer is not here, so none can look at it.
 
     text: everything generated, tags included · reasoning: None where the model did not think · answer: extracted from
     the content, None if there is none · finish_reason: "length" means that it was cut off · mean: of the tokens that
-    the model chose, see `moejet.statistics` · logprob: their sum · scores: what scorers said, by their names ·
-    parent: the number of the tree's node that it ended in, -1 without a tree · num_tokens: generated for it since the
-    prompt, those that it shares with others included
+    the model chose, see `moejet.statistics` · logprob: their sum · scores: what scorers said, by their names · steps:
+    those that a step head scored; () without one · parent: the number of the tree's node that it ended in, -1 without a
+    tree · num_tokens: generated for it since the prompt, those that it shares with others included
     """
 
     text: str
@@ -33,6 +41,7 @@ class Candidate:
     logprob: float = 0.0
     mean: TokenScores = field(default_factory=TokenScores)
     scores: dict[str, float] = field(default_factory=dict)
+    steps: tuple[ScoredStep, ...] = ()
     parent: int = -1
 
 

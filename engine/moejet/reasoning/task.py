@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 from moejet.branch import Advance, Branch, Segment, Until
 from moejet.llm import LLM
 from moejet.reasoning.budget import Budget, Deadline
-from moejet.reasoning.result import Background, Candidate, Node, Progress, Result, Usage
+from moejet.reasoning.result import Background, Candidate, Node, Progress, Result, ScoredStep, Usage
 from moejet.request import SamplingParams
 from moejet.sampler import derive_seed
 from moejet.tokenizer import Tokenizer
@@ -286,6 +286,7 @@ class Task:
             logprob=statistics.sum.logprob,
             mean=statistics.mean,
             scores=dict(scores),
+            steps=_scored_lines(branch, self.tokenizer) if branch.step_scores else (),
             parent=parent,
         )
 
@@ -362,6 +363,25 @@ class Task:
         ledger.held += sum(shares)
         ledger.holding += 1
         return list(shares)
+
+
+def _scored_lines(branch: Branch, tokenizer: Tokenizer) -> tuple[ScoredStep, ...]:
+    """The lines of the thinking, as far as the head has seen the token that ends them."""
+    steps, first, scores = [], 0, branch.step_scores
+    ids = branch.token_ids
+    end = ids.index(close) if (close := _closing_id(tokenizer)) in ids else len(ids)
+    for index, token_id in enumerate(ids[:end]):
+        if "\n" not in tokenizer.decode([token_id], False):
+            continue
+        text = tokenizer.decode(list(ids[first : index + 1]), False).strip("\n")
+        if index in scores and text:
+            steps.append(ScoredStep(text, scores[index]))
+        first = index + 1
+    return tuple(steps)
+
+
+def _closing_id(tokenizer: Tokenizer) -> int | None:
+    return None if tokenizer.think_tags is None else tokenizer.token_to_id(tokenizer.think_tags[1])
 
 
 def _or_more(wanted: int | None, left: int) -> int:
