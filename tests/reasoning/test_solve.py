@@ -1,10 +1,9 @@
 """Strategies on the embedded tiny reasoner: the driver, budgets, sampling and votes."""
 
-import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +15,9 @@ from moejet.reasoning.sample import Sample
 from moejet.reasoning.single import Single
 from moejet.reasoning.solve import solve, solve_many, stream
 from moejet.reasoning.task import Answers, Run, Task
+from moejet.testing.number_answers import NumberAnswers
+
+NUMBERS = NumberAnswers()
 
 PROMPTS = [
     [{"role": "user", "content": text}]
@@ -27,27 +29,10 @@ PROMPTS = [
 ]
 
 
-class Numbers:
-    """The last number of a text."""
-
-    def extract(self, content: str) -> str | None:
-        found = re.findall(r"\d+", content)
-        return found[-1] if found else None
-
-    def group(self, answers: Sequence[str]) -> list[int]:
-        return [answers.index(answer) for answer in answers]
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(num_threads=1) as llm:
-        yield llm
-
-
 def test_one_pass_is_what_chat_says(llm: LLM) -> None:
     greedy = SamplingParams(temperature=0.0)
     expected = llm.chat(PROMPTS, greedy)
-    results = solve_many(llm, PROMPTS, Single(), params=greedy, answers=Numbers())
+    results = solve_many(llm, PROMPTS, Single(), params=greedy, answers=NUMBERS)
     for output, result in zip(expected, results, strict=True):
         plain = output.outputs[0]
         assert result.content == plain.content
@@ -62,16 +47,16 @@ def test_one_pass_is_what_chat_says(llm: LLM) -> None:
 
 def test_majority_is_the_count_by_hand(llm: LLM) -> None:
     params = SamplingParams(temperature=1.6)
-    result = solve(llm, PROMPTS[2], Sample(12), params=params, answers=Numbers(), seed=3)
+    result = solve(llm, PROMPTS[2], Sample(12), params=params, answers=NUMBERS, seed=3)
     assert len(result.candidates) == 12
     counts = Counter(c.answer for c in result.candidates if c.answer is not None)
     assert len(counts) > 1, "too easy to show anything"
     assert counts[result.answer] == max(counts.values())
     assert result.confidence == pytest.approx(max(counts.values()) / counts.total())
-    again = solve(llm, PROMPTS[2], Sample(12), params=params, answers=Numbers(), seed=3)
+    again = solve(llm, PROMPTS[2], Sample(12), params=params, answers=NUMBERS, seed=3)
     assert [c.text for c in again.candidates] == [c.text for c in result.candidates]
     # More of the same are the same, and then others: what is compared is paired.
-    fewer = solve(llm, PROMPTS[2], Sample(4, wave=2), params=params, answers=Numbers(), seed=3)
+    fewer = solve(llm, PROMPTS[2], Sample(4, wave=2), params=params, answers=NUMBERS, seed=3)
     assert {c.text for c in fewer.candidates} <= {c.text for c in result.candidates}
     assert result.usage.generated_tokens == sum(c.num_tokens for c in result.candidates)
     assert result.usage.branches == 12
@@ -80,10 +65,10 @@ def test_majority_is_the_count_by_hand(llm: LLM) -> None:
 def test_candidates_do_not_depend_on_what_else_runs(llm: LLM) -> None:
     params = SamplingParams(temperature=1.0)
     alone = [
-        solve(llm, prompt, Sample(3), params=params, answers=Numbers(), seed=number)
+        solve(llm, prompt, Sample(3), params=params, answers=NUMBERS, seed=number)
         for number, prompt in enumerate(PROMPTS)
     ]
-    together = solve_many(llm, PROMPTS, Sample(3), params=params, answers=Numbers())
+    together = solve_many(llm, PROMPTS, Sample(3), params=params, answers=NUMBERS)
     for a, b in zip(alone, together, strict=True):
         assert [c.text for c in a.candidates] == [c.text for c in b.candidates]
 
@@ -100,7 +85,7 @@ class After:
 
 def test_a_stop_rule_ends_the_others_and_frees_their_cache(llm: LLM) -> None:
     free = llm.engine.block_pool.num_free
-    result = solve(llm, PROMPTS[0], Sample(16, wave=4, stop=After(5)), answers=Numbers(), seed=1)
+    result = solve(llm, PROMPTS[0], Sample(16, wave=4, stop=After(5)), answers=NUMBERS, seed=1)
     assert 5 <= len(result.candidates) <= 8
     assert result.usage.branches < 16
     assert result.usage.generated_tokens > sum(c.num_tokens for c in result.candidates)
@@ -115,11 +100,11 @@ def test_a_budget_of_tokens_is_never_exceeded(
     llm: LLM, total: int, strategy: Single | Sample
 ) -> None:
     result = solve(
-        llm, PROMPTS[1], strategy, budget=Budget(total_tokens=total), answers=Numbers(), seed=2
+        llm, PROMPTS[1], strategy, budget=Budget(total_tokens=total), answers=NUMBERS, seed=2
     )
     usage = result.usage
     assert usage.generated_tokens <= total
-    free = solve(llm, PROMPTS[1], strategy, answers=Numbers(), seed=2)
+    free = solve(llm, PROMPTS[1], strategy, answers=NUMBERS, seed=2)
     if free.usage.generated_tokens <= total:
         assert usage.generated_tokens == free.usage.generated_tokens
         assert not result.is_exhausted or usage.generated_tokens == total
@@ -130,10 +115,8 @@ def test_a_budget_of_tokens_is_never_exceeded(
 
 
 def test_a_budget_cuts_without_changing_what_comes_before(llm: LLM) -> None:
-    free = solve(llm, PROMPTS[0], Sample(3), answers=Numbers(), seed=5)
-    cut = solve(
-        llm, PROMPTS[0], Sample(3), answers=Numbers(), seed=5, budget=Budget(total_tokens=90)
-    )
+    free = solve(llm, PROMPTS[0], Sample(3), answers=NUMBERS, seed=5)
+    cut = solve(llm, PROMPTS[0], Sample(3), answers=NUMBERS, seed=5, budget=Budget(total_tokens=90))
     for a, b in zip(free.candidates, cut.candidates, strict=True):
         assert a.text.startswith(b.text)
         if a.text != b.text:
@@ -143,11 +126,11 @@ def test_a_budget_cuts_without_changing_what_comes_before(llm: LLM) -> None:
 
 def test_thinking_is_limited_and_leaves_room_for_the_answer(llm: LLM) -> None:
     budget = Budget(thinking_tokens=10)
-    result = solve(llm, PROMPTS[0], Single(), budget=budget, answers=Numbers())
+    result = solve(llm, PROMPTS[0], Single(), budget=budget, answers=NUMBERS)
     assert result.candidate.num_thinking_tokens <= 11  # and the line end of the closing text
     assert result.answer is not None
     starved = solve(
-        llm, PROMPTS[0], Single(), budget=Budget(total_tokens=40), answers=Numbers(), seed=0
+        llm, PROMPTS[0], Single(), budget=Budget(total_tokens=40), answers=NUMBERS, seed=0
     )
     assert starved.answer is None
     reserved = solve(
@@ -155,7 +138,7 @@ def test_thinking_is_limited_and_leaves_room_for_the_answer(llm: LLM) -> None:
         PROMPTS[0],
         Single(),
         budget=Budget(total_tokens=40, answer_reserve=20),
-        answers=Numbers(),
+        answers=NUMBERS,
         seed=0,
     )
     assert reserved.answer is not None
@@ -174,10 +157,10 @@ def test_no_more_branches_at_once_than_the_budget_allows(
         return result
 
     monkeypatch.setattr(llm.engine, "step", counted)
-    free = solve(llm, PROMPTS[0], Sample(6), answers=Numbers(), seed=4)
+    free = solve(llm, PROMPTS[0], Sample(6), answers=NUMBERS, seed=4)
     assert max(widths) == 6
     widths.clear()
-    narrow = solve(llm, PROMPTS[0], Sample(6), answers=Numbers(), seed=4, budget=Budget(branches=2))
+    narrow = solve(llm, PROMPTS[0], Sample(6), answers=NUMBERS, seed=4, budget=Budget(branches=2))
     assert max(widths) == 2
     assert [c.text for c in narrow.candidates] == [c.text for c in free.candidates]
 
@@ -186,7 +169,7 @@ def test_time_is_a_budget_too(llm: LLM) -> None:
     params = SamplingParams(ignore_eos=True, max_tokens=100_000)
     start = time.monotonic()
     result = solve(
-        llm, PROMPTS[0], Single(), params=params, answers=Numbers(), budget=Budget(wall_s=0.2)
+        llm, PROMPTS[0], Single(), params=params, answers=NUMBERS, budget=Budget(wall_s=0.2)
     )
     assert result.is_exhausted
     assert result.candidate.stop_reason == "wall_s"
@@ -213,7 +196,7 @@ def test_what_a_strategy_raises_comes_out_and_nothing_stays(llm: LLM, in_backgro
     error = ZeroDivisionError if in_background else RuntimeError
     for strategy in (Broken(in_background), Sample(3, Broken(in_background))):
         with pytest.raises(error):
-            solve_many(llm, PROMPTS, strategy, answers=Numbers())
+            solve_many(llm, PROMPTS, strategy, answers=NUMBERS)
     assert not llm.engine.has_work
     assert not llm.engine.scheduler.held
 
@@ -238,15 +221,15 @@ def test_background_work_does_not_hold_up_others(llm: LLM) -> None:
                 others_done.set()
             return result
 
-    results = solve_many(llm, PROMPTS[:2], Either(), answers=Numbers())
+    results = solve_many(llm, PROMPTS[:2], Either(), answers=NUMBERS)
     assert all(result.answer for result in results)
 
 
 def test_progress_comes_before_the_result(llm: LLM) -> None:
-    events = list(stream(llm, PROMPTS[0], Sample(3), answers=Numbers()))
+    events = list(stream(llm, PROMPTS[0], Sample(3), answers=NUMBERS))
     assert [type(event) for event in events] == [Progress] * 4 + [Result]
     assert [e.kind for e in events if isinstance(e, Progress)] == ["candidate"] * 3 + ["vote"]
-    begun = stream(llm, PROMPTS[0], Sample(3), answers=Numbers())
+    begun = stream(llm, PROMPTS[0], Sample(3), answers=NUMBERS)
     next(begun)
     begun.close()  # type: ignore[attr-defined]
     assert not llm.engine.has_work
@@ -261,7 +244,7 @@ def test_a_forced_continuation_equals_the_prompt_sent_again(llm: LLM) -> None:
     plain = llm.chat(PROMPTS[0], greedy)[0]
     forced = SamplingParams(temperature=0.0, policy=lambda: ForceContinuation(1))
     before = llm.counters()
-    result = solve(llm, PROMPTS[0], Single(forced), answers=Numbers())
+    result = solve(llm, PROMPTS[0], Single(forced), answers=NUMBERS)
     after = llm.counters()
     prefilled = after["prefill_tokens"] - before["prefill_tokens"]
     assert prefilled <= len(plain.prompt_token_ids) + 1  # each branch computes its last one itself

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -17,8 +17,8 @@ import numpy as np
 from moejet.policy import Action, Keep, Stop, TokenPolicy
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.select import choose_by_votes, votes
-from moejet.reasoning.stopping import BetaStop
-from moejet.reasoning.task import Run, Task
+from moejet.reasoning.stopping import BetaStop, StopRule
+from moejet.reasoning.task import Run, Task, with_policy
 from moejet.sample_state import SampleState
 
 LOWEST, TAIL = "lowest_group_confidence", "tail_confidence"
@@ -67,7 +67,7 @@ class DeepConf:
     window: int = 2048
     mode: Literal["online", "offline"] = "online"
     wave: int = 16
-    stop: BetaStop | None = BetaStop()
+    stop: StopRule | None = field(default_factory=BetaStop)
 
     def __post_init__(self) -> None:
         if self.mode not in ("online", "offline"):
@@ -107,17 +107,16 @@ class DeepConf:
         windows = [ConfidenceWindow(self.window, bar) for _ in branches]
         params = task.params
         runs = [
-            task.advance([branch], params=replace(params, policy=(*params.policies, lambda w=w: w)))
-            for branch, w in zip(branches, windows, strict=True)
+            task.advance([branch], params=with_policy(params, window))
+            for branch, window in zip(branches, windows, strict=True)
         ]
         segments = yield from task.gather(runs)
         candidates = []
         for branch, window, gained in zip(branches, windows, segments, strict=True):
             assert gained is not None
             lowest = window.tail if window.lowest == float("inf") else window.lowest
-            candidates.append(
-                task.candidate(branch, gained[0], **{LOWEST: lowest, TAIL: window.tail})
-            )
+            scores = {LOWEST: lowest, TAIL: window.tail}
+            candidates.append(task.candidate(branch, gained[0], scores=scores))
         task.release(branches)
         return candidates
 

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.select import Majority, Select
 from moejet.reasoning.single import Single
-from moejet.reasoning.task import Answers, Run, Strategy, Task
-
-
-class StopRule(Protocol):
-    """When no more answers are needed."""
-
-    def is_enough(self, candidates: Sequence[Candidate], answers: Answers) -> bool:
-        """candidates: complete so far, in the order in which they were begun."""
+from moejet.reasoning.stopping import StopRule
+from moejet.reasoning.task import Run, Strategy, Task
 
 
 @dataclass(frozen=True, slots=True)

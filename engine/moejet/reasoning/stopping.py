@@ -6,9 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from moejet.reasoning.result import Candidate
 from moejet.reasoning.task import Answers
+
+
+class StopRule(Protocol):
+    """When no more answers are needed."""
+
+    def is_enough(self, candidates: Sequence[Candidate], answers: Answers) -> bool:
+        """candidates: complete so far, in the order in which they were begun."""
 
 
 def beta_confidence(first: int, second: int) -> float:

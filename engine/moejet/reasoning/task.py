@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from moejet.branch import Advance, Branch, Segment, Until
 from moejet.llm import LLM
+from moejet.policy import TokenPolicy
 from moejet.reasoning.budget import Budget, Deadline
 from moejet.reasoning.result import Background, Candidate, Node, Progress, Result, ScoredStep, Usage
 from moejet.request import SamplingParams
@@ -268,7 +269,12 @@ class Task:
         yield Progress(kind, message, data, node)
 
     def candidate(
-        self, branch: Branch, segment: Segment | None = None, *, parent: int = -1, **scores: float
+        self,
+        branch: Branch,
+        segment: Segment | None = None,
+        *,
+        parent: int = -1,
+        scores: Mapping[str, float] | None = None,
     ) -> Candidate:
         """What a branch has become; segment: its last one, which knows why it ended."""
         statistics = branch.statistics
@@ -285,7 +291,7 @@ class Task:
             stop_reason=None if segment is None else segment.stop_reason,
             logprob=statistics.sum.logprob,
             mean=statistics.mean,
-            scores=dict(scores),
+            scores=dict(scores or {}),
             steps=_scored_lines(branch, self.tokenizer) if branch.step_scores else (),
             parent=parent,
         )
@@ -363,6 +369,11 @@ class Task:
         ledger.held += sum(shares)
         ledger.holding += 1
         return list(shares)
+
+
+def with_policy(params: SamplingParams, policy: TokenPolicy) -> SamplingParams:
+    """params that have one more policy, an instance for a single branch."""
+    return replace(params, policy=(*params.policies, lambda: policy))
 
 
 def _scored_lines(branch: Branch, tokenizer: Tokenizer) -> tuple[ScoredStep, ...]:
