@@ -192,15 +192,17 @@ class Task:
         until: Until = None,
         max_tokens: int | None = None,
         params: SamplingParams | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Run[list[Segment]]:
         """As `LLM.advance`, within the budget. What it cut off ends with "length" and stop_reason "budget".
 
-        Branches go on at the same time, as many as the budget allows.
+        Branches go on at the same time, as many as the budget allows. seeds: of each branch, new ones unless given; a
+        branch that advances in pieces with the same seed becomes what it would have become in one go.
         """
         params = self._limited(params or self.params)
         limit = params.max_tokens if max_tokens is None else max_tokens
         marks = [branch.mark for branch in branches]
-        seeds = [self.ledger.next_seed() for _ in branches]
+        seeds = [self.ledger.next_seed() for _ in branches] if seeds is None else list(seeds)
         ends: dict[int, tuple[Any, Any]] = {
             i: ("stop", None) for i, branch in enumerate(branches) if branch.is_finished
         }
