@@ -33,7 +33,7 @@ from moejet.reasoning.select import (
     token_f1,
 )
 from moejet.reasoning.single import Single
-from moejet.reasoning.solve import solve
+from moejet.reasoning.solver import solve
 from moejet.reasoning.stopping import BetaStop, Decided, Unanimous, beta_confidence
 from moejet.reasoning.task import Run, Task
 from moejet.statistics import TokenScores

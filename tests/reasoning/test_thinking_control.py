@@ -19,7 +19,7 @@ from moejet.policy import (
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.early_exit import AtTransitions, Probed
 from moejet.reasoning.single import Single
-from moejet.reasoning.solve import solve
+from moejet.reasoning.solver import solve
 from moejet.sample_state import SampleState
 from moejet.testing.arithmetic import held_out_problems
 from moejet.testing.number_answers import NumberAnswers

@@ -1,7 +1,7 @@
 """Keeps strategies going: many generators, one or several engines, every step shared by whoever wants it.
 
 `Driver` holds the generators and knows what each waits for. It begins requests; whoever owns it runs the engines and
-tells it which requests have ended (`moejet.reasoning.solve`).
+tells it which requests have ended (`moejet.reasoning.solver`).
 """
 
 from __future__ import annotations
