@@ -21,6 +21,7 @@ SMALL = replace(
     num_experts=8,
     vocab_size=1024,
     hidden_size=512,
+    moe_intermediate_size=256,
 )
 OPTIONS = {"max_context": 512, "cache_tokens": 2048, "max_batch_tokens": 256, "max_num_requests": 4}
 
