@@ -119,7 +119,6 @@ def test_more_effort_thinks_longer(llm: LLM) -> None:
 
 def test_public_names_are_there() -> None:
     for name in moejet.reasoning.__all__:
-        if name != "AnswerKey":
-            assert getattr(moejet.reasoning, name) is not None
+        assert getattr(moejet.reasoning, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         _ = moejet.reasoning.nothing

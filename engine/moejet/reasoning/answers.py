@@ -34,8 +34,6 @@ __all__ = [
     "read_answer",
 ]
 
-THINK_TAGS = (*KNOWN_TAGS, ("<Thought>", "</Thought>"))
-
 
 class Extractor(Protocol):
     def __call__(self, content: str) -> str | None:
@@ -44,10 +42,10 @@ class Extractor(Protocol):
 
 def answer_part(text: str, *, thinking: bool = False) -> str | None:
     """The text behind the last end of thinking; None if it never ended. `thinking`: the prompt opened it."""
-    ends = [text.rfind(close) + len(close) for _, close in THINK_TAGS if close in text]
+    ends = [text.rfind(close) + len(close) for _, close in KNOWN_TAGS if close in text]
     start = max(ends, default=0)
     opened = thinking if not ends else False
-    if opened or any(tag in text[start:] for tag, _ in THINK_TAGS):
+    if opened or any(tag in text[start:] for tag, _ in KNOWN_TAGS):
         return None
     return text[start:]
 

@@ -95,6 +95,7 @@ class Probed(_Exit):
             answer, words, fork = yield from self._try(task, branch)
             task.release([fork])
             tries += 1
+            yield from task.classify([answer])
             is_sure = answer is not None and not _hedges(words, self.hedges)
             is_same = last is not None and answer is not None
             if is_same and task.answers.group([last or "", answer or ""]) != [0, 0]:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from moejet.branch import Advance, Branch, Segment, Until
@@ -39,6 +40,28 @@ class Answers(Protocol):
 
     def group(self, answers: Sequence[str]) -> list[int]:
         """For each answer the index of the first one that is equal to it."""
+
+
+class KnownAnswers:
+    """Answers that remembers which ones are equal: comparing may take a proof, and an engine waits for nobody.
+
+    `Task.classify` finds it out in the background; what it has seen is grouped at once.
+    """
+
+    def __init__(self, answers: Answers):
+        self.answers = answers
+        self.classes: dict[
+            str, str
+        ] = {}  # each answer and the one that stands for all that equal it
+
+    def extract(self, content: str) -> str | None:
+        return self.answers.extract(content)
+
+    def group(self, answers: Sequence[str]) -> list[int]:
+        if not all(answer in self.classes for answer in answers):
+            return self.answers.group(answers)
+        classes = [self.classes[answer] for answer in answers]
+        return [classes.index(name) for name in classes]
 
 
 class Strategy(Protocol):
@@ -113,7 +136,7 @@ class Task:
         self.prompt_token_ids = tuple(prompt_token_ids)
         self.prompt = prompt
         self.params = params
-        self.answers = answers
+        self.answers = answers if isinstance(answers, KnownAnswers) else KnownAnswers(answers)
         self.ledger = ledger
         self._root: Branch | None = None
         self._opened: list[Branch] = []
@@ -265,6 +288,24 @@ class Task:
         """The function's result; other work goes on meanwhile."""
         result: T = yield Background(function)
         return result
+
+    def classify(self, answers: Iterable[str | None]) -> Run[None]:
+        """Finds out, in the background, which answers are equal, so that `self.answers.group` need not."""
+        known = self.answers
+        for answer in answers:
+            compared: list[str] = []
+            while answer is not None and answer not in known.classes:
+                names = [
+                    name for name in dict.fromkeys(known.classes.values()) if name not in compared
+                ]
+                if not names:  # as long as none has come meanwhile
+                    known.classes[answer] = answer
+                    break
+                given = [*names, answer]
+                groups = yield from self.background(partial(known.answers.group, given))
+                compared += names
+                if groups[-1] < len(names):
+                    known.classes[answer] = names[groups[-1]]
 
     def tell(self, kind: Any, message: str, *, node: Node | None = None, **data: Any) -> Run[None]:
         """Reports progress to whoever watches."""
