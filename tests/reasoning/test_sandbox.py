@@ -219,6 +219,7 @@ HOSTILE: dict[str, tuple[str, set[str]]] = {
         {"ok"},
     ),
     "sleeping": ("import time\ntime.sleep(100)", {"timeout"}),
+    "pretending that there is no sandbox": ("import os\nos._exit(252)", {"error"}),
     "leaving early": ("import os\nos._exit(3)", {"error"}),
     "crash": ("import ctypes\nctypes.string_at(1)", {"killed"}),
     "abort": ("import os\nos.abort()", {"killed"}),
