@@ -176,7 +176,7 @@ def tokens_or_auto(text: str) -> int | str:
     """argparse type: a number of tokens, or auto."""
     if text == "auto":
         return text
-    if not text.isdigit():
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not 'auto' or a number of tokens")
     return int(text)
 
