@@ -281,6 +281,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     num_offered_blocks: int = 0  # that a store behind the pool has been told of
     num_cached_tokens: int = 0  # of the prompt, that were found when it first ran
+    num_disk_tokens: int = 0  # those of them that came from a store behind the pool
     is_counted: bool = False  # its prompt, in the engine's counters
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None

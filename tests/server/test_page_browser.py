@@ -147,7 +147,7 @@ class StandIn:
                 thought = f"step {num_reasoning} "
                 yield chunk(i, {"reasoning_content": thought, "reasoning": thought})
             num_reasoning += 1
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.03)
         answers = [_answer(text, i, len(self.bodies)) for i in range(n)]
         for words in zip(*(a.split(" ") for a in answers), strict=True):
             for i, word in enumerate(words):

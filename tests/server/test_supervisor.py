@@ -54,7 +54,7 @@ send(frames.Loading(1, 2), frames.Loaded(100, 50, SamplingParams(), None))
 health = {"alive": True, "state": "running", "running": 1}
 if load.model == "stuck":
     health |= {"state": "stuck", "alive": False, "step_running_s": 5.0}
-send(frames.Status(health, {"steps": 5, "queue": {"buckets": [[1.0, 2]]}}, {"p": (3, 9)}))
+send(frames.Status(health, {"steps": 5, "queue": {"buckets": [[1.0, 2]]}}, {"p": (3, 9, 2)}))
 def delta(number, text, **more):
     return frames.Delta(number, StreamDelta("r", 0, text, "", text, (1,), **more))
 while True:
@@ -143,7 +143,7 @@ def test_requests_calls_and_numbers():
         with pytest.raises(QueueFullError, match=r"full; try again in 3 s$") as full:
             await backend.start(job("full"))
         assert full.value.retry_after_s == 3.0
-        assert backend.progress("p") == (3, 9)
+        assert backend.progress("p") == (3, 9, 2)
         assert backend.progress("q") is None
         assert backend.health()["running"] == 1
         assert backend.counters()["steps"] == 5

@@ -29,7 +29,7 @@ examples:
   moejet serve ./DeepSeek-V3 --port 8080
   MOEJET_API_KEY=secret moejet serve org/name --host 0.0.0.0
 """
-_ENGINE_LIMITS = ("max_queued_requests", "max_queued_tokens", "step_timeout_s")
+_ENGINE_LIMITS = ("max_queued_requests", "max_queued_tokens", "step_timeout_s", "memory_gbps")
 _MAX_CONNECTIONS = 4096
 _CLOSE_S = 30.0
 
@@ -134,6 +134,14 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SECONDS",
         help="a step that takes longer counts as hung (default 600)",
+    )
+    group.add_argument(
+        "--bandwidth",
+        dest="memory_gbps",
+        type=float,
+        metavar="GB/S",
+        help="with which memory can be read, for the share of it in /metrics (default: measured at the start, in a "
+        "second, for weights of a GiB or more; 0: not wanted)",
     )
     group.add_argument(
         "--deterministic",

@@ -149,7 +149,7 @@ class RemoteBackend:
     async def end_thinking(self, request_id: str) -> bool:
         return await self._call(lambda number: frames.EndThinking(number, request_id)) is True
 
-    def progress(self, request_id: str) -> tuple[int, int] | None:
+    def progress(self, request_id: str) -> tuple[int, int, int] | None:
         return None if self._status is None else self._status.progress.get(request_id)
 
     def health(self) -> dict[str, Any]:

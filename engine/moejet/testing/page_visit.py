@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_WAIT_S = 8.0
+_WAIT_S = 20.0
 
 
 @contextmanager
