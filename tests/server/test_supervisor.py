@@ -229,9 +229,19 @@ def test_it_gives_up_and_says_why(tmp_path):
         with pytest.raises(EngineDeadError):
             await read(stream)
         await until(lambda: backend.health()["state"] == "dead")
-        with pytest.raises(EngineDeadError, match=r"exit code 7.*restart the server"):
+        with pytest.raises(EngineDeadError, match=r"exit code 7.*SIGUSR1 or restart"):
             await backend.start(job())
         assert "exit code 7" in backend.health()["error"]
+        assert "SIGUSR1" in backend.health()["error"]
+        # Another attempt fails as well, and as often; after the third one it has what it needs.
+        assert backend.retry()
+        await until(lambda: backend.health()["state"] == "restarting")
+        await until(lambda: backend.health()["state"] == "dead")
+        (tmp_path / "marker").unlink()
+        assert backend.retry()
+        await until(lambda: backend.health()["state"] == "running")
+        assert await read(await backend.start(job())) == "abc"
+        assert not backend.retry()
         await backend.close()
 
     asyncio.run(main())

@@ -113,6 +113,14 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="for running requests when the server is told to end (default %(default)g)",
     )
     group.add_argument(
+        "--max-restarts",
+        type=int,
+        default=7,
+        metavar="N",
+        help="times in a row that the engine's process is started again after it has died; then it takes SIGUSR1 "
+        "(default %(default)s)",
+    )
+    group.add_argument(
         "--no-worker", action="store_true", help="run the engine in the server's own process"
     )
 
@@ -157,6 +165,8 @@ def execute(args: argparse.Namespace) -> int:
     config = _config(args)
     if not args.drain_timeout >= 0:
         raise ValueError(f"--drain-timeout={args.drain_timeout:g} must be 0 or more seconds")
+    if args.max_restarts < 0:
+        raise ValueError(f"--max-restarts={args.max_restarts} must be 0 or more")
     if args.no_access_log:
         logging.getLogger("moejet.server.access").setLevel(logging.WARNING)
     elif logging.getLogger().level > logging.INFO:
@@ -302,6 +312,7 @@ async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.
         app = asgi_app(backend, config)
         async with app.router.lifespan_context(app), _closing(backend):
             gate.app = app
+            _retry_on_signal(backend)
             print(f"{backend.card.name} is served at {_url(config, sock)}", flush=True)
             await serving
         return 0
@@ -328,8 +339,19 @@ def _on_signals(server: Any) -> asyncio.Event:
     return stopped
 
 
+def _retry_on_signal(backend: "Backend") -> None:
+    """SIGUSR1 starts an engine that has been given up, or waits for its next start."""
+
+    def retry() -> None:
+        is_due = getattr(backend, "retry", lambda: False)()
+        note("starting the engine" if is_due else "the engine runs: SIGUSR1 changes nothing")
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, retry)
+
+
 async def _load(args: argparse.Namespace, config: "ServerConfig") -> "Backend":
     from moejet.server.backend import LocalBackend
+    from moejet.server.restarts import RestartPolicy
     from moejet.server.supervisor import RemoteBackend, WorkerOptions
 
     engine = options.engine_options(args)
@@ -349,6 +371,7 @@ async def _load(args: argparse.Namespace, config: "ServerConfig") -> "Backend":
         return await RemoteBackend.open(
             WorkerOptions(args.model, {**engine, "show_progress": False}, limits),
             name=config.model_name,
+            restarts=RestartPolicy(args.max_restarts + 1),
             on_loading=lambda share: line.update(f"loading {bar(share)}"),
         )
     finally:
