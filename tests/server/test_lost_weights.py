@@ -1,4 +1,4 @@
-"""`moejet serve` with packed weights in a mapped file: what happens when that is cut short, and when the model is gone."""
+"""`moejet serve` with packed weights in a mapped file: that is cut short, and then the model is gone."""
 
 import json
 import os

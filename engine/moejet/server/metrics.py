@@ -126,22 +126,22 @@ class ServerMetrics:
         self._started.labels(self._label, dialect).inc()
 
     def first_token(self, seconds: float) -> None:
-        self._first_token.labels(self._label).observe(seconds)
+        self._first_token.observe(seconds)
 
     def inter_token(self, seconds: float) -> None:
-        self._inter_token.labels(self._label).observe(seconds)
+        self._inter_token.observe(seconds)
 
     def finished(self, reason: str, totals: Totals, seconds: float) -> None:
         """Cached tokens and the time in the queue are the engine's to count."""
         self._finished.labels(self._label, reason).inc()
-        self._prompt_tokens.labels(self._label).observe(totals.prompt_tokens)
-        self._answer_tokens.labels(self._label).observe(totals.completion_tokens)
-        self._seconds.labels(self._label).observe(seconds)
-        self._prefill_s.labels(self._label).observe(totals.prefill_s)
-        self._decode_s.labels(self._label).observe(totals.decode_s)
+        self._prompt_tokens.observe(totals.prompt_tokens)
+        self._answer_tokens.observe(totals.completion_tokens)
+        self._seconds.observe(seconds)
+        self._prefill_s.observe(totals.prefill_s)
+        self._decode_s.observe(totals.decode_s)
         if totals.longest > 1:
             per_token_s = totals.decode_s / (totals.longest - 1)
-            self._per_token_s.labels(self._label).observe(per_token_s)
+            self._per_token_s.observe(per_token_s)
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(self._label, reason).inc()
@@ -157,9 +157,11 @@ class ServerMetrics:
         return Counter(_PREFIX + name, text, ("model_name", *labels), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(
+        """Of this model: one is observed per token, and looking its label up would cost as much as counting."""
+        family = Histogram(
             _PREFIX + name, text, ("model_name",), buckets=buckets, registry=self.registry
         )
+        return family.labels(self._label)
 
 
 class _EngineCollector(Collector):
