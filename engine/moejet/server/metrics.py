@@ -6,9 +6,11 @@ what happens in the engine is read from its backend when somebody asks.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
@@ -69,6 +71,10 @@ _ENGINE_COUNTERS = {
 _ENGINE_GAUGES = {
     "num_requests_running": ("running", "Samples being computed"),
     "num_requests_waiting": ("queued_requests", "Requests that wait for their first step"),
+    "num_requests": (
+        "requests",
+        "Requests that have not ended, those that are being read included",
+    ),
     "num_tokens_waiting": ("queued_tokens", "Prompt tokens of waiting requests"),
     "generation_tokens_per_second": ("generated_tokens_per_s", "Over about the last 20 s"),
     "prompt_tokens_per_second": ("prompt_tokens_per_s", "Over about the last 20 s"),
@@ -270,10 +276,21 @@ class _EngineCollector(Collector):
             "Memory of the server's process and of the engine's",
             labels=["model_name", "process"],
         )
+        files = GaugeMetricFamily(
+            _PREFIX + "process_open_fds",
+            "Files and connections of both",
+            labels=["model_name", "process"],
+        )
         for name, pid in (("server", os.getpid()), ("engine", worker_pid)):
             if pid is not None and (size := resident_bytes(pid)) is not None:
                 family.add_metric([*self._label, name], size)
-        yield family
+            if pid is not None and (count := open_files(pid)) is not None:
+                files.add_metric([*self._label, name], count)
+        yield from (family, files)
+        with suppress(RuntimeError):  # not called by the server's event loop
+            num_tasks = len(asyncio.all_tasks())
+            text = "Tasks of the server's event loop"
+            yield self._family(GaugeMetricFamily, "event_loop_tasks", text, num_tasks)
         text = "Since the epoch"
         yield self._family(GaugeMetricFamily, "process_start_time_seconds", text, self._started_s)
 
@@ -284,6 +301,14 @@ def resident_bytes(pid: int) -> int | None:
         with open(f"/proc/{pid}/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError, ValueError):
+        return None
+
+
+def open_files(pid: int) -> int | None:
+    """File descriptors of a process; None if that cannot be seen."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
         return None
 
 

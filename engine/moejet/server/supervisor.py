@@ -185,6 +185,10 @@ class RemoteBackend:
         if self._state == "closed":
             return
         was_running, self._state = self._state == "running", "closed"
+        if not drain:  # they need not wait for a step to end
+            self._fail_all(
+                lambda: EngineClosedError("the server is being shut down: this answer ends here")
+            )
         if self._supervision is not None:
             self._supervision.cancel()
             await asyncio.wait((self._supervision,))
