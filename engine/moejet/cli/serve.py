@@ -326,7 +326,7 @@ async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.
             gate.app = app
             _retry_on_signal(backend)
             print(f"{backend.card.name} is served at {_url(config, sock)}", flush=True)
-            note("a page to talk to it is there, too; Ctrl-C ends the server")
+            _tell("a page to talk to it is there, too; Ctrl-C ends the server")
             ending = asyncio.create_task(
                 _end(server, backend, stopped, hastened, args.drain_timeout)
             )
@@ -344,16 +344,22 @@ def _on_signals(server: Any) -> tuple[asyncio.Event, asyncio.Event]:
     stopped, hastened = asyncio.Event(), asyncio.Event()
 
     def stop() -> None:
+        server.should_exit = True
         if stopped.is_set():
             hastened.set()
-        else:
-            note("finishing the running requests; once more ends them")
-        server.should_exit = True
+            return
         stopped.set()
+        _tell("finishing the running requests; once more ends them")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
     return stopped, hastened
+
+
+def _tell(text: str) -> None:
+    """A note to whoever started the server, if that still listens."""
+    with suppress(OSError):
+        note(text)
 
 
 async def _end(
@@ -367,7 +373,7 @@ async def _end(
     await stopped.wait()
     with suppress(TimeoutError):
         await asyncio.wait_for(hastened.wait(), drain_timeout_s)
-    note("ending the running requests")
+    _tell("ending the running requests")
     closing = asyncio.create_task(backend.close())
     await asyncio.sleep(_WRITE_S if not hastened.is_set() else _HASTY_WRITE_S)
     server.force_exit = True  # for clients that do not read
@@ -379,7 +385,7 @@ def _retry_on_signal(backend: "Backend") -> None:
 
     def retry() -> None:
         is_due = getattr(backend, "retry", lambda: False)()
-        note("starting the engine" if is_due else "the engine runs: SIGUSR1 changes nothing")
+        _tell("starting the engine" if is_due else "the engine runs: SIGUSR1 changes nothing")
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, retry)
 
