@@ -331,6 +331,7 @@ def _check(
         ("n", 1, "fork the branch"),
         ("stop", (), "use until="),
         ("logprobs", None, "read branch.statistics"),
+        ("cache_salt", None, "they are shared by their forks alone"),
     ):
         if (value := getattr(params, name)) != default:
             raise ValueError(f"{name}={value!r} does not apply to branches: {remedy}")

@@ -100,6 +100,11 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="name under which clients address this server (repeatable; default: localhost and addresses)",
     )
     group.add_argument(
+        "--share-cache",
+        action="store_true",
+        help="let clients with different keys find each other's cached prefixes, which shows by their time",
+    )
+    group.add_argument(
         "--no-access-log", action="store_true", help="do not log a line per request on stderr"
     )
     group.add_argument(
@@ -183,6 +188,7 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
         allowed_hosts=hosts,
         reasoning_field=args.reasoning_field,
         log_prompts=args.log_prompts,
+        share_cache=args.share_cache,
     )
 
 

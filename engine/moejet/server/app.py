@@ -85,7 +85,8 @@ class Server:
             prepared = await self.prepared(prepare)
             if before is not None:
                 await before(prepared)
-            plan, renderer = plan_of(prepared), make_renderer(prepared)
+            salt = request.scope.get("state", {}).get("cache_salt")
+            plan, renderer = plan_of(prepared).salted(salt), make_renderer(prepared)
             generation = Generation(
                 self.backend, plan, keep_alive_s=self.config.keep_alive_s, observer=self.observer
             )

@@ -21,6 +21,7 @@ from moejet.server.tool_calls import ToolFormat
 from moejet.tokenizer import Tokenizer
 
 Check = Callable[[Any], bool]
+_MAX_SALT_CHARS = 128
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -166,6 +167,7 @@ class SamplingFields(ApiModel):
     structured_outputs: dict[str, Any] | None = None
     return_progress: bool | None = None
     priority: int | None = None
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +240,17 @@ def sampling_params(
         "logprobs": logprobs,
         "grammar": grammar,
         "max_thinking_tokens": max_thinking_tokens,
+        "cache_salt": _salt(fields.cache_salt),
     }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(context.card.default_sampling, **chosen)
+
+
+def _salt(salt: str | None) -> str | None:
+    """vLLM's field: who sends another one shares no cached prefixes."""
+    if salt is not None and not 1 <= len(salt) <= _MAX_SALT_CHARS:
+        raise wrong(f"cache_salt must have 1 to {_MAX_SALT_CHARS} characters", "cache_salt")
+    return salt
 
 
 def _ids(ids: list[int] | None) -> tuple[int, ...] | None:

@@ -60,6 +60,7 @@ _HARMLESS = {
     "diagnostics": anything,
     "user_profile_id": anything,
     "workspace_id": anything,
+    "cache_salt": anything,  # where tokens are only counted
 }
 
 
@@ -92,6 +93,7 @@ class MessagesRequest(CountTokensRequest):
     top_k: int | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
+    cache_salt: str | None = None
 
 
 def messages_plan(request: MessagesRequest, context: Context, request_id: str) -> Plan:
@@ -109,6 +111,7 @@ def messages_plan(request: MessagesRequest, context: Context, request_id: str) -
             top_p=request.top_p,
             top_k=request.top_k,
             stop=request.stop_sequences,
+            cache_salt=request.cache_salt,
         ),
         max_tokens=request.max_tokens,
         wanted=response_grammar(wanted, "output_config.format"),

@@ -62,6 +62,7 @@ class ResponsesRequest(ApiModel):
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,9 @@ def responses_plan(request: ResponsesRequest, context: Context, request_id: str)
     )
     grammar = answer_grammar(context, tools, choice, _text_grammar(request.text))
     params = sampling_params(
-        SamplingFields(temperature=request.temperature, top_p=request.top_p),
+        SamplingFields(
+            temperature=request.temperature, top_p=request.top_p, cache_salt=request.cache_salt
+        ),
         context,
         max_tokens=request.max_output_tokens,
         max_tokens_field="max_output_tokens",
