@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moejet.grammar import MAX_DEPTH
+from moejet.grammar import MAX_DEPTH, check_members
 from moejet.server.short import short
 
 MAX_TOOLS = 128
@@ -116,6 +116,7 @@ def _schema(value: object, where: str) -> Mapping[str, Any]:
 def _check_depth(value: object, where: str) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
+        check_members(level, where)
         level = [
             child
             for node in level
