@@ -30,7 +30,13 @@ from moejet.server.protocol.messages import (
 )
 from moejet.server.protocol.responses import ResponsesPlan, ResponsesRequest, responses_plan
 from moejet.server.protocol.responses_answers import ResponsesRenderer
-from moejet.server.protocol.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from moejet.server.protocol.tokens import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
 from moejet.server.sse import JsonResponse
 
 if TYPE_CHECKING:
@@ -147,6 +153,10 @@ def _add_tokens(app: FastAPI, server: Server) -> None:
     async def detokenize_ids(request: Request) -> Response:
         body = await server.read(request, DetokenizeRequest)
         return JsonResponse(await server.prepared(detokenize, body, context))
+
+    @app.get("/tokenizer_info", responses=answers())
+    async def describe_tokenizer() -> Response:
+        return JsonResponse(tokenizer_info(context))
 
 
 def _add_information(app: FastAPI, server: Server) -> None:

@@ -56,6 +56,19 @@ def tokenize(request: TokenizeRequest, context: Context) -> dict[str, Any]:
     return result
 
 
+def tokenizer_info(context: Context) -> dict[str, Any]:
+    """In vLLM's form, which lm-eval reads to tokenise through a server."""
+    tokenizer = context.tokenizer
+    templates = tokenizer.chat_template_sources
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "model_max_length": context.card.max_context,
+        "vocab_size": tokenizer.vocab_size,
+        "chat_template": tokenizer.chat_template or next(iter(templates), None),
+        **tokenizer.special_tokens,
+    }
+
+
 def detokenize(request: DetokenizeRequest, context: Context) -> dict[str, Any]:
     context.check_model(request.model)
     vocab_size = context.card.vocab_size
