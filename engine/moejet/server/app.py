@@ -31,7 +31,8 @@ from moejet.server.openapi import describe
 from moejet.server.page import PAGE_PATHS, page_router
 from moejet.server.prompts import PromptMaker
 from moejet.server.protocol.answers import Renderer, collect, stream
-from moejet.server.protocol.common import ApiModel, Context, parse
+from moejet.server.protocol.common import Context
+from moejet.server.protocol.fields import ApiModel, parse
 from moejet.server.routes import add_routes
 from moejet.server.sse import WorkResponse, error_response
 from moejet.server.tool_calls import detect_tool_format
@@ -49,7 +50,7 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class Server:
-    """What the endpoints share."""
+    """What the endpoints share. threads: end with this object, so that an application may be started again."""
 
     backend: Backend
     config: ServerConfig
@@ -130,7 +131,6 @@ def asgi_app(
         yield
         if owned is not None:
             await owned.close(drain=False)
-        server.threads.shutdown(wait=False)
 
     app = FastAPI(
         title="moejet",

@@ -15,15 +15,17 @@ from moejet.server.errors import ApiError, wrong
 from moejet.server.generation import ChoiceEnd, Piece, Plan, Progress, Totals
 from moejet.server.protocol.answers import Answer
 from moejet.server.protocol.chat import answer_grammar, conversation_plan
-from moejet.server.protocol.common import (
+from moejet.server.protocol.common import Context, response_grammar, sampling_params, string_field
+from moejet.server.protocol.fields import (
     ApiModel,
-    Context,
+    Count,
+    Salt,
     SamplingFields,
+    Temperature,
+    TopK,
+    TopP,
     anything,
     one_of,
-    response_grammar,
-    sampling_params,
-    string_field,
 )
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
 from moejet.server.short import short
@@ -87,13 +89,13 @@ class CountTokensRequest(ApiModel):
 class MessagesRequest(CountTokensRequest):
     """A conversation to be continued."""
 
-    max_tokens: int
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    max_tokens: Count
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
-    cache_salt: str | None = None
+    cache_salt: Salt | None = None
 
 
 def messages_plan(request: MessagesRequest, context: Context, request_id: str) -> Plan:
