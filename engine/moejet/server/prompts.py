@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer as RawTokenizer
 
 from moejet.server.errors import ApiError, wrong
+from moejet.server.tool_calls import Tool
 from moejet.tokenizer import Tokenizer
 
 # Noncharacters, which no text in interchange may hold (Unicode 16, section 23.7).
@@ -138,7 +139,7 @@ class PromptMaker:
         ]
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tools=[{"type": "function", "function": {"name": "probe"}}]
+                messages, tools=[Tool("probe").for_template()]
             )
         except ValueError:
             return False

@@ -27,11 +27,15 @@ class Tool:
     strict: bool = False
 
     def for_template(self) -> dict[str, Any]:
-        """The form that chat templates expect."""
-        function: dict[str, Any] = {"name": self.name}
-        if self.description:
-            function["description"] = self.description
-        return {"type": "function", "function": {**function, "parameters": dict(self.parameters)}}
+        """The form that chat templates expect; those of DeepSeek join texts, so that none may be missing."""
+        return {
+            "type": "function",
+            "function": {
+                "name": self.name,
+                "description": self.description,
+                "parameters": dict(self.parameters),
+            },
+        }
 
 
 @dataclass(frozen=True, slots=True)
