@@ -170,8 +170,33 @@ def test_load_errors_are_those_of_the_command_line(tmp_path):
     asyncio.run(main())
 
 
+def _listening(pid: int) -> set[str]:
+    """Addresses and paths at which a process waits for others."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = os.readlink(entry)
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    found = set()
+    for name, inode, is_waiting in (("tcp", 9, 3), ("tcp6", 9, 3), ("unix", 6, 3)):
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
+            parts = line.split()
+            waits = parts[is_waiting] == ("00010000" if name == "unix" else "0A")
+            if waits and parts[inode] in inodes:
+                found.add(f"{name} {parts[1]}")
+    return found
+
+
+def test_listeners_would_be_seen():
+    with socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX) as named:
+        named.bind("\0moejet-test-listening")
+        named.listen()
+        assert {one.split()[0] for one in _listening(os.getpid())} == {"tcp", "unix"}
+
+
 @pytest.mark.parametrize("thread", [False, True])
-def test_the_engine_ends_with_the_server(thread):
+def test_the_engine_listens_nowhere_and_ends_with_the_server(thread):
     code = """
         import asyncio, threading, time
         from moejet.server.supervisor import RemoteBackend, WorkerOptions
@@ -190,6 +215,7 @@ def test_the_engine_ends_with_the_server(thread):
         try:
             pid = int(server.stdout.readline())
             assert is_alive(pid)
+            assert _listening(pid) == set()
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             assert b"OMP_WAIT_POLICY=passive" in environment
         finally:
@@ -257,37 +283,3 @@ def test_a_mapped_weight_file_that_is_cut_short_ends_requests_and_not_the_server
         os.environ.pop("MOEJET_CACHE")
         if previous is not None:
             os.environ["MOEJET_CACHE"] = previous
-
-
-def _listening(pid: int) -> set[str]:
-    """Addresses and paths at which a process waits for others."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            target = os.readlink(entry)
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
-    found = set()
-    for name, inode, is_waiting in (("tcp", 9, 3), ("tcp6", 9, 3), ("unix", 6, 3)):
-        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
-            parts = line.split()
-            waits = parts[is_waiting] == ("00010000" if name == "unix" else "0A")
-            if waits and parts[inode] in inodes:
-                found.add(f"{name} {parts[1]}")
-    return found
-
-
-def test_the_engine_can_be_reached_by_its_server_only():
-    with socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX) as named:
-        named.bind("\0moejet-test-listening")
-        named.listen()
-        assert len(_listening(os.getpid())) >= 2  # they would be seen
-
-    async def main() -> None:
-        backend = await RemoteBackend.open(WorkerOptions("tiny-reasoner", OPTIONS, {}), name="m")
-        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-        assert children
-        assert all(_listening(int(pid)) == set() for pid in children)
-        await backend.close()
-
-    asyncio.run(main())

@@ -204,7 +204,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "test_topology.py::test_numa_nodes_also_without_cpus",
     ),
     "other users' processes, frames that are pickles": (
-        "server/test_engine_process.py::test_the_engine_can_be_reached_by_its_server_only",
+        "server/test_engine_process.py::test_the_engine_listens_nowhere_and_ends_with_the_server",
         "server/test_engine_process.py::test_the_engine_drops_a_peer_that_talks_nonsense",
     ),
     "foreign pages, other keys' prefixes, keys in logs": (

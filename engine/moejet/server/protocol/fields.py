@@ -45,6 +45,7 @@ HARMLESS: dict[str, Check] = {
     "safety_identifier": anything,
     "prompt_cache_key": anything,
     "prompt_cache_retention": anything,
+    "prompt_cache_options": anything,
     "prediction": anything,
     "store": one_of(False),
     "logit_bias": one_of({}),

@@ -104,6 +104,10 @@ def messages_plan(request: MessagesRequest, context: Context, request_id: str) -
     wanted = format.get("format") if isinstance(format, dict) else None
     if wanted is not None and not isinstance(wanted, dict):
         raise wrong(f"output_config.format={short(wanted)} must be an object", "output_config")
+    for i, text in enumerate(request.stop_sequences or ()):
+        if not text or i >= context.config.max_stop:
+            limit = f"at most {context.config.max_stop} texts that are not empty"
+            raise wrong(f"stop_sequences[{i}]={short(text)}: send {limit}", "stop_sequences")
     return _plan(
         request,
         context,
