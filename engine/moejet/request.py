@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from moejet.sample_state import SampleState
 
 PolicyMaker = Callable[[], TokenPolicy]
+if TYPE_CHECKING:
+    Policies = PolicyMaker | tuple[PolicyMaker, ...] | None
+else:
+    Policies = Any  # the server's frames, which no policy may travel in, are read by these annotations
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
 MAX_N = 64
@@ -57,7 +61,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     max_thinking_tokens: int | None = None
-    policy: PolicyMaker | tuple[PolicyMaker, ...] | None = None
+    policy: Policies = None
     grammar: Grammar | None = None
     statistics: bool = False
     cache_salt: str | None = None
