@@ -19,7 +19,8 @@ PolicyMaker = Callable[[], TokenPolicy]
 if TYPE_CHECKING:
     Policies = PolicyMaker | tuple[PolicyMaker, ...] | None
 else:
-    Policies = Any  # the server's frames, which no policy may travel in, are read by these annotations
+    # The server's frames are read by these annotations, and no policy may travel in one.
+    Policies = Any
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
 MAX_N = 64
