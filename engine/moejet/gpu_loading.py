@@ -144,6 +144,7 @@ def create_gpu_runner(
     except BaseException:
         close()
         raise
+    runner.memory, runner.vram_bytes = memory, budget
     logger.info(
         "%s: %d of %d routed experts there, %.2f GiB of %.2f planned",
         device,

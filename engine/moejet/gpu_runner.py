@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from moejet.batch import Batch
 from moejet.config import EngineConfig, ModelConfig, use_graphs, use_reference
 from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
 from moejet.experts.bridge import CpuBridge
-from moejet.gpu_memory import key_chunk
+from moejet.gpu_memory import GpuMemory, key_chunk
 from moejet.latent_layout import row_elements
 from moejet.layers.gpu import GpuDenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
@@ -100,6 +101,11 @@ class GpuRunner:
         self.model, self.pool, self.isa = model, pool, isa
         self.device, self.bridge = dense.device, bridge
         self.native_seconds = 0.0
+        # Entered around what a step launches: for measurements, see `hybrid_timing`.
+        self.clock: Callable[[], AbstractContextManager[object]] = nullcontext
+        # What the plan says, and what it may use.
+        self.memory: GpuMemory | None = None
+        self.vram_bytes = 0
         row = row_elements(
             model_config.kv_lora_rank, model_config.qk_rope_head_dim, config.cache_dtype
         )
@@ -114,15 +120,16 @@ class GpuRunner:
         self._key_chunk = key_chunk(model_config)
         self._sizes = padded_sizes(min(config.max_num_requests, config.max_batch_tokens))
         self._steps: dict[int, _DecodeStep] = {}
-        self._uses_graphs = dense.device.type == "cuda" and use_graphs() and not use_reference()
+        self.uses_graphs = dense.device.type == "cuda" and use_graphs() and not use_reference()
         self._graph_memory: Any = None  # that all graphs share
 
     def close(self) -> None:
         """Releases the bridge, once the device is done with it, and the graphs, which are not replayed any more."""
-        if self.bridge is not None:
-            self.bridge.close()
-        self._synchronize()
-        self._steps.clear()
+        with self.on_device():
+            if self.bridge is not None:
+                self.bridge.close()
+            self._synchronize()
+            self._steps.clear()
 
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts that the CPU has read so far, and the bytes of their weights."""
@@ -169,7 +176,7 @@ class GpuRunner:
         """Runs a step to its end; if it fails, what it left on the stream is let through."""
         start = time.perf_counter()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.on_device():
                 result = step()
                 self._synchronize()
             return result
@@ -182,6 +189,19 @@ class GpuRunner:
             raise
         finally:
             self.native_seconds += time.perf_counter() - start
+
+    def padded(self, num_requests: int) -> int:
+        """Rows of a decode step for so many requests."""
+        return next(size for size in self._sizes if size >= num_requests)
+
+    def input_bytes(self, num_requests: int) -> int:
+        """What a decode step for so many requests moves to the device before it begins; 0 before the first one."""
+        step = self._steps.get(self.padded(num_requests))
+        return 0 if step is None else step.inputs.staging.nbytes
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """The calling thread may have another current device than the one that loaded the model."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -202,7 +222,12 @@ class GpuRunner:
             max_context=self._max_context,
             max_key_chunk=self._key_chunk,
         )
-        hidden = self.model.forward(there, self.latent_cache)
+        with self.clock():
+            hidden = self.model.forward(there, self.latent_cache)
+            return self._results(there, hidden, choice)
+
+    def _results(self, there: DeviceBatch, hidden: Tensor, choice: _Choice | None) -> Tensor:
+        """Of the rows that are wanted, on the CPU: logits, or the tokens of the choice."""
         assert there.logits_indices is not None
         wanted = there.logits_indices
         if choice is not None:
@@ -228,7 +253,7 @@ class GpuRunner:
     def _decode(self, batch: Batch, choice: _Choice | None) -> Tensor:
         """A decode batch: logits of all its rows, or their tokens, of which only those of the choice mean anything."""
         self._copy_blocks(batch)
-        size = next(size for size in self._sizes if size >= batch.num_tokens)
+        size = self.padded(batch.num_tokens)
         step = self._steps.get(size)
         if step is None:
             inputs = PaddedBatch(
@@ -248,11 +273,13 @@ class GpuRunner:
         step.inputs.staging.upload()
         captured = step.graphs.get(kind)
         if captured is None:
-            result = self._launch(step.inputs, kind).cpu()
-            if self._uses_graphs:
+            with self.clock():
+                result = self._launch(step.inputs, kind).cpu()
+            if self.uses_graphs:
                 self._try_capture(step, kind)
             return result[: batch.num_tokens]
-        captured.graph.replay()
+        with self.clock():
+            captured.graph.replay()
         if self.bridge is not None:
             self.bridge.run_step(size)
         self._synchronize()
@@ -272,7 +299,7 @@ class GpuRunner:
         try:
             step.graphs[kind] = self._capture(step.inputs, kind)
         except RuntimeError as error:
-            self._uses_graphs = False
+            self.uses_graphs = False
             logger.warning(
                 "steps cannot be captured as graphs (%s): they are launched operation by operation, which is slower",
                 error,
