@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -83,6 +84,8 @@ def vram_budget(config: EngineConfig, device: str) -> int:
     """Bytes of GPU memory that may be used: vram_gib, else all that is free."""
     if device == "simulated":
         return _SIMULATED_BYTES if config.vram_gib is None else round(config.vram_gib * GIB)
+    gc.collect()
+    torch.cuda.empty_cache()  # what a model that is closed has left to torch's allocator is free too
     free, total = torch.cuda.mem_get_info()
     if config.vram_gib is None:
         return free
