@@ -24,6 +24,8 @@ from moejet.batch import Batch
 from moejet.config import EngineConfig, ModelConfig, use_graphs, use_reference
 from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
 from moejet.experts.bridge import CpuBridge
+from moejet.experts.hybrid_experts import HybridExperts
+from moejet.experts.placement import Placement
 from moejet.gpu_memory import GpuMemory, key_chunk
 from moejet.latent_layout import row_elements
 from moejet.layers.gpu import GpuDenseWeights
@@ -130,6 +132,17 @@ class GpuRunner:
                 self.bridge.close()
             self._synchronize()
             self._steps.clear()
+
+    @property
+    def placement(self) -> Placement:
+        """Where the routed experts live."""
+        residents = [
+            moe.experts.resident
+            for moe in self.model.moe_layers
+            if isinstance(moe.experts, HybridExperts)
+        ]
+        slots = tuple(() if there is None else tuple(there.slots) for there in residents)
+        return Placement(self.model.config.num_experts, slots)
 
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts that the CPU has read so far, and the bytes of their weights."""

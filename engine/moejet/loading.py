@@ -19,6 +19,7 @@ from moejet.engine import Engine
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.extension import resolve_isa
 from moejet.gpu_loading import choose_device, create_gpu_runner, vram_budget
+from moejet.gpu_runner import GpuRunner
 from moejet.json_file import read_json_object
 from moejet.layers.linear import DenseWeights
 from moejet.model_cost import ModelCost
@@ -31,10 +32,12 @@ from moejet.tokenizer import Tokenizer
 from moejet.weights import Checkpoint, load_weights, resolve_model
 from moejet.weights.gguf_model import GgufCheckpoint
 from moejet.weights.gguf_tokenizer import gguf_tokenizer
+from moejet.weights.gpu_weights import GPU_LAYOUT_VERSION
 from moejet.weights.packed_cache import (
     MIN_BYTES as MIN_CACHED_BYTES,
 )
 from moejet.weights.packed_cache import (
+    PLACEMENT,
     BackgroundWriter,
     CacheFile,
     PartlyFilled,
@@ -70,16 +73,21 @@ def load_engine(config: EngineConfig) -> Engine:
     engine = _create_engine(config, model_config, tokenizer)
     try:
         num_nodes = len(engine.runner.pool.memory_nodes)
-        key = cache_key(path, config, model_config, num_nodes) | _device_key(config)
+        key = cache_key(path, config, model_config, num_nodes)
         file = _cache_file(engine, path, key)
         is_loaded = file is not None and _load_cached(engine, file)
-        if is_loaded is None:
-            engine.close()
-            engine = _create_engine(config, model_config, tokenizer)
-            gc.collect()  # what is mapped goes with the old one
+    except BaseException:
+        engine.close()
+        raise
+    if is_loaded is None:
+        engine.close()
+        del engine
+        gc.collect()  # what is mapped, and a GPU's memory, go with it
+        engine = _create_engine(config, model_config, tokenizer)
+    try:
         if not is_loaded:
-            _load(engine, path, checkpoint, file)
-        attach_prefixes(engine, key)
+            _load(engine, path, checkpoint, _cache_file(engine, path, key))
+        attach_prefixes(engine, key | _device_key(config))
     except BaseException:
         engine.close()
         raise
@@ -133,18 +141,22 @@ def _load(
 
 
 def _cache_file(engine: Engine, path: Path, key: dict[str, Any]) -> CacheFile | None:
-    """Where the packed weights of this engine are kept, None if they are not."""
+    """Where the packed weights of this engine are kept, None if they are not. key: of `cache_key`."""
     config, directory = engine.config, cache_directory()
     if config.packed_cache == "off" or directory is None:
-        return None
-    if config.device != "cpu":
-        # What lives on a GPU changes with the memory that is free, and has another layout.
-        logger.info("packed weights are not cached with device=%r", config.device)
         return None
     cost = ModelCost.of(engine.model_config, config)
     if config.packed_cache == "auto" and cost.weight_bytes < MIN_CACHED_BYTES:
         return None
-    return CacheFile(directory, config.model, key, path)
+    unused = 0
+    if isinstance(engine.runner, GpuRunner):
+        placement = engine.runner.placement
+        key = key | _device_key(config) | {"gpu_layout": GPU_LAYOUT_VERSION}
+        key[PLACEMENT] = [list(experts) for experts in placement.resident]
+        # Layers all of whose experts live on the GPU have no memory for them here.
+        some = [len(r) for r in placement.resident if len(r) < placement.num_experts]
+        unused = round(sum(some) * cost.expert_bytes)
+    return CacheFile(directory, config.model, key, path, unused_bytes=unused)
 
 
 def _device_key(config: EngineConfig) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from moejet.weights.stored import FP8_BLOCK, INT4_GROUP, StoredWeight, dequantize_fp8
 
+# Raised when the same weights get other bytes in any of these formats.
+GPU_LAYOUT_VERSION = 1
 GPU_FORMATS = ("bf16", "fp16", "fp8", "int8", "int4_g32")
 _PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CODES = {**_PLAIN, "fp8": torch.uint8, "int8": torch.int8, "int4_g32": torch.uint8}
