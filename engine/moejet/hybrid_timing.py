@@ -102,19 +102,24 @@ class Profile:
             **readings,
         )
 
-    def prefill(self, num_prompts: int, num_tokens: int, depth: int = 0) -> Readings:
-        """Prompts of num_tokens one after another, each behind `depth` random tokens."""
+    def prefill(
+        self, num_prompts: int, num_tokens: int, depth: int = 0, *, warm_up: int | None = None
+    ) -> Readings:
+        """Prompts of num_tokens one after another, each behind `depth` random tokens.
+
+        warm_up: tokens of the prompt before them that does not count (None: as many).
+        """
         engine = self._engine
 
-        def read_prompt() -> None:
-            with scratch_requests(engine, num_tokens, depth, batch=1) as requests:
-                left = num_tokens
+        def read_prompt(count: int = num_tokens) -> None:
+            with scratch_requests(engine, count, depth, batch=1) as requests:
+                left = count
                 while left > 0:
                     count = min(engine.config.max_batch_tokens, left)
                     compute_tokens(engine, requests, count)
                     left -= count
 
-        self._run(1, read_prompt)
+        self._run(1, lambda: read_prompt(num_tokens if warm_up is None else warm_up))
         return Readings(
             num_tokens=num_tokens,
             handover_s=None,

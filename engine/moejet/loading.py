@@ -49,6 +49,8 @@ from moejet.weights.packed_cache import (
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CACHE_TOKENS = 8192
+# Random weights that are on a GPU at a time: there is little room beside a model that fills it.
+_DRAWN_VALUES = 1 << 25
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -170,7 +172,8 @@ def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
     config = replace(config, device=choose_device(config, model_config))
     engine = _create_engine(config, model_config, None)
     model = engine.runner.model
-    generator = torch.Generator().manual_seed(config.seed or 0)
+    device = engine.runner.latent_cache.device  # a GPU draws a hundred times as fast
+    generator = torch.Generator(device).manual_seed(config.seed or 0)
     for name, spec in model.tensor_specs().items():
         if ".experts." not in name:
             spec.load(_random_weight(name, spec.shape, generator))
@@ -317,7 +320,12 @@ def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator
     fan_in = 1 if name.endswith("embed_tokens.weight") else shape[-1]
     limit = math.sqrt(3.0 / fan_in)
     values = torch.empty(shape, dtype=torch.bfloat16)
-    return values.uniform_(-limit, limit, generator=generator)
+    if generator.device.type == "cpu":
+        return values.uniform_(-limit, limit, generator=generator)
+    for part in torch.split(values.view(-1), _DRAWN_VALUES):
+        drawn = torch.empty(part.shape, dtype=part.dtype, device=generator.device)
+        part.copy_(drawn.uniform_(-limit, limit, generator=generator))
+    return values
 
 
 def _read_default_params(path: Path) -> SamplingParams:
