@@ -119,6 +119,11 @@ class CudaStream:
         return str(self._attached.mode)
 
     @property
+    def reason(self) -> str:
+        """Why memory operations are not used although they were wanted; empty if they are."""
+        return str(self._attached.reason)
+
+    @property
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
