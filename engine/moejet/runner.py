@@ -35,6 +35,7 @@ class Runner(Protocol):
     samples: bool  # whether `sample` may choose tokens
 
     def expert_loads(self) -> tuple[int, int]: ...
+    def hidden(self, num_rows: int) -> Tensor | None: ...
     def execute(self, batch: Batch) -> Tensor: ...
     def sample(
         self, batch: Batch, rows: Sequence[int], requests: Sequence[Request]
@@ -74,6 +75,7 @@ class ModelRunner:
         self.latent_cache = huge_pages.empty(*shape, dtype=CACHE_TYPES[config.cache_dtype])
         self.native_seconds = 0.0
         self._program: CpuProgram | None = None
+        self._hidden: Tensor | None = None
         if not use_reference():
             self._program = CpuProgram(
                 model,
@@ -87,6 +89,10 @@ class ModelRunner:
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts read so far, and the bytes of their weights; zeros with MOEJET_REF=1."""
         return (0, 0) if self._program is None else self._program.expert_loads()
+
+    def hidden(self, num_rows: int) -> Tensor | None:
+        """What the last logits were computed from [L, D], until the next step."""
+        return self._hidden if self._program is None else self._program.hidden(num_rows)
 
     def sample(
         self, batch: Batch, rows: Sequence[int], requests: Sequence[Request]
@@ -107,6 +113,7 @@ class ModelRunner:
                 hidden = self.model.forward(batch, self.latent_cache)
                 if batch.logits_indices.numel() == 0:
                     return hidden.new_empty((0, 0), dtype=torch.float32)
-                return self.model.compute_logits(hidden[batch.logits_indices])
+                self._hidden = hidden[batch.logits_indices]
+                return self.model.compute_logits(self._hidden)
         finally:
             self.native_seconds += time.perf_counter() - start
