@@ -33,7 +33,8 @@ class Bridge:
     def __init__(self):
         self.pending = {}
 
-    def submit(self, layer, x, topk_ids, topk_weights):
+    def submit(self, layer, x, topk_ids, topk_weights, **tables):
+        assert all(table is None or table.device == META for table in tables.values())
         for tensor, dtype in (
             (x, torch.bfloat16),
             (topk_ids, torch.int32),
