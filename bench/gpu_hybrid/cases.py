@@ -40,10 +40,11 @@ class Case:
         known = {f.name for f in fields(EngineConfig)}
         return [name for name, value in self.options.items() if value and name not in known]
 
-    @property
-    def known_options(self) -> dict[str, Any]:
+    def engine_options(self, tiny: bool) -> dict[str, Any]:
+        """Those of its options that this version has; tiny: prompts of a few tokens are long."""
         known = {f.name for f in fields(EngineConfig)}
-        return {name: value for name, value in self.options.items() if name in known}
+        options = {name: value for name, value in self.options.items() if name in known}
+        return {name: min(value, 16) for name, value in options.items()} if tiny else options
 
 
 _OFF = {"stream_prefill_tokens": 0}

@@ -26,7 +26,7 @@ _MAX_ERROR_S = 5.0
 
 @contextmanager
 def opened(
-    case: Case, model: ModelConfig, sizes: Sizes, device: str, give: Give, **more: Any
+    case: Case, model: ModelConfig, sizes: Sizes, device: str, tiny: bool, give: Give
 ) -> Iterator[LLM]:
     """The model with random weights; afterwards nothing of it is left, on the GPU either."""
     resident = round(case.resident * model.num_moe_layers * model.num_experts)
@@ -36,8 +36,7 @@ def opened(
         "max_context": sizes.context,
         "cache_tokens": sizes.context,
         "max_num_requests": sizes.batch,
-        **case.known_options,
-        **more,
+        **case.engine_options(tiny),
     }
     start = time.perf_counter()
     with LLM.synthetic(model, **options) as llm:
@@ -64,7 +63,7 @@ def opened(
 
 def measure_model(case: Case, sizes: Sizes, device: str, tiny: bool, give: Give) -> None:
     """Decoding, and prompts of every size."""
-    with opened(case, shape_of(case, tiny), sizes, device, give) as llm:
+    with opened(case, shape_of(case, tiny), sizes, device, tiny, give) as llm:
         bench = _Bench(llm, tiny)
         give("decode", bench.decode(sizes, batch=1))
         give(f"decode xb{sizes.batch}", bench.decode(sizes, batch=sizes.batch))
@@ -81,7 +80,7 @@ def measure_slices(case: Case, sizes: Sizes, device: str, tiny: bool, give: Give
     steps: list[tuple[int, float]] = []
     for count in layers:
         part = replace(model, num_hidden_layers=count)
-        with opened(case, part, sizes, device, give) as llm:
+        with opened(case, part, sizes, device, tiny, give) as llm:
             bench = _Bench(llm, tiny)
             figures = bench.decode(sizes, batch=1)
             steps.append((count, figures["wall_ms"] / 1e3))
@@ -95,7 +94,10 @@ def measure_slices(case: Case, sizes: Sizes, device: str, tiny: bool, give: Give
 
 def measure_soak(case: Case, sizes: Sizes, device: str, tiny: bool, give: Give) -> None:
     """Many steps, twice: times and memory stay as they are, tokens are the same."""
-    with opened(case, shape_of(case, tiny), sizes, device, give) as llm, llm.exclusive() as engine:
+    with (
+        opened(case, shape_of(case, tiny), sizes, device, tiny, give) as llm,
+        llm.exclusive() as engine,
+    ):
         _generate(engine, 3, 2)  # captures the graphs
         first, first_s = _generate(engine, sizes.soak_steps, 2)
         before = _device_memory()
@@ -114,7 +116,10 @@ def measure_soak(case: Case, sizes: Sizes, device: str, tiny: bool, give: Give) 
 
 def measure_kill(case: Case, sizes: Sizes, device: str, tiny: bool, give: Give) -> None:
     """A worker that throws, in the middle of a prompt and of a graph; then a pool that is gone."""
-    with opened(case, shape_of(case, tiny), sizes, device, give) as llm, llm.exclusive() as engine:
+    with (
+        opened(case, shape_of(case, tiny), sizes, device, tiny, give) as llm,
+        llm.exclusive() as engine,
+    ):
         runner: Any = engine.runner
         for name, count in (("prompt", 16), ("decode", 1)):
             with _batch(engine, count) as batch:

@@ -67,6 +67,14 @@ def test_slices_are_extrapolated_and_say_so(modules):
     assert whole["extrapolated"] is True
 
 
+def test_prompts_that_stream(modules):
+    if _case(modules[0], "lite-none-streamed").missing:
+        pytest.skip("this version does not stream")
+    prompt = _run(modules, "lite-none-streamed")["pp20"]
+    assert prompt["streamed_bytes"] > 0
+    assert prompt["cpu_ms"] < prompt["wall_ms"]
+
+
 def test_soak(modules):
     soak = _run(modules, "soak")["soak"]
     assert soak["tokens_equal"] is True
