@@ -4,7 +4,7 @@
 // Everything passes through host memory that the GPU can reach. Each layer has two flags, which
 // only ever hold 0 or 1, so that a graph with constant values can be replayed:
 //
-//   stream: copy x, topk_ids, topk_weights to the host      CPU: wait until submitted == 1
+//   stream: write x, topk_ids, topk_weights to the host     CPU: wait until submitted == 1
 //           submitted = 1                                        submitted = 0
 //           (shared and resident experts)                        out = experts(x)
 //           wait until finished == 1                             finished = 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from moejet.experts.bridge import CpuBridge
@@ -21,6 +20,8 @@ class HybridExperts:
 
     `submit` and `collect` enqueue work on the device's stream. What is called between them runs there while the CPU
     computes its share.
+
+    uses [E] int32 on the device: how often each expert was asked for so far, modulo 2^32; None: nobody counts.
     """
 
     def __init__(self, cpu: CpuExperts | None, resident: ResidentExperts | None):
@@ -29,12 +30,7 @@ class HybridExperts:
         self._bridge: CpuBridge | None = None
         self._layer = -1
         self._routed: Tensor | None = None
-        self._cpu_ids: Tensor | None = None
-        if cpu is not None and resident is not None:
-            # One entry more, of -1: the id -1 of padding finds it from the end.
-            slots = resident.slot_of_expert
-            ids = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)
-            self._cpu_ids = torch.cat((ids.masked_fill(slots >= 0, -1), ids.new_full((1,), -1)))
+        self.uses: Tensor | None = None
 
     @property
     def pool(self) -> ThreadPool | None:
@@ -48,8 +44,14 @@ class HybridExperts:
         """x [T, D] · topk_ids [T, K] int32, -1 skips · topk_weights [T, K] fp32."""
         if self.cpu is not None:
             assert self._bridge is not None
-            ids = topk_ids if self._cpu_ids is None else self._cpu_ids[topk_ids.long()]
-            self._bridge.submit(self._layer, x, ids, topk_weights)
+            self._bridge.submit(
+                self._layer,
+                x,
+                topk_ids,
+                topk_weights,
+                slot_of_expert=None if self.resident is None else self.resident.slot_of_expert,
+                uses=self.uses,
+            )
         if self.resident is not None:
             self._routed = self.resident.forward(x, topk_ids, topk_weights)
 

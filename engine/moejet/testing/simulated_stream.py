@@ -132,6 +132,9 @@ class SimulatedStream:
         if native in self._attached:
             self._attached.remove(native)
 
+    def run(self, operation: Operation) -> None:
+        self.call(operation)
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         self.call(lambda: target.copy_(source))
 
