@@ -218,6 +218,9 @@ class EngineConfig:
     ("simulated", for tests: the GPU's path over CPU tensors and torch's references) · vram_gib: GPU memory to use at
     most (None: what is free) · gpu_experts: routed experts, of all layers together, that live on the GPU (None: as many
     as fit); the others live in RAM and the CPU computes them
+    expert_cache: of those in RAM, how many may have a copy on the GPU as well, of all layers together: those that are
+    used most, exchanged while the model runs ("auto": half of the memory that is left for experts, or what gpu_experts
+    leaves). GPU and CPU round differently, so tokens may then depend on what was computed before
     seed: base of requests that bring none of their own
     show_progress: a bar while loading (None: if stderr is a terminal)
     """
@@ -245,6 +248,7 @@ class EngineConfig:
     device: str = "auto"
     vram_gib: float | None = None
     gpu_experts: int | None = None
+    expert_cache: int | Literal["auto"] = 0
     seed: int | None = None
     show_progress: bool | None = None
 
@@ -344,6 +348,11 @@ class EngineConfig:
             not isinstance(experts, int) or isinstance(experts, bool) or experts < 0
         ):
             raise ValueError(f"gpu_experts={experts!r} must be a number of experts, 0 or more")
+        cached = self.expert_cache
+        if cached != "auto" and (
+            not isinstance(cached, int) or isinstance(cached, bool) or cached < 0
+        ):
+            raise ValueError(f"expert_cache={cached!r} must be 'auto' or a number of experts")
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

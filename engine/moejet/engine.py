@@ -101,11 +101,15 @@ class Engine:
     def counters(self) -> EngineCounters:
         """What has been done so far; any thread may ask."""
         loads, num_bytes = self.runner.expert_loads()
+        uses, hits, fetched = self.runner.cache_counts()
         return replace(
             self.totals,
             preemptions=self.scheduler.num_preemptions,
             expert_loads=loads,
             expert_bytes=num_bytes,
+            expert_cache_uses=uses,
+            expert_cache_hits=hits,
+            expert_cache_bytes=fetched,
         )
 
     def add_request(

@@ -23,6 +23,7 @@ from moejet.batch import Batch
 from moejet.config import EngineConfig, ModelConfig, use_graphs, use_reference
 from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
 from moejet.experts.bridge import CpuBridge
+from moejet.experts.expert_cache import ExpertCache
 from moejet.gpu_memory import key_chunk
 from moejet.latent_layout import row_elements
 from moejet.layers.gpu import GpuDenseWeights
@@ -96,9 +97,11 @@ class GpuRunner:
         pool: ThreadPool,
         isa: str,
         bridge: CpuBridge | None,
+        expert_cache: ExpertCache | None = None,
     ):
         self.model, self.pool, self.isa = model, pool, isa
         self.device, self.bridge = dense.device, bridge
+        self.expert_cache = expert_cache
         self.native_seconds = 0.0
         row = row_elements(
             model_config.kv_lora_rank, model_config.qk_rope_head_dim, config.cache_dtype
@@ -119,6 +122,8 @@ class GpuRunner:
 
     def close(self) -> None:
         """Releases the bridge, once the device is done with it, and the graphs, which are not replayed any more."""
+        if self.expert_cache is not None:
+            self.expert_cache.close()
         if self.bridge is not None:
             self.bridge.close()
         self._synchronize()
@@ -130,6 +135,13 @@ class GpuRunner:
             return 0, 0
         counters = self.bridge.counters()
         return int(counters["distinct_experts"]), int(counters["weight_bytes"])
+
+    def cache_counts(self) -> tuple[int, int, int]:
+        """Uses of experts in layers with a cache, how many of them it had, and bytes fetched for it."""
+        if self.expert_cache is None:
+            return 0, 0, 0
+        counters = self.expert_cache.counters
+        return counters.uses, counters.hits, counters.fetched_bytes
 
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 on the CPU of the rows batch.logits_indices; their latents are in the cache afterwards."""
@@ -170,6 +182,8 @@ class GpuRunner:
         start = time.perf_counter()
         try:
             with torch.inference_mode():
+                if self.expert_cache is not None:
+                    self.expert_cache.advance()
                 result = step()
                 self._synchronize()
             return result

@@ -35,6 +35,7 @@ class Runner(Protocol):
     samples: bool  # whether `sample` may choose tokens
 
     def expert_loads(self) -> tuple[int, int]: ...
+    def cache_counts(self) -> tuple[int, int, int]: ...
     def execute(self, batch: Batch) -> Tensor: ...
     def sample(
         self, batch: Batch, rows: Sequence[int], requests: Sequence[Request]
@@ -87,6 +88,10 @@ class ModelRunner:
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts read so far, and the bytes of their weights; zeros with MOEJET_REF=1."""
         return (0, 0) if self._program is None else self._program.expert_loads()
+
+    def cache_counts(self) -> tuple[int, int, int]:
+        """Zeros: there is no GPU that could have copies of experts."""
+        return 0, 0, 0
 
     def sample(
         self, batch: Batch, rows: Sequence[int], requests: Sequence[Request]

@@ -8,10 +8,10 @@ lfu   An expert's score is its number of uses, those of `half_life` steps ago co
       difference has a standard deviation of about sqrt((a + b) / 2), and two of those are subtracted.
 lru   The score is the step of the last use.
 
-A swap costs `price` uses: a use that the CPU computes reads the expert's bytes once from RAM, a fetch reads them, writes
-them to pinned memory, and has them read again by the GPU. Swaps that save less are not made; of the others, those that
-save most for their bytes come first, over all layers, as far as the bytes of a step go. Equal ones go by layer, expert
-and slot, so the same uses always lead to the same swaps.
+A swap costs `price` uses: a use that the CPU computes reads the expert's bytes once from RAM, a fetch reads them,
+writes them to pinned memory, and has them read again by the GPU. Swaps that save less are not made; of the others,
+those that save most for their bytes come first, over all layers, as far as the bytes of a step go. Equal ones go by
+layer, expert and slot, so the same uses always lead to the same swaps.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ class CachePolicy:
         most = max(float(self._bytes_per_step), float(self._bytes.max(initial=0.0)))
         self._credit = min(self._credit + steps * self._bytes_per_step, most)
 
-    def choose(self) -> list[Swap]:
-        """Swaps to begin now: evicted experts count as gone, the others are on their way until `finish`."""
+    def choose(self, most: int = 1 << 30) -> list[Swap]:
+        """At most so many swaps to begin now: evicted experts are gone, the others on their way until `finish`."""
         if self._holders.shape[1] == 0:
             return []
         swaps: list[Swap] = []
         layers = np.arange(len(self._bytes))
         gains, experts, slots = self._best(layers)
-        while True:
+        while len(swaps) < most:
             layer = int(np.argmax(gains / self._bytes))
             if gains[layer] < self.price or self._bytes[layer] > self._credit:
                 return swaps
@@ -117,6 +117,7 @@ class CachePolicy:
                 self._is_candidate[layer, evicted] = True
             part = self._best(layers[layer : layer + 1])
             gains[layer], experts[layer], slots[layer] = (values[0] for values in part)
+        return swaps
 
     def finish(self, swap: Swap) -> None:
         """The expert is in its slot."""

@@ -32,6 +32,14 @@ class HybridExperts:
         self._routed: Tensor | None = None
         self.uses: Tensor | None = None
 
+    def require_cpu(self) -> CpuExperts:
+        assert self.cpu is not None
+        return self.cpu
+
+    def require_resident(self) -> ResidentExperts:
+        assert self.resident is not None
+        return self.resident
+
     @property
     def pool(self) -> ThreadPool | None:
         return None if self.cpu is None else self.cpu.pool
