@@ -420,6 +420,21 @@ def env_device() -> str:
     return value
 
 
+def env_worker_timeout() -> float:
+    """MOEJET_WORKER_TIMEOUT: seconds, beside 2 ns per multiplication, that CPU workers may take for a layer's experts.
+
+    Then a step on a GPU fails, instead of waiting for a worker that does not come back.
+    """
+    value = os.environ.get("MOEJET_WORKER_TIMEOUT", "3")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise ValueError(f"MOEJET_WORKER_TIMEOUT={value!r} must be a number of seconds above 0")
+    return seconds
+
+
 def use_graphs() -> bool:
     """MOEJET_EAGER=1: a GPU's steps are launched operation by operation, for debugging; 0: graphs where possible."""
     value = os.environ.get("MOEJET_EAGER", "0")

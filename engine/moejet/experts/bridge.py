@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from moejet.config import env_worker_timeout
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.extension import load_extension
 from moejet.ops.hand_over import HandOver, hand_over
@@ -193,11 +194,13 @@ class CpuBridge:
         dtype: torch.dtype = torch.bfloat16,
         out_dtype: torch.dtype | None = None,
         timeout_s: float = 30.0,
+        worker_timeout_s: float | None = None,
     ) -> None:
         """layers: all of one pool and instruction set, numbered from 0 as the model submits them.
 
         dtype: of x as it travels, fp32 or bf16; out_dtype: of the results, by default the same. timeout_s: how long the
-        GPU may take from one layer to the next before `run_step` gives up.
+        GPU may take from one layer to the next before `run_step` gives up. worker_timeout_s: how long the workers may
+        take for a layer (None: MOEJET_WORKER_TIMEOUT), beside 2 ns for each multiplication.
         """
         if not layers:
             raise ValueError("layers is empty: a bridge needs at least one layer of experts")
@@ -232,6 +235,7 @@ class CpuBridge:
             self._out,
             self._flags,
             first.isa,
+            env_worker_timeout() if worker_timeout_s is None else worker_timeout_s,
         )
         stream.attach(self._native)
         # Holds what the GPU uses: memory (by the native bridge) and signals (by the stream).
@@ -326,8 +330,9 @@ class CpuBridge:
 
         stream: by default that of the last eager layer or named replay, and the current one.
 
-        Raises RuntimeError if the CPU or the GPU fails, or if the GPU takes longer than timeout_s for a layer. `reset`
-        must be called then. The step's results are NaN: the GPU is let through the rest of it, or, if it had not even
+        Raises RuntimeError if the CPU or the GPU fails, or if the GPU takes longer than timeout_s for a layer, or the
+        workers longer than worker_timeout_s; only the calling thread, worker 0, has no limit. `reset` must be called
+        then. The step's results are NaN: the GPU is let through the rest of it, or, if it had not even
         submitted the first layer, waits there until `reset` lets it through.
         """
         self._check_open()
@@ -338,7 +343,9 @@ class CpuBridge:
 
         For the time after an exception, wherever it came from between the launch of a step and the end of `run_step`.
         Raises RuntimeError if the stream has failed or does not come to its end within timeout_s; what it submits
-        after that waits for the next `reset`, so call it again before waiting for the stream. stream: as of `run_step`.
+        after that waits for the next `reset`, so call it again before waiting for the stream. The same if a worker is
+        not back from a step that failed, which could still write to the results: then the stream has come to its end.
+        stream: as of `run_step`.
         """
         self._check_open()
         self._pending.clear()
