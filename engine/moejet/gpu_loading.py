@@ -171,8 +171,10 @@ def create_gpu_runner(
     close_stream = close
 
     def close_all() -> None:
-        runner.close()
-        close_stream()
+        try:
+            runner.close()
+        finally:
+            close_stream()
 
     return GpuSetup(runner, memory.placement, close_all)
 

@@ -24,6 +24,7 @@ from moejet.config import EngineConfig, ModelConfig, use_graphs, use_reference
 from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
 from moejet.experts.bridge import CpuBridge
 from moejet.experts.expert_cache import ExpertCache
+from moejet.experts.transfers import Transfers
 from moejet.gpu_memory import key_chunk
 from moejet.latent_layout import row_elements
 from moejet.layers.gpu import GpuDenseWeights
@@ -119,15 +120,18 @@ class GpuRunner:
         self._steps: dict[int, _DecodeStep] = {}
         self._uses_graphs = dense.device.type == "cuda" and use_graphs() and not use_reference()
         self._graph_memory: Any = None  # that all graphs share
+        self._has_to_reset = False  # the bridge, which was not possible after the last step
 
     def close(self) -> None:
-        """Releases the bridge, once the device is done with it, and the graphs, which are not replayed any more."""
-        if self.expert_cache is not None:
-            self.expert_cache.close()
-        if self.bridge is not None:
-            self.bridge.close()
-        self._synchronize()
-        self._steps.clear()
+        """Releases cache and bridge, once the device is done with them, and the graphs, which nobody replays then."""
+        try:
+            if self.expert_cache is not None:
+                self.expert_cache.close()
+        finally:
+            if self.bridge is not None:
+                self.bridge.close()
+            self._synchronize()
+            self._steps.clear()
 
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts that the CPU has read so far, and the bytes of their weights."""
@@ -142,6 +146,13 @@ class GpuRunner:
             return 0, 0, 0
         counters = self.expert_cache.counters
         return counters.uses, counters.hits, counters.fetched_bytes
+
+    def transfers(self) -> Transfers:
+        """Of packed experts, so far."""
+        if self.expert_cache is None:
+            return Transfers()
+        counters = self.expert_cache.counters
+        return Transfers(fetched_bytes=counters.fetched_bytes, copy_seconds=counters.copy_seconds)
 
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 on the CPU of the rows batch.logits_indices; their latents are in the cache afterwards."""
@@ -181,6 +192,9 @@ class GpuRunner:
         """Runs a step to its end; if it fails, what it left on the stream is let through."""
         start = time.perf_counter()
         try:
+            if self._has_to_reset and self.bridge is not None:
+                self.bridge.reset()
+                self._has_to_reset = False
             with torch.inference_mode():
                 if self.expert_cache is not None:
                     self.expert_cache.advance()
@@ -191,7 +205,9 @@ class GpuRunner:
             if self.bridge is not None:
                 try:
                     self.bridge.reset()
+                    self._has_to_reset = False
                 except RuntimeError as second:
+                    self._has_to_reset = True
                     error.add_note(f"and the device does not come to rest: {second}")
             raise
         finally:

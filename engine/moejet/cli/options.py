@@ -152,6 +152,23 @@ def add_device_options(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="routed experts, of all layers together, that live on the GPU (default: as many as fit)",
     )
+    add_expert_cache_option(group)
+
+
+def add_expert_cache_option(group: argparse._ActionsContainer) -> None:
+    """Add --expert-cache."""
+    group.add_argument(
+        "--expert-cache",
+        type=_slots,
+        metavar="N",
+        help="experts in RAM of which the GPU may have a copy, those used most; auto: half of the "
+        "memory that is left for experts (default 0)",
+    )
+
+
+def _slots(text: str) -> int | str:
+    """argparse type: a number, or auto."""
+    return text if text == "auto" else int(text)
 
 
 def counts(text: str) -> list[int]:
@@ -193,6 +210,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "device",
         "vram_gib",
         "gpu_experts",
+        "expert_cache",
         "revision",
     )
     return {n: v for n in names if (v := getattr(args, n, None)) is not None}

@@ -38,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="routed experts of all layers on the GPU (default: as many as fit)",
     )
+    options.add_expert_cache_option(parser)
     parser.add_argument(
         "--context", dest="max_context", type=int, metavar="N", help="tokens of the longest request"
     )
@@ -59,8 +60,12 @@ def execute(args: argparse.Namespace) -> int:
     from moejet.loading import plan_cache
     from moejet.weights.resolve import resolve_config
 
-    if args.gpu_experts is not None and args.vram is None:
-        raise ValueError(f"--gpu-experts {args.gpu_experts} needs a GPU: give its memory as --vram")
+    for name, value in (
+        ("--gpu-experts", args.gpu_experts),
+        ("--expert-cache", args.expert_cache or None),
+    ):
+        if value is not None and args.vram is None:
+            raise ValueError(f"{name} {value} needs a GPU: give its memory as --vram")
     given = options.engine_options(args)
     config = EngineConfig.create(model=args.model, **given)
     model_config = resolve_config(args.model, args.revision)
