@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ from torch import Tensor
 from moejet.experts.cache_policy import Swap
 from moejet.experts.hybrid_experts import HybridExperts
 from moejet.ops.unpack_experts import unpack_experts
+
+_cuda: Any = torch.cuda  # whose classes have no types
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class CudaMark:
     """An event on a CUDA stream."""
 
     def __init__(self, stream: torch.cuda.Stream):
-        self._event = torch.cuda.Event(enable_timing=True)
+        self._event = _cuda.Event(enable_timing=True)
         self._event.record(stream)
 
     def is_done(self) -> bool:
@@ -100,7 +102,7 @@ class CudaFetchStream:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream: torch.cuda.Stream = _cuda.Stream(device)
 
     def follow(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
