@@ -221,6 +221,8 @@ class EngineConfig:
     expert_cache: of those in RAM, how many may have a copy on the GPU as well, of all layers together: those that are
     used most, exchanged while the model runs ("auto": half of the memory that is left for experts, or what gpu_experts
     leaves). GPU and CPU round differently, so tokens may then depend on what was computed before
+    stream_prefill_tokens: steps with prompts of at least so many tokens copy the experts in RAM to the GPU, layer by
+    layer, and compute all of them there ("auto": where that is faster, as measured while loading; 0: never)
     seed: base of requests that bring none of their own
     show_progress: a bar while loading (None: if stderr is a terminal)
     """
@@ -249,6 +251,7 @@ class EngineConfig:
     vram_gib: float | None = None
     gpu_experts: int | None = None
     expert_cache: int | Literal["auto"] = 0
+    stream_prefill_tokens: int | Literal["auto"] = "auto"
     seed: int | None = None
     show_progress: bool | None = None
 
@@ -353,6 +356,12 @@ class EngineConfig:
             not isinstance(cached, int) or isinstance(cached, bool) or cached < 0
         ):
             raise ValueError(f"expert_cache={cached!r} must be 'auto' or a number of experts")
+        tokens = self.stream_prefill_tokens
+        is_number = isinstance(tokens, int) and not isinstance(tokens, bool)
+        if tokens != "auto" and (not is_number or int(tokens) < 0):
+            raise ValueError(
+                f"stream_prefill_tokens={tokens!r} must be 'auto', a number of tokens, or 0 for never"
+            )
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

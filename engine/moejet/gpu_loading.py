@@ -15,6 +15,7 @@ from moejet.experts.bridge import CpuBridge, CudaStream, Stream
 from moejet.experts.cache_policy import CachePolicy
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.experts.expert_cache import CudaFetchStream, ExpertCache, FetchStream
+from moejet.experts.expert_ring import ExpertRing
 from moejet.experts.hybrid_experts import HybridExperts
 from moejet.experts.placement import Placement
 from moejet.experts.resident_experts import ResidentExperts
@@ -24,6 +25,7 @@ from moejet.gpu_memory import (
     GpuMemory,
     bridge_tokens,
     fetch_buffers,
+    ring_size,
 )
 from moejet.gpu_runner import GpuRunner
 from moejet.layers.gpu import GpuDenseWeights
@@ -150,6 +152,7 @@ def create_gpu_runner(
             stream=stream,
             fetches=fetches,
             placement=memory.placement,
+            has_ring=memory.ring > 0,
             num_blocks=num_blocks,
             max_context=max_context,
             pool=pool,
@@ -194,6 +197,7 @@ def _runner(
     stream: Stream,
     fetches: FetchStream,
     placement: Placement,
+    has_ring: bool,
     num_blocks: int,
     max_context: int,
     pool: ThreadPool,
@@ -252,6 +256,13 @@ def _runner(
         )
         for number, experts in enumerate(asked):
             experts.attach(bridge, number)
+    size = ring_size(model_config, config) if has_ring else None
+    ring = None
+    if size is not None and asked:
+        in_ram = [(experts.cpu, experts.in_ram) for experts in asked if experts.cpu is not None]
+        ring = ExpertRing(in_ram, size, place)
+        for number, experts in enumerate(asked):
+            experts.attach_ring(ring, number)
     return GpuRunner(
         model,
         model_config,
@@ -262,12 +273,16 @@ def _runner(
         pool=pool,
         isa=isa,
         bridge=bridge,
-        expert_cache=_expert_cache(asked, fetches, fetch_buffers(model_config, config)),
+        expert_cache=_expert_cache(model_config, config, asked, fetches),
+        ring=ring,
     )
 
 
 def _expert_cache(
-    layers: list[HybridExperts], stream: FetchStream, num_buffers: int
+    model_config: ModelConfig,
+    config: EngineConfig,
+    layers: list[HybridExperts],
+    stream: FetchStream,
 ) -> ExpertCache | None:
     """Of those layers that have free slots."""
     layers = [layer for layer in layers if layer.resident is not None and layer.resident.num_free]
@@ -283,4 +298,5 @@ def _expert_cache(
         fixed=[resident.slots for resident in residents],
         bytes_per_step=FETCH_BYTES,
     )
-    return ExpertCache(layers, stream, policy, num_buffers=num_buffers)
+    buffers = fetch_buffers(model_config, config)
+    return ExpertCache(layers, stream, policy, num_buffers=buffers)

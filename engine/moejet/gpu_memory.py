@@ -18,6 +18,7 @@ from moejet.device_batch import MAX_ABSORBED_TOKENS, padded_sizes
 from moejet.experts.expert_cache import table_row
 from moejet.experts.placement import Placement, counts_that_fit
 from moejet.experts.resident_experts import resident_bytes
+from moejet.experts.ring_size import RingSize
 from moejet.layers.gpu import GpuDenseWeights
 from moejet.layers.linear import Linear, RMSNorm
 from moejet.model_cost import ModelCost
@@ -37,9 +38,10 @@ _SLAB_BYTES, _DOWN_BYTES, _LOGITS_BYTES = 24 << 20, 64 << 20, 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """Bytes on the GPU (dense, cache, buffers, experts, expert_cache), in RAM (cpu_experts, pinned), who lives where.
+    """Bytes on the GPU (dense, .., ring) and in RAM (cpu_experts, pinned), and who lives where.
 
-    expert_cache: slots for copies of experts, and what fetches need.
+    expert_cache: slots for copies of experts, and what fetches need · ring: that experts in RAM stream through; none
+    where all live on the GPU.
     """
 
     dense: int
@@ -47,6 +49,7 @@ class GpuMemory:
     buffers: int
     experts: int
     expert_cache: int
+    ring: int
     cpu_experts: int
     pinned: int
     placement: Placement
@@ -65,6 +68,11 @@ class GpuMemory:
         ]
         left = vram_bytes - dense - cache - buffers - RESERVE_BYTES
         counts, cached = _divide(model, config, sizes, left)
+        ring = None
+        if any(count < model.num_experts for count in counts):
+            ring = ring_size(model, config)
+        if ring is not None:
+            counts, cached = _divide(model, config, sizes, left - ring.device_bytes)
         matrix = model.hidden_size * model.moe_intermediate_size
         in_ram = 0.0
         for count, (gate_up, down) in zip(counts, formats, strict=True):
@@ -76,16 +84,27 @@ class GpuMemory:
             buffers=buffers,
             experts=sum(size * count for size, count in zip(sizes, counts, strict=True)),
             expert_cache=cache_bytes(model, config, sizes, cached),
+            ring=0 if ring is None else ring.device_bytes,
             cpu_experts=round(in_ram),
-            pinned=pinned_bytes(model, config, has_cache=any(cached)),
+            pinned=pinned_bytes(model, config, has_cache=any(cached))
+            + (0 if ring is None else ring.host_bytes),
             placement=Placement.of_counts(model.num_experts, counts, cached),
         )
 
     @property
     def on_device(self) -> int:
         """All of it, the reserve included."""
-        weights = self.dense + self.experts + self.expert_cache
+        weights = self.dense + self.experts + self.expert_cache + self.ring
         return weights + self.cache + self.buffers + RESERVE_BYTES
+
+
+def ring_size(model: ModelConfig, config: EngineConfig) -> RingSize | None:
+    """Of the ring for experts in RAM; None where none ever stream. config: as `for_model` returns it."""
+    formats = config.expert_formats_of(model)
+    if config.stream_prefill_tokens == 0 or not formats:
+        return None
+    shape = (model.hidden_size, model.moe_intermediate_size, model.num_experts)
+    return RingSize.of(*shape, formats)
 
 
 def _divide(
@@ -243,6 +262,8 @@ def device_tensors(runner: Any) -> Sequence[Tensor]:
     for name, value in runner.model.state().items():
         if isinstance(value, Tensor) and name != "embed_tokens":
             found.append(value)
+    if runner.ring is not None:
+        found.extend(runner.ring.tensors)
     for moe in runner.model.moe_layers:
         if moe.experts.resident is not None:
             found.append(moe.experts.resident.slot_of_expert)

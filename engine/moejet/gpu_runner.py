@@ -4,6 +4,8 @@ Decode batches are padded and, on CUDA, replayed as one graph: model, choice of 
 calling thread then serves the layers' CPU shares (`experts.bridge`) until the step is done. The first batch of a kind
 is launched operation by operation, as all other batches are, and captured afterwards.
 
+Prompts of many tokens do without the CPU: its experts stream to the GPU (`experts.expert_ring`).
+
 Nothing but replays and copies is launched while the GPU waits for the CPU in mid-step: loading a kernel or asking the
 driver for memory may wait for the GPU in turn.
 """
@@ -13,7 +15,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +27,9 @@ from moejet.config import EngineConfig, ModelConfig, use_graphs, use_reference
 from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
 from moejet.experts.bridge import CpuBridge
 from moejet.experts.expert_cache import ExpertCache
-from moejet.experts.transfers import Transfers
+from moejet.experts.expert_ring import ExpertRing, Transfers
+from moejet.experts.hybrid_experts import HybridExperts
+from moejet.experts.stream_threshold import stream_threshold
 from moejet.gpu_memory import key_chunk
 from moejet.latent_layout import row_elements
 from moejet.layers.gpu import GpuDenseWeights
@@ -98,11 +103,14 @@ class GpuRunner:
         pool: ThreadPool,
         isa: str,
         bridge: CpuBridge | None,
-        expert_cache: ExpertCache | None = None,
+        ring: ExpertRing | None,
+        expert_cache: ExpertCache | None,
     ):
         self.model, self.pool, self.isa = model, pool, isa
-        self.device, self.bridge = dense.device, bridge
+        self.device, self.bridge, self.ring = dense.device, bridge, ring
         self.expert_cache = expert_cache
+        self._config, self._dtype = config, dense.dtype
+        self._stream_tokens: int | None = None  # from which on a step streams; None: it does not
         self.native_seconds = 0.0
         row = row_elements(
             model_config.kv_lora_rank, model_config.qk_rope_head_dim, config.cache_dtype
@@ -122,16 +130,48 @@ class GpuRunner:
         self._graph_memory: Any = None  # that all graphs share
         self._has_to_reset = False  # the bridge, which was not possible after the last step
 
+    def weights_loaded(self) -> None:
+        """Prepares streaming: experts are pinned where they are, if they can be, and the threshold is decided."""
+        if self.ring is None:
+            return
+        self.ring.prepare()
+        wanted = self._config.stream_prefill_tokens
+        if wanted != "auto":
+            self._stream_tokens = wanted
+            return
+        layers = [moe.experts for moe in self.model.moe_layers]
+        self._stream_tokens = stream_threshold(
+            self.ring,
+            next(layer for layer in layers if isinstance(layer, HybridExperts) and layer.in_ram),
+            self.model.config,
+            max_tokens=self._config.max_batch_tokens,
+            dtype=self._dtype,
+        )
+
     def close(self) -> None:
-        """Releases cache and bridge, once the device is done with them, and the graphs, which nobody replays then."""
+        """Releases what experts travel through, once the device is done with it, and the graphs: none runs any more."""
         try:
             if self.expert_cache is not None:
                 self.expert_cache.close()
-        finally:
             if self.bridge is not None:
                 self.bridge.close()
+        finally:
             self._synchronize()
+            if self.ring is not None:
+                self.ring.close()
             self._steps.clear()
+
+    def transfers(self) -> Transfers:
+        """What has been copied of experts so far; any thread may ask, and nothing waits."""
+        streamed = Transfers() if self.ring is None else self.ring.transfers()
+        if self.expert_cache is None:
+            return streamed
+        fetched = self.expert_cache.counters
+        return replace(
+            streamed,
+            fetched_bytes=fetched.fetched_bytes,
+            copy_seconds=streamed.copy_seconds + fetched.copy_seconds,
+        )
 
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts that the CPU has read so far, and the bytes of their weights."""
@@ -146,13 +186,6 @@ class GpuRunner:
             return 0, 0, 0
         counters = self.expert_cache.counters
         return counters.uses, counters.hits, counters.fetched_bytes
-
-    def transfers(self) -> Transfers:
-        """Of packed experts, so far."""
-        if self.expert_cache is None:
-            return Transfers()
-        counters = self.expert_cache.counters
-        return Transfers(fetched_bytes=counters.fetched_bytes, copy_seconds=counters.copy_seconds)
 
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 on the CPU of the rows batch.logits_indices; their latents are in the cache afterwards."""
@@ -232,7 +265,8 @@ class GpuRunner:
             max_context=self._max_context,
             max_key_chunk=self._key_chunk,
         )
-        hidden = self.model.forward(there, self.latent_cache)
+        with self._streaming(batch.num_tokens):
+            hidden = self.model.forward(there, self.latent_cache)
         assert there.logits_indices is not None
         wanted = there.logits_indices
         if choice is not None:
@@ -254,6 +288,12 @@ class GpuRunner:
             )
             parts.append(sample_on_device(logits, columns)[0].cpu())
         return torch.cat(parts) if parts else torch.empty(0, 0)
+
+    def _streaming(self, num_tokens: int) -> AbstractContextManager[None]:
+        """In which the layers' experts in RAM stream to the GPU, if there are enough tokens."""
+        if self.ring is None or self._stream_tokens is None or num_tokens < self._stream_tokens:
+            return nullcontext()
+        return self.ring.step()
 
     def _decode(self, batch: Batch, choice: _Choice | None) -> Tensor:
         """A decode batch: logits of all its rows, or their tokens, of which only those of the choice mean anything."""

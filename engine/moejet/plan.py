@@ -175,6 +175,7 @@ def _gpu_parts(
         Part("kernels and reserve", "VRAM", RESERVE_BYTES),
         Part(f"{on_gpu} of {all_experts} routed experts", "VRAM", memory.experts),
         *slots,
+        Part("ring for streamed experts", "VRAM", memory.ring),
         Part("the other routed experts", "RAM", memory.cpu_experts),
         Part("embedding", "RAM", 2 * table),
         Part("buffers of the CPU's share", "RAM", expert_scratch_bytes(model_config, config)),

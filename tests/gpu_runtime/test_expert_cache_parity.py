@@ -22,6 +22,7 @@ OPTIONS = {
     "cache_dtype": "fp32",
     "max_context": 256,
     "isa": "avx2",
+    "stream_prefill_tokens": 0,
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_GREEDY, ignore_eos=True)
 
@@ -76,6 +77,21 @@ def test_greedy_tokens_under_random_swaps(family, gpu_experts, checkpoint):
         transfers = runner.transfers()
         assert counters["expert_cache_bytes"] == transfers.fetched_bytes > 0
         assert transfers.streamed_bytes == 0 < transfers.copy_seconds
+
+
+@pytest.mark.parametrize("gpu_experts", [0, 9])
+def test_prompts_that_stream_compute_no_expert_twice(gpu_experts, checkpoint):
+    """Among what streams are experts that have a copy in a slot."""
+    path = checkpoint("deepseek_v3")
+    prompts = [_prompt(9, seed) for seed in range(6)]
+    expected = [reference_greedy(path, prompt, 6)[-6:] for prompt in prompts]
+    greedy = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    options = {**OPTIONS, "stream_prefill_tokens": 4, "gpu_experts": gpu_experts}
+    with LLM(path, expert_cache=16, **options) as llm:
+        _swap_at_random(llm, seed=2)
+        assert [_tokens(llm.generate([prompt], greedy))[0] for prompt in prompts] == expected
+        assert llm.engine.runner.transfers().streamed_bytes > 0
+        assert llm.counters()["expert_cache_hits"] > 0
 
 
 @pytest.mark.parametrize("expert_format", ["int4_g32", "int8", "fp8"])

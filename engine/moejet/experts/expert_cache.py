@@ -250,10 +250,11 @@ class ExpertCache:
         uses = counts.view(np.uint32) - self._last_counts.view(np.uint32)
         self._last_counts = counts
         uses = uses[:, : snapshot.was_cached.shape[1]].astype(np.int64)
+        if snapshot.steps == 0:
+            return  # what was tried out before the first step
         self.counters.uses += int(uses.sum())
         self.counters.hits += int(uses[snapshot.was_cached].sum())
-        if snapshot.steps > 0:
-            self.policy.observe(uses, snapshot.steps)
+        self.policy.observe(uses, snapshot.steps)
 
     def _begin_fetches(self) -> bool:
         """Evictions, and copies to pinned memory that begin; whether the table has changed."""

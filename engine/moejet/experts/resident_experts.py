@@ -45,7 +45,7 @@ class ResidentExperts:
         self.slots = {expert: slot for slot, expert in enumerate(experts)}
         table = torch.full((num_experts,), -1, dtype=torch.int32)
         table[list(experts)] = torch.arange(len(experts), dtype=torch.int32)
-        self.slot_of_expert = table.to(device)
+        self.slot_of_expert = self._own_slots = table.to(device)
         self.first_free, self.num_free = len(experts), num_free
         self.gate_up, self.down = expert_slots(
             len(experts) + num_free, hidden_size, intermediate_size, format, down_format, device
@@ -73,9 +73,21 @@ class ResidentExperts:
                 values = torch.empty(shape, device=device).normal_(generator=generator)
                 quantise_into(matrix, StoredWeight.plain(values / shape[-1] ** 0.5))
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's resident experts, in x's dtype."""
-        return gpu_experts(x, topk_ids, topk_weights, self.slot_of_expert, self.gate_up, self.down)
+    def forward(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        into: Tensor | None = None,
+        without_copies: bool = False,
+    ) -> Tensor:
+        """The weighted sum of each token's resident experts, in x's dtype, or added to `into` [T, D] fp32.
+
+        without_copies: only of those that live here.
+        """
+        table = self._own_slots if without_copies else self.slot_of_expert
+        return gpu_experts(x, topk_ids, topk_weights, table, self.gate_up, self.down, into=into)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """What holds the weights once they are loaded, by name."""

@@ -19,6 +19,7 @@ OPTIONS = {
     "cache_dtype": "fp32",
     "max_context": 64,
     "isa": "avx2",
+    "stream_prefill_tokens": 0,
 }
 
 
