@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # The simulated device is for comparisons with exact results.
 ACTIVATIONS = {"cuda": torch.bfloat16, "cpu": torch.float32}
+# Swaps of the expert cache: a choice takes 0.3 ms for 58 layers of 256 experts (2 GHz core).
+_STEPS_OF_A_CHOICE = 4
 # Of a simulated device, where vram_gib does not say.
 _SIMULATED_BYTES = 64 * GIB
 
@@ -299,4 +301,4 @@ def _expert_cache(
         bytes_per_step=FETCH_BYTES,
     )
     buffers = fetch_buffers(model_config, config)
-    return ExpertCache(layers, stream, policy, num_buffers=buffers)
+    return ExpertCache(layers, stream, policy, num_buffers=buffers, choose_every=_STEPS_OF_A_CHOICE)

@@ -46,6 +46,7 @@ def _swap_at_random(llm: LLM, seed: int) -> RandomSwaps:
         seed=seed,
     )
     cache.policy = policy
+    cache.choose_every = 1
     send = cache._send_copied
 
     def awaiting() -> None:
@@ -118,7 +119,7 @@ def test_the_policy_fills_the_slots_with_what_is_used(checkpoint):
     for _ in range(2):
         with LLM(checkpoint("deepseek_v3"), gpu_experts=0, expert_cache=12, **OPTIONS) as llm:
             cache = llm.engine.runner.expert_cache
-            cache.policy.price = 1.0
+            cache.policy.price, cache.choose_every = 1.0, 1
             send = cache._send_copied
             cache._send_copied = lambda c=cache, s=send: (
                 [f.copied.result(10) for f in c._fetches],

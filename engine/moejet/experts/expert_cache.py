@@ -177,11 +177,15 @@ class ExpertCache:
         policy: Policy,
         *,
         num_buffers: int,
+        choose_every: int = 1,
     ):
         """layers: with experts in RAM and free slots; gives them their rows of the tables
 
-        num_buffers: experts that may be on their way at the same time.
+        num_buffers: experts that may be on their way at the same time · choose_every: steps after which the policy may
+        name swaps again, which takes it most of the time.
         """
+        self.choose_every = choose_every
+        self._advances = 0
         self.policy, self.counters = policy, CacheCounters()
         self._stream = stream
         self._residents = [layer.require_resident() for layer in layers]
@@ -231,7 +235,8 @@ class ExpertCache:
         was_cached = self.policy.is_cached.copy()
         changes = self._finish_fetches()
         self._send_copied()
-        if snapshot is not None:
+        self._advances += 1
+        if snapshot is not None and self._advances % self.choose_every == 0:
             changes |= self._begin_fetches()
         if changes:
             self._device_table.copy_(self._table, non_blocking=True)
