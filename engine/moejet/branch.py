@@ -15,20 +15,21 @@ costs time and changes no result beyond rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moejet.output import OutputAssembler
 from moejet.policy import Stop, TokenPolicy
 from moejet.reasoning.parser import split_reasoning
-from moejet.request import FinishReason, Request, SamplingParams
+from moejet.request import CompletionOutput, FinishReason, Request, SamplingParams
 from moejet.sample_state import SampleState
 from moejet.sampler import derive_seed
 from moejet.statistics import TokenStatistics
 
 if TYPE_CHECKING:
-    from moejet.llm import LLM
+    from moejet.engine import Engine
 
 Until = str | int | Collection[str | int] | Callable[[str, Sequence[int]], bool] | None
 
@@ -46,10 +47,35 @@ class Segment:
     stop_reason: str | int | None
 
 
+class BranchHost(Protocol):
+    """Who drives the engine of branches: `LLM`."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    def exclusive(self, *, even_closed: bool = False) -> AbstractContextManager[Engine]:
+        """The engine, for one thread at a time."""
+
+    def advance(
+        self,
+        branches: Sequence[Branch],
+        *,
+        until: Until = None,
+        max_tokens: int | None = None,
+        params: SamplingParams | None = None,
+    ) -> list[Segment]: ...
+
+    def begin(self, starts: Sequence[Callable[[], str]]) -> list[str]:
+        """Calls functions that start requests; returns their ids."""
+
+    def abandon(self, request_ids: Collection[str]) -> None:
+        """Aborts those of these requests that still run."""
+
+
 class Branch:
     """One context. Make it with `LLM.branch` or `fork`; release it, or leave its `with` block, which ends forks too."""
 
-    def __init__(self, llm: LLM, prompt_token_ids: Sequence[int], prompt: str | None):
+    def __init__(self, llm: BranchHost, prompt_token_ids: Sequence[int], prompt: str | None):
         with llm.exclusive() as engine:
             ids = list(prompt_token_ids)
             engine.rules.check_prompt(ids, SamplingParams())
@@ -80,8 +106,8 @@ class Branch:
         self._opens_thinking = thinking
         self._setup(llm, request)
 
-    def _setup(self, llm: LLM, request: Request) -> None:
-        self._llm = llm
+    def _setup(self, llm: BranchHost, request: Request) -> None:
+        self.llm = llm
         self._request = request
         self._forks: list[Branch] = []
         self._is_released = False
@@ -113,6 +139,11 @@ class Branch:
         return self._assembler.is_thinking
 
     @property
+    def num_thinking_tokens(self) -> int:
+        """Of `token_ids`, inside the thinking, tags left out."""
+        return self._state.num_thinking_tokens
+
+    @property
     def is_finished(self) -> bool:
         """Whether it ended with an eos; `append` opens it again."""
         ids = self._request.token_ids
@@ -124,9 +155,24 @@ class Branch:
         return self._state.statistics or TokenStatistics()
 
     @property
+    def step_scores(self) -> dict[int, float]:
+        """What the step head says of `token_ids`, by index: those that were the last of a step (`moejet.step_head`)."""
+        return self._state.step_scores
+
+    @property
     def score(self) -> float:
         """Sum of the log-probabilities of those tokens."""
         return self.statistics.sum.logprob
+
+    @property
+    def mark(self) -> tuple[int, int]:
+        """How much there is of `token_ids` and of `text`."""
+        return len(self._request.token_ids) - self._request.num_prompt_tokens, len(self.text)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether `fork` has nothing to compute first."""
+        return len(self._request.token_ids) - self._request.num_computed_tokens <= 1
 
     @property
     def num_blocks(self) -> int:
@@ -138,9 +184,9 @@ class Branch:
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"n={n!r} must be an integer of at least 1")
         self._check_usable()
-        if len(self._request.token_ids) - self._request.num_computed_tokens > 1:
+        if not self.is_computed:
             self.advance(max_tokens=0)
-        with self._llm.exclusive():
+        with self.llm.exclusive():
             forks = [self._fork() for _ in range(n)]
         self._forks += forks
         return forks
@@ -150,7 +196,7 @@ class Branch:
 
         Raises ValueError for ids outside the vocabulary and for more than the context holds.
         """
-        with self._llm.exclusive() as engine:
+        with self.llm.exclusive() as engine:
             self._check_usable()
             ids = self._state.encode(more) if isinstance(more, str) else list(more)
             if not ids:
@@ -170,15 +216,15 @@ class Branch:
         params: SamplingParams | None = None,
     ) -> Segment:
         """`LLM.advance` of this branch alone."""
-        return self._llm.advance([self], until=until, max_tokens=max_tokens, params=params)[0]
+        return self.llm.advance([self], until=until, max_tokens=max_tokens, params=params)[0]
 
     def release(self) -> None:
         """Frees its blocks, as far as no other branch shares them. Forks stay. Calling it twice is harmless."""
         if self._is_released:
             return
         self._is_released = True
-        scheduler = self._llm.engine.scheduler
-        with self._llm.exclusive(even_closed=True):
+        scheduler = self.llm.engine.scheduler
+        with self.llm.exclusive(even_closed=True):
             if self._request in scheduler.held:
                 scheduler.drop(self._request)
 
@@ -198,7 +244,7 @@ class Branch:
         return self._request.sample_state
 
     def _fork(self) -> Branch:
-        source, engine = self._request, self._llm.engine
+        source, engine = self._request, self.llm.engine
         number = engine.next_number()
         request = replace(
             source,
@@ -213,7 +259,7 @@ class Branch:
         fork._opens_thinking = self._opens_thinking
         request.sample_state = self._state.fork(request, fork._assembler)
         engine.scheduler.hold(request, source)
-        fork._setup(self._llm, request)
+        fork._setup(self.llm, request)
         return fork
 
     def _split(self) -> tuple[str | None, str]:
@@ -228,11 +274,11 @@ class Branch:
 
 
 class _Until(TokenPolicy):
-    """Stops a branch whose new part, from where it was when this was made, meets the condition."""
+    """Stops a branch whose part since then, in tokens and characters, meets the condition."""
 
-    def __init__(self, branch: Branch, condition: Until):
-        self._num_tokens = len(branch.token_ids)
-        self._begin = self._searched = len(branch.text)
+    def __init__(self, branch: Branch, condition: Until, since: tuple[int, int]):
+        self._num_tokens, self._begin = since
+        self._searched = len(branch.text)
         self._condition = condition if callable(condition) else None
         self._strings: list[str] = []
         self._ids: set[int] = set()
@@ -264,28 +310,58 @@ class _Until(TokenPolicy):
         return Stop("until") if self._condition(state.text[self._begin :], new_ids) else None
 
 
-def advance(
-    llm: LLM,
-    branches: Sequence[Branch],
-    *,
-    until: Until,
-    max_tokens: int | None,
-    params: SamplingParams,
-) -> list[Segment]:
-    """See `LLM.advance`."""
-    with llm.exclusive():
-        _check(llm, branches, max_tokens, params)
-        marks = [(len(b.token_ids), len(b.text)) for b in branches]
-        conditions = [_Until(branch, until) for branch in branches]
-        seed = llm.engine.seed_of(params, llm.engine.next_number())
-        starts = [
-            partial(_resume, branch, params, max_tokens, derive_seed(seed, index), condition)
-            for index, (branch, condition) in enumerate(zip(branches, conditions, strict=True))
-        ]
-        outputs = [result.outputs[0] for result in llm.run(starts)]
+class Advance:
+    """One common advance of several branches: `starts` begin their requests, `segments` says what came of them.
+
+    until, max_tokens: as of `LLM.advance` · params, max_tokens: one for all, or one for each · since: where a branch's
+    new part begins, in tokens and in characters, if not where it is now · seeds: of each branch, instead of those that
+    follow from params and the place in the list
+    Raises ValueError for what cannot run, before anything has changed.
+    """
+
+    def __init__(
+        self,
+        llm: BranchHost,
+        branches: Sequence[Branch],
+        *,
+        until: Until = None,
+        max_tokens: int | Sequence[int | None] | None = None,
+        params: SamplingParams | Sequence[SamplingParams],
+        since: Sequence[tuple[int, int]] | None = None,
+        seeds: Sequence[int] | None = None,
+    ):
+        self.llm = llm
+        with llm.exclusive() as engine:
+            _check_branches(llm, branches)
+            self.branches = list(branches)
+            counts = _for_each("max_tokens", max_tokens, len(self.branches))
+            choices = _for_each("params", params, len(self.branches))
+            for branch, count, choice in zip(self.branches, counts, choices, strict=True):
+                _check(engine, branch, count, choice)
+            self.since = [branch.mark for branch in branches] if since is None else list(since)
+            self._marks = [branch.mark for branch in branches]
+            self._conditions = [
+                _Until(branch, until, mark)
+                for branch, mark in zip(self.branches, self.since, strict=True)
+            ]
+            if seeds is None:
+                number = engine.next_number()
+                seeds = [
+                    derive_seed(engine.seed_of(choice, number), index)
+                    for index, choice in enumerate(choices)
+                ]
+            self.starts = [
+                partial(_resume, *of_branch)
+                for of_branch in zip(
+                    self.branches, choices, counts, seeds, self._conditions, strict=True
+                )
+            ]
+
+    def segments(self, outputs: Sequence[CompletionOutput]) -> list[Segment]:
+        """Of all branches, given how their requests ended."""
         segments = []
         for branch, (first, begin), condition, output in zip(
-            branches, marks, conditions, outputs, strict=True
+            self.branches, self._marks, self._conditions, outputs, strict=True
         ):
             ids = branch.token_ids[first:]
             reason, stop_reason = output.finish_reason, output.stop_reason
@@ -298,10 +374,18 @@ def advance(
         return segments
 
 
+def _for_each(name: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries for {count} branches")
+    return list(value)
+
+
 def _resume(
     branch: Branch, params: SamplingParams, max_tokens: int | None, seed: int, until: TokenPolicy
 ) -> str:
-    engine, request = branch._llm.engine, branch._request
+    engine, request = branch.llm.engine, branch._request
     branch._check_usable()
     branch._state.set_policies([*engine.rules.policies_of(params), until])
     request.params, request.seed = params, seed
@@ -315,15 +399,16 @@ def _resume(
     return request.request_id
 
 
-def _check(
-    llm: LLM, branches: Sequence[Branch], max_tokens: int | None, params: SamplingParams
-) -> None:
+def _check_branches(llm: BranchHost, branches: Sequence[Branch]) -> None:
     if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):
         raise ValueError("branches must be a list of branches")
     if len(set(branches)) < len(branches):
         raise ValueError("a branch is listed twice: fork it")
-    if any(branch._llm is not llm for branch in branches):
+    if any(branch.llm is not llm for branch in branches):
         raise ValueError("a branch belongs to another LLM")
+
+
+def _check(engine: Engine, branch: Branch, max_tokens: int | None, params: SamplingParams) -> None:
     is_count = isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 0
     if max_tokens is not None and not is_count:
         raise ValueError(f"max_tokens={max_tokens!r} must be an integer of at least 0")
@@ -334,8 +419,7 @@ def _check(
     ):
         if (value := getattr(params, name)) != default:
             raise ValueError(f"{name}={value!r} does not apply to branches: {remedy}")
-    for branch in branches:
-        branch._check_usable()
-        if branch.is_finished and max_tokens != 0:
-            raise ValueError("a branch has ended with an eos: append something before it goes on")
-        llm.engine.rules.check_params(params)
+    branch._check_usable()
+    if branch.is_finished and max_tokens != 0:
+        raise ValueError("a branch has ended with an eos: append something before it goes on")
+    engine.rules.check_params(params)

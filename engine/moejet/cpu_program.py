@@ -88,6 +88,10 @@ class CpuProgram:
         )
         return logits
 
+    def hidden(self, num_rows: int) -> Tensor:
+        """What the last run computed its logits from [L, D] fp32, until the next run."""
+        return self._x[:num_rows]
+
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts that all layers have read in all runs so far, and the bytes of their weights."""
         groups = self._native.expert_loads()

@@ -33,6 +33,7 @@ from moejet.sample_state import PolicyFailure, SampleState
 from moejet.sampler import BadLogitsError, SampledToken, derive_seed, sample
 from moejet.scheduler import Scheduler
 from moejet.scoring import set_scores
+from moejet.step_head import StepHead
 from moejet.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Engine:
         self.max_context = max_context
         self.block_pool = block_pool
         self.default_params = SamplingParams()
+        self.step_head: StepHead | None = None
         self.prefix_key: dict[str, Any] = {}  # what decides about a prefix's latents
         self.on_close: Callable[[], None] = lambda: None
         self.on_scheduled: Callable[[Batch], None] = lambda batch: None
@@ -279,6 +281,8 @@ class Engine:
                 kept = {r: token for r, token in tokens if r.state is not RequestState.FINISHED}
                 return _Computed(batch, list(kept), list(kept.values()))
         logits = self.runner.execute(batch)
+        if self.step_head is not None:
+            self._score_steps(self.step_head, batch)
         rows, requests = self._sampled_rows(batch)
         for request in dict.fromkeys(batch.sampled):
             if request.scores is not None:
@@ -287,6 +291,26 @@ class Engine:
         if rows != list(range(logits.shape[0])):  # else a copy of all of them would change nothing
             logits = logits[rows]
         return _Computed(batch, requests, sample(logits, requests) if requests else [])
+
+    def _score_steps(self, head: StepHead, batch: Batch) -> None:
+        """Notes the head's score of the last computed token of each sample that is watched."""
+        hidden = self.runner.hidden(len(batch.sampled))
+        if hidden is None:
+            return
+        counts = dict(zip(batch.requests, batch.query_lens, strict=True))
+        rows = [
+            (row, request)
+            for row, request in enumerate(batch.sampled)
+            if request.sample_state is not None and request.scores is None
+        ]
+        if not rows:
+            return
+        for (_, request), score in zip(
+            rows, head.scores(hidden[[row for row, _ in rows]]), strict=True
+        ):
+            assert request.sample_state is not None
+            last = request.num_computed_tokens + counts[request] - 1 - request.num_prompt_tokens
+            request.sample_state.step_scores[last] = score
 
     def probe(self) -> None:
         """One forward pass of one token outside the schedule; raises if even that does not work."""

@@ -187,6 +187,10 @@ class GpuRunner:
         counters = self.expert_cache.counters
         return counters.uses, counters.hits, counters.fetched_bytes
 
+    def hidden(self, num_rows: int) -> Tensor | None:
+        """Not kept: a captured step hands out logits or tokens only."""
+        return None
+
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 on the CPU of the rows batch.logits_indices; their latents are in the cache afterwards."""
         if self._is_decode(batch):

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 from moejet import session
-from moejet.branch import Branch, Segment, Until, advance
+from moejet.branch import Advance, Branch, Segment, Until
 from moejet.config import EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.loading import build_engine, load_engine
@@ -145,14 +146,19 @@ class LLM:
 
         prompt: a text, token ids, or a conversation, which goes through the chat template.
         """
+        text, tokens = self.read_prompt(prompt, **template_kwargs)
+        return Branch(self, tokens, text)
+
+    def read_prompt(
+        self, prompt: str | Sequence[int] | Sequence[Message], **template_kwargs: Any
+    ) -> tuple[str | None, list[int]]:
+        """A prompt's text, None if it was given as token ids, and its tokens. Messages go through the chat template."""
         is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
         if is_chat:
-            text, tokens = self._render(cast(Sequence[Message], prompt), template_kwargs)
-        elif template_kwargs:
+            return self._render(cast(Sequence[Message], prompt), template_kwargs)
+        if template_kwargs:
             raise ValueError(f"{', '.join(template_kwargs)}: a text has no chat template")
-        else:
-            text, tokens = self._tokenise(prompt)
-        return Branch(self, tokens, text)
+        return self._tokenise(prompt)
 
     def advance(
         self,
@@ -168,7 +174,9 @@ class LLM:
         and tokens · max_tokens: of each branch, 0 computes what was appended and samples nothing
         """
         params = self.default_sampling() if params is None else params
-        return advance(self, branches, until=until, max_tokens=max_tokens, params=params)
+        with self.exclusive():
+            common = Advance(self, branches, until=until, max_tokens=max_tokens, params=params)
+            return common.segments([output.outputs[0] for output in self.run(common.starts)])
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of each token given those before it: len(token_ids) - 1 values, the first token has none."""
@@ -237,6 +245,13 @@ class LLM:
         """Seconds per generated token that an engine step spends outside the native forward pass."""
         with self.exclusive() as engine:
             return step_overhead(engine, batch)
+
+    @classmethod
+    def over(cls, engine: Engine) -> LLM:
+        """One that somebody else steps, who passes on what comes (`post`); for use on that thread, and never closed."""
+        llm = cls.__new__(cls)
+        llm._setup(engine)
+        return llm
 
     def hand_over(self) -> Engine:
         """Gives the engine to another owner, who closes it; this object is closed."""
@@ -336,36 +351,80 @@ class LLM:
 
     def run(self, starts: Sequence[Callable[[], str]]) -> list[RequestOutput]:
         """Calls functions that start requests and steps until all have ended; if one fails, all are aborted."""
-        with self.exclusive() as engine:
+        with self.exclusive():
+            ids = self.begin(starts)
+            outputs: dict[str, RequestOutput] = {}
+            try:
+                while len(outputs) < len(ids):
+                    for request_id, result in self.wait(ids).items():
+                        if isinstance(result, Exception):
+                            raise result
+                        outputs[request_id] = result
+                return [outputs[request_id] for request_id in ids]
+            finally:
+                self.abandon(ids)
+
+    def begin(self, starts: Sequence[Callable[[], str]]) -> list[str]:
+        """Calls functions that start requests; if one fails, all are aborted. The requests go to `wait` in the end."""
+        with self.exclusive():
             ids: list[str] = []
             try:
                 for start in starts:
                     ids.append(start())
                     self._mail[ids[-1]] = deque()
-                return [self._wait(request_id) for request_id in ids]
             except BaseException:
-                for request_id in ids:
-                    engine.abort(request_id)
+                self.abandon(ids)
                 raise
-            finally:
-                for request_id in ids:
-                    self._mail.pop(request_id, None)
+            return ids
 
-    def _wait(self, request_id: str) -> RequestOutput:
-        while True:
-            while self._mail[request_id]:
-                delta = self._mail[request_id].popleft()
-                if delta.error is not None:
-                    raise delta.error
-                if delta.output is not None:
-                    return delta.output
-            self._step()
+    def wait(
+        self, request_ids: Collection[str], *, max_steps: int | None = None
+    ) -> dict[str, RequestOutput | Exception]:
+        """Steps until at least one of these requests has ended, and tells how; each is told once.
 
-    def _step(self) -> None:
-        """One engine step; its deltas go to whoever waits for them, here or in an open stream."""
-        for delta in self.engine.step():
+        {} if none has after max_steps.
+        """
+        for number in count():
+            with self.exclusive():
+                ended = self.ended(request_ids)
+                if ended or number == max_steps:
+                    return ended
+                self._step()
+        raise AssertionError("unreachable")
+
+    def abandon(self, request_ids: Collection[str]) -> None:
+        """Aborts those of these requests that still run and forgets what nobody has asked about."""
+        with self.exclusive(even_closed=True) as engine:
+            for request_id in request_ids:
+                if self._mail.pop(request_id, None) is not None and not self._closed:
+                    engine.abort(request_id)
+
+    def ended(self, request_ids: Collection[str]) -> dict[str, RequestOutput | Exception]:
+        """Those of these requests that have ended, and how; each is told once."""
+        return {
+            request_id: result
+            for request_id in request_ids
+            if (result := self._read(request_id)) is not None
+        }
+
+    def post(self, deltas: Iterable[StreamDelta]) -> None:
+        """Hands the engine's deltas to whoever waits for them, here or in an open stream."""
+        for delta in deltas:
             if delta.request_id in self._mail:
                 self._mail[delta.request_id].append(delta)
+
+    def _read(self, request_id: str) -> RequestOutput | Exception | None:
+        """The end of a request, if it has come."""
+        mail = self._mail.get(request_id, ())
+        while mail:
+            delta = mail.popleft()
+            if (result := delta.error or delta.output) is not None:
+                del self._mail[request_id]
+                return result
+        return None
+
+    def _step(self) -> None:
+        self.post(self.engine.step())
 
     def _stream(
         self, prompt: tuple[str | None, list[int]], params: SamplingParams | None

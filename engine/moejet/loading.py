@@ -27,6 +27,7 @@ from moejet.plan import GIB, Machine, make_plan, process_bytes
 from moejet.prefix_tier import attach_prefixes, prefix_directory
 from moejet.request import SamplingParams
 from moejet.runner import ModelRunner, Runner
+from moejet.step_head import read_step_head
 from moejet.tokenizer import Tokenizer
 from moejet.weights import Checkpoint, load_weights, resolve_model
 from moejet.weights.gguf_model import GgufCheckpoint
@@ -85,6 +86,9 @@ def load_engine(config: EngineConfig) -> Engine:
         engine.close()
         raise
     engine.default_params = default_params
+    engine.step_head = read_step_head(path, model_config.hidden_size)
+    if engine.step_head is not None and engine.runner.samples:
+        logger.warning("the checkpoint's step head is not used on a GPU")
     return engine
 
 

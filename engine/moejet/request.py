@@ -15,6 +15,7 @@ from moejet.statistics import TokenStatistics
 if TYPE_CHECKING:
     from moejet.sample_state import SampleState
 
+PolicyMaker = Callable[[], TokenPolicy]
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
 MAX_N = 64
@@ -31,7 +32,8 @@ class SamplingParams:
     and bf16 activations, so an unlikely tie may fall differently in another batch.
     Stop strings end the answer; inside the thinking they count only with stop_in_reasoning=True.
     max_thinking_tokens ends the thinking, and the model answers (see `moejet.policy.ThinkingBudget`).
-    policy makes a `moejet.policy.TokenPolicy` for each sample. grammar: what the answer must look like (`Grammar`).
+    policy makes a `moejet.policy.TokenPolicy` for each sample; several are asked in their order.
+    grammar: what the answer must look like (`Grammar`).
     statistics=True: see `moejet.statistics`.
     """
 
@@ -52,7 +54,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     max_thinking_tokens: int | None = None
-    policy: Callable[[], TokenPolicy] | None = None
+    policy: PolicyMaker | tuple[PolicyMaker, ...] | None = None
     grammar: Grammar | None = None
     statistics: bool = False
 
@@ -81,10 +83,12 @@ class SamplingParams:
             raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to biases")
         if self.max_thinking_tokens is not None:
             _check_int("max_thinking_tokens", self.max_thinking_tokens, 0, None)
-        if self.policy is not None and not callable(self.policy):
+        if isinstance(self.policy, list):
+            object.__setattr__(self, "policy", tuple(self.policy))
+        if not all(callable(maker) for maker in self.policies):
             raise ValueError(
                 f"policy={self.policy!r} must be a function that makes a policy, called for every "
-                "sample: pass its class, or lambda: YourPolicy(...)"
+                "sample, or a list of such: pass its class, or lambda: YourPolicy(...)"
             )
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise ValueError(
@@ -99,6 +103,13 @@ class SamplingParams:
         for token_id, bias in (self.logit_bias or {}).items():
             _check_int("logit_bias key", token_id, 0, None)
             _check_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+
+    @property
+    def policies(self) -> tuple[PolicyMaker, ...]:
+        """What `policy` holds, one or several or none."""
+        if self.policy is None:
+            return ()
+        return self.policy if isinstance(self.policy, tuple) else (self.policy,)
 
     @property
     def has_penalties(self) -> bool:

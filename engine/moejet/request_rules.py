@@ -88,8 +88,8 @@ class RequestRules:
         policies: list[TokenPolicy] = []
         if params.max_thinking_tokens is not None:
             policies.append(ThinkingBudget(params.max_thinking_tokens))
-        if params.policy is not None:
-            policy = params.policy()
+        for maker in params.policies:
+            policy = maker()
             if not isinstance(policy, TokenPolicy):
                 raise ValueError(
                     f"policy made {policy!r}, which is not a moejet.policy.TokenPolicy"

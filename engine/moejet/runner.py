@@ -37,6 +37,7 @@ class Runner(Protocol):
     def weights_loaded(self) -> None: ...
     def expert_loads(self) -> tuple[int, int]: ...
     def cache_counts(self) -> tuple[int, int, int]: ...
+    def hidden(self, num_rows: int) -> Tensor | None: ...
     def execute(self, batch: Batch) -> Tensor: ...
     def sample(
         self, batch: Batch, rows: Sequence[int], requests: Sequence[Request]
@@ -76,6 +77,7 @@ class ModelRunner:
         self.latent_cache = huge_pages.empty(*shape, dtype=CACHE_TYPES[config.cache_dtype])
         self.native_seconds = 0.0
         self._program: CpuProgram | None = None
+        self._hidden: Tensor | None = None
         if not use_reference():
             self._program = CpuProgram(
                 model,
@@ -97,6 +99,10 @@ class ModelRunner:
         """Zeros: there is no GPU that could have copies of experts."""
         return 0, 0, 0
 
+    def hidden(self, num_rows: int) -> Tensor | None:
+        """What the last logits were computed from [L, D], until the next step."""
+        return self._hidden if self._program is None else self._program.hidden(num_rows)
+
     def sample(
         self, batch: Batch, rows: Sequence[int], requests: Sequence[Request]
     ) -> list[tuple[Request, SampledToken]] | None:
@@ -116,6 +122,7 @@ class ModelRunner:
                 hidden = self.model.forward(batch, self.latent_cache)
                 if batch.logits_indices.numel() == 0:
                     return hidden.new_empty((0, 0), dtype=torch.float32)
-                return self.model.compute_logits(hidden[batch.logits_indices])
+                self._hidden = hidden[batch.logits_indices]
+                return self.model.compute_logits(self._hidden)
         finally:
             self.native_seconds += time.perf_counter() - start

@@ -29,8 +29,10 @@ class SampleState:
     """What a sample has so far. Policies read it and change nothing.
 
     statistics: of the tokens before the one being decided; None unless asked for · last: scores of the sampled token
-    that is being decided · num_thinking_tokens: those inside the thinking, tags left out · content_start: index among
-    the output's tokens where the answer begins, None while the model thinks · num_pending: injected tokens that follow
+    that is being decided · step_scores: what the model's step head says of tokens of the output, by their index, as far
+    as they were computed one by one; empty without such a head · num_thinking_tokens: those inside the thinking, tags
+    left out · content_start: index among the output's tokens where the answer begins, None while the model thinks ·
+    num_pending: injected tokens that follow
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class SampleState:
         wanted = has_statistics or any(p.needs_statistics for p in policies)
         self.statistics = TokenStatistics() if wanted else None
         self.last: TokenScores | None = None
+        self.step_scores: dict[int, float] = {}
         self.num_thinking_tokens = 0
         self.content_start: int | None = None if self.is_thinking else 0
         self.num_pending = 0
@@ -123,6 +126,14 @@ class SampleState:
         assert self.think_tags is not None, "a model without tags does not think"
         return self.encode(f"{text}{self.think_tags[1]}\n\n")
 
+    @property
+    def closing_tag_ids(self) -> tuple[int, ...]:
+        """The closing tag's token, if it is a single one."""
+        if self.think_tags is None or self._tokenizer is None:
+            return ()
+        token_id = self._tokenizer.token_to_id(self.think_tags[1])
+        return () if token_id is None else (token_id,)
+
     def closes_thinking(self, token_id: int) -> bool:
         """Whether the closing tag is complete with this token."""
         if self.think_tags is None or self._tokenizer is None or not self.is_thinking:
@@ -149,6 +160,7 @@ class SampleState:
             request, assembler, tokenizer=self._tokenizer, vocab_size=self._vocab_size
         )
         copy.statistics = None if self.statistics is None else self.statistics.copy()
+        copy.step_scores = dict(self.step_scores)
         copy.num_thinking_tokens = self.num_thinking_tokens
         copy.content_start = self.content_start
         return copy
@@ -198,7 +210,7 @@ class SampleState:
                 case Inject(ids):
                     return (token_id, *self._checked(policy, ids)), None
                 case Stop():
-                    return (token_id,), action
+                    return () if action.drop else (token_id,), action
                 case _:
                     raise PolicyFailure(
                         TypeError(

@@ -1,0 +1,446 @@
+"""A prompt that a strategy is answering: what it may do, within its budget.
+
+A strategy is a generator. What takes the engine's time it yields, and gets the outcome back; so one engine computes
+many strategies, and many prompts, in the same steps, and whoever drives it (`moejet.reasoning.driver`) decides when.
+Methods below that return a `Run` are generators as well, to be used with `yield from`:
+
+>>> def run(self, task):
+...     branches = yield from task.open(4)
+...     yield from task.complete(branches)
+...     candidates = [task.candidate(branch) for branch in branches]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from moejet.branch import Advance, Branch, Segment, Until
+from moejet.llm import LLM
+from moejet.policy import TokenPolicy
+from moejet.reasoning.budget import Budget, Deadline
+from moejet.reasoning.result import Background, Candidate, Node, Progress, Result, ScoredStep, Usage
+from moejet.request import SamplingParams
+from moejet.sampler import derive_seed
+from moejet.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Run = Generator["Advance | Background | Gather | Progress", Any, T]
+
+
+class Answers(Protocol):
+    """How answers are found in a text and compared."""
+
+    def extract(self, content: str) -> str | None:
+        """The answer that a finished text gives, None if it gives none."""
+
+    def group(self, answers: Sequence[str]) -> list[int]:
+        """For each answer the index of the first one that is equal to it."""
+
+
+class KnownAnswers:
+    """Answers that remembers which ones are equal: comparing may take a proof, and an engine waits for nobody.
+
+    `Task.classify` finds it out in the background; what it has seen is grouped at once.
+    """
+
+    def __init__(self, answers: Answers):
+        self.answers = answers
+        self.classes: dict[
+            str, str
+        ] = {}  # each answer and the one that stands for all that equal it
+
+    def extract(self, content: str) -> str | None:
+        return self.answers.extract(content)
+
+    def group(self, answers: Sequence[str]) -> list[int]:
+        if not all(answer in self.classes for answer in answers):
+            return self.answers.group(answers)
+        classes = [self.classes[answer] for answer in answers]
+        return [classes.index(name) for name in classes]
+
+
+class Strategy(Protocol):
+    """A way to come to an answer. Implementations are frozen dataclasses without state of their own."""
+
+    def run(self, task: Task) -> Run[Result]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Runs to be driven at the same time, `limit` of them at once; what they return comes back in their order.
+
+    stop: asked with the results so far, None where there is none yet, whenever one ends; once it says yes the others
+    are ended and stay None
+    """
+
+    runs: Sequence[Run[Any]]
+    limit: int
+    stop: Callable[[Sequence[Any]], bool] | None = None
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What the tasks of one run have spent together.
+
+    held: tokens that branches under way may still take · live: runs that go on at the same time · holding: those of
+    them that hold tokens
+    """
+
+    budget: Budget
+    seed: int
+    usage: Usage = field(default_factory=Usage)
+    start_s: float = field(default_factory=time.monotonic)
+    held: int = 0
+    live: int = 1
+    holding: int = 0
+    num_seeds: int = 0
+    generating: set[Branch] = field(default_factory=set)
+
+    @property
+    def num_left(self) -> int | None:
+        """Tokens that nobody has spent or holds."""
+        total = self.budget.total_tokens
+        return None if total is None else total - self.usage.generated_tokens - self.held
+
+    @property
+    def deadline_s(self) -> float | None:
+        return None if self.budget.wall_s is None else self.start_s + self.budget.wall_s
+
+    def next_seed(self) -> int:
+        self.num_seeds += 1
+        return derive_seed(self.seed, self.num_seeds - 1)
+
+
+class Task:
+    """One prompt for one model. `on(...)` makes one for another prompt or model that shares the budget.
+
+    params: how candidates are sampled, unless a strategy says otherwise · answers: finds and compares answers
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        prompt_token_ids: Sequence[int],
+        prompt: str | None,
+        *,
+        params: SamplingParams,
+        answers: Answers,
+        ledger: Ledger,
+    ):
+        self.llm = llm
+        self.prompt_token_ids = tuple(prompt_token_ids)
+        self.prompt = prompt
+        self.params = params
+        self.answers = answers if isinstance(answers, KnownAnswers) else KnownAnswers(answers)
+        self.ledger = ledger
+        self._root: Branch | None = None
+        self._opened: list[Branch] = []
+        self._children: list[Task] = []
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.llm.tokenizer
+
+    @property
+    def usage(self) -> Usage:
+        return self.ledger.usage
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the budget allows no further token."""
+        left, deadline = self.ledger.num_left, self.ledger.deadline_s
+        return (left is not None and left <= 0) or (
+            deadline is not None and time.monotonic() >= deadline
+        )
+
+    def on(
+        self,
+        prompt: str | Sequence[int] | Sequence[dict[str, Any]] | None = None,
+        *,
+        llm: LLM | None = None,
+        params: SamplingParams | None = None,
+        answers: Answers | None = None,
+    ) -> Task:
+        """A task with another prompt (text, token ids, or messages), model, or sampling; ends with this one."""
+        llm = llm or self.llm
+        if prompt is None:
+            text, token_ids = self.prompt, self.prompt_token_ids
+            if llm is not self.llm:
+                assert text is not None, "another model needs the prompt's text"
+                token_ids = tuple(llm.tokenizer.encode(text, add_special_tokens=False))
+        else:
+            text, ids = llm.read_prompt(prompt)
+            token_ids = tuple(ids)
+        child = Task(
+            llm,
+            token_ids,
+            text,
+            params=params or self.params,
+            answers=answers or self.answers,
+            ledger=self.ledger,
+        )
+        self._children.append(child)
+        return child
+
+    def open(self, n: int = 1) -> Run[list[Branch]]:
+        """n branches that hold the prompt, which is computed once."""
+        if self._root is None:
+            root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt))
+            yield Advance(self.llm, [root], max_tokens=0, params=SamplingParams())
+            self.usage.prompt_tokens += len(self.prompt_token_ids)
+            self._root = self._root or root
+        return [self._add(fork) for fork in self._root.fork(n)]
+
+    def fork(self, branch: Branch, n: int = 1) -> Run[list[Branch]]:
+        """n copies of a branch, which shares its cache with them."""
+        if not branch.is_computed:
+            yield Advance(branch.llm, [branch], max_tokens=0, params=SamplingParams())
+        return [self._add(fork) for fork in branch.fork(n)]
+
+    def append(self, branch: Branch, text: str | Sequence[int]) -> None:
+        """Adds a text or token ids, which are computed when the branch goes on; they count as appended tokens."""
+        before = len(branch.token_ids)
+        branch.append(text)
+        self.usage.appended_tokens += len(branch.token_ids) - before
+
+    def advance(
+        self,
+        branches: Sequence[Branch],
+        *,
+        until: Until = None,
+        max_tokens: int | None = None,
+        params: SamplingParams | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> Run[list[Segment]]:
+        """As `LLM.advance`, within the budget. What it cut off ends with "length" and stop_reason "budget".
+
+        Branches go on at the same time, as many as the budget allows. seeds: of each branch, new ones unless given; a
+        branch that advances in pieces with the same seed becomes what it would have become in one go.
+        """
+        params = self._limited(params or self.params)
+        limit = params.max_tokens if max_tokens is None else max_tokens
+        marks = [branch.mark for branch in branches]
+        seeds = [self.ledger.next_seed() for _ in branches] if seeds is None else list(seeds)
+        ends: dict[int, tuple[Any, Any]] = {
+            i: ("stop", None) for i, branch in enumerate(branches) if branch.is_finished
+        }
+        waiting = [i for i in range(len(branches)) if i not in ends]
+        while waiting:
+            if self.is_exhausted:
+                ends |= dict.fromkeys(waiting, ("length", "budget"))
+                break
+            group, waiting = waiting[: self._width], waiting[self._width :]
+            wanted = [
+                None if limit is None else limit - _gained(branches[i], marks[i]) for i in group
+            ]
+            segments, shares = yield from self._advance(
+                [branches[i] for i in group],
+                wanted,
+                until=until,
+                params=params,
+                since=[marks[i] for i in group],
+                seeds=[seeds[i] for i in group],
+            )
+            for i, segment, share, own in zip(group, segments, shares, wanted, strict=True):
+                is_cut = segment.finish_reason == "length" and share != own
+                if is_cut and share:  # others may have left something
+                    waiting.append(i)
+                else:
+                    reason = "budget" if is_cut else segment.stop_reason
+                    ends[i] = (segment.finish_reason, reason)
+        return [
+            Segment(branch.text[begin:], branch.token_ids[first:], *ends[i])
+            for i, (branch, (first, begin)) in enumerate(zip(branches, marks, strict=True))
+        ]
+
+    def complete(
+        self, branches: Sequence[Branch], *, params: SamplingParams | None = None
+    ) -> Run[list[Segment]]:
+        """Lets branches go on to their end."""
+        segments = yield from self.advance(branches, params=params)
+        return segments
+
+    def gather(
+        self,
+        runs: Sequence[Run[T]],
+        *,
+        limit: int | None = None,
+        stop: Callable[[Sequence[T | None]], bool] | None = None,
+    ) -> Run[list[T | None]]:
+        """Drives runs at the same time, see `Gather`."""
+        if not runs:
+            return []
+        most = self.ledger.budget.branches
+        limit = min(x for x in (len(runs), limit, most) if x is not None)
+        self.ledger.live += limit - 1
+        try:
+            results: list[T | None] = yield Gather(runs, limit, stop)
+        finally:
+            self.ledger.live -= limit - 1
+        return results
+
+    def background(self, function: Callable[[], T]) -> Run[T]:
+        """The function's result; other work goes on meanwhile."""
+        result: T = yield Background(function)
+        return result
+
+    def classify(self, answers: Iterable[str | None]) -> Run[None]:
+        """Finds out, in the background, which answers are equal, so that `self.answers.group` need not."""
+        known = self.answers
+        for answer in answers:
+            compared: list[str] = []
+            while answer is not None and answer not in known.classes:
+                names = [
+                    name for name in dict.fromkeys(known.classes.values()) if name not in compared
+                ]
+                if not names:  # as long as none has come meanwhile
+                    known.classes[answer] = answer
+                    break
+                given = [*names, answer]
+                groups = yield from self.background(partial(known.answers.group, given))
+                compared += names
+                if groups[-1] < len(names):
+                    known.classes[answer] = names[groups[-1]]
+
+    def tell(self, kind: Any, message: str, *, node: Node | None = None, **data: Any) -> Run[None]:
+        """Reports progress to whoever watches."""
+        yield Progress(kind, message, data, node)
+
+    def candidate(
+        self,
+        branch: Branch,
+        segment: Segment | None = None,
+        *,
+        parent: int = -1,
+        scores: Mapping[str, float] | None = None,
+    ) -> Candidate:
+        """What a branch has become; segment: its last one, which knows why it ended."""
+        statistics = branch.statistics
+        is_cut = segment is not None and segment.finish_reason == "length"
+        is_open = branch.is_thinking
+        return Candidate(
+            text=branch.text,
+            reasoning=branch.reasoning,
+            content=branch.content,
+            answer=None if is_open else self.answers.extract(branch.content),
+            num_tokens=len(branch.token_ids),
+            num_thinking_tokens=branch.num_thinking_tokens,
+            finish_reason="length" if is_cut else "stop",
+            stop_reason=None if segment is None else segment.stop_reason,
+            logprob=statistics.sum.logprob,
+            mean=statistics.mean,
+            scores=dict(scores or {}),
+            steps=_scored_lines(branch, self.tokenizer) if branch.step_scores else (),
+            parent=parent,
+        )
+
+    def release(self, branches: Sequence[Branch]) -> None:
+        """Gives their cache back, before the task ends."""
+        for branch in branches:
+            branch.release()
+
+    def close(self) -> None:
+        """Releases every branch that was opened here."""
+        for child in self._children:
+            child.close()
+        self.release(self._opened)
+        self._opened.clear()
+
+    def _add(self, branch: Branch) -> Branch:
+        self._opened.append(branch)
+        return branch
+
+    def _limited(self, params: SamplingParams) -> SamplingParams:
+        """With the budget's limits on thinking and time."""
+        budget = self.ledger.budget
+        most = [x for x in (params.max_thinking_tokens, budget.thinking_tokens) if x is not None]
+        if budget.answer_reserve:
+            left = self.ledger.num_left
+            share = None if left is None else left // self.ledger.live
+            ends = [x for x in (params.max_tokens, share) if x is not None]
+            most += [max(0, min(ends) - budget.answer_reserve)] if ends else []
+        changes: dict[str, Any] = {"max_thinking_tokens": min(most)} if most else {}
+        deadline = self.ledger.deadline_s
+        if deadline is not None:
+            changes["policy"] = (*params.policies, lambda: Deadline(deadline))
+        return replace(params, **changes) if changes else params
+
+    @property
+    def _width(self) -> int:
+        """How many branches this run may let go on at the same time."""
+        most = self.ledger.budget.branches
+        return sys.maxsize if most is None else max(1, most // self.ledger.live)
+
+    def _advance(
+        self, branches: list[Branch], wanted: list[int | None], **options: Any
+    ) -> Run[tuple[list[Segment], list[int | None]]]:
+        """Their segments, and how many tokens each was allowed."""
+        ledger, usage = self.ledger, self.usage
+        shares = self._reserve(wanted)
+        thoughts = sum(branch.num_thinking_tokens for branch in branches)
+        lengths = [len(branch.token_ids) for branch in branches]
+        try:
+            segments = yield Advance(branches[0].llm, branches, max_tokens=shares, **options)
+        finally:
+            if ledger.budget.total_tokens is not None:
+                ledger.held -= sum(share or 0 for share in shares)
+                ledger.holding -= 1
+            gains = [len(b.token_ids) - n for b, n in zip(branches, lengths, strict=True)]
+            usage.generated_tokens += sum(gains)
+            usage.thinking_tokens += sum(b.num_thinking_tokens for b in branches) - thoughts
+            ledger.generating.update(b for b, gain in zip(branches, gains, strict=True) if gain)
+            usage.branches = len(ledger.generating)
+        return segments, shares
+
+    def _reserve(self, wanted: list[int | None]) -> list[int | None]:
+        """Tokens that branches may take now, of those that are left: equal shares, and nobody more than it wants."""
+        ledger = self.ledger
+        left = ledger.num_left
+        if left is None:
+            return wanted
+        left //= max(1, ledger.live - ledger.holding)
+        shares = [0] * len(wanted)
+        order = sorted(range(len(wanted)), key=lambda i: _or_more(wanted[i], left))
+        for place, i in enumerate(order):
+            shares[i] = min(_or_more(wanted[i], left), left // (len(order) - place))
+            left -= shares[i]
+        ledger.held += sum(shares)
+        ledger.holding += 1
+        return list(shares)
+
+
+def with_policy(params: SamplingParams, policy: TokenPolicy) -> SamplingParams:
+    """params that have one more policy, an instance for a single branch."""
+    return replace(params, policy=(*params.policies, lambda: policy))
+
+
+def _scored_lines(branch: Branch, tokenizer: Tokenizer) -> tuple[ScoredStep, ...]:
+    """The lines of the thinking, as far as the head has seen the token that ends them."""
+    steps, first, scores = [], 0, branch.step_scores
+    ids = branch.token_ids
+    end = ids.index(close) if (close := _closing_id(tokenizer)) in ids else len(ids)
+    for index, token_id in enumerate(ids[:end]):
+        if "\n" not in tokenizer.decode([token_id], False):
+            continue
+        text = tokenizer.decode(list(ids[first : index + 1]), False).strip("\n")
+        if index in scores and text:
+            steps.append(ScoredStep(text, scores[index]))
+        first = index + 1
+    return tuple(steps)
+
+
+def _closing_id(tokenizer: Tokenizer) -> int | None:
+    return None if tokenizer.think_tags is None else tokenizer.token_to_id(tokenizer.think_tags[1])
+
+
+def _or_more(wanted: int | None, left: int) -> int:
+    return left if wanted is None else wanted
+
+
+def _gained(branch: Branch, mark: tuple[int, int]) -> int:
+    return branch.mark[0] - mark[0]
