@@ -140,13 +140,20 @@ class GpuRunner:
             self._stream_tokens = wanted
             return
         layers = [moe.experts for moe in self.model.moe_layers]
+        most = self._config.max_batch_tokens
         self._stream_tokens = stream_threshold(
             self.ring,
             next(layer for layer in layers if isinstance(layer, HybridExperts) and layer.in_ram),
             self.model.config,
-            max_tokens=self._config.max_batch_tokens,
+            max_tokens=most,
             dtype=self._dtype,
         )
+        if self._stream_tokens > most:
+            logger.info(
+                "no step of max_batch_tokens=%d streams; a larger one would from %d on",
+                most,
+                self._stream_tokens,
+            )
 
     def close(self) -> None:
         """Releases what experts travel through, once the device is done with it, and the graphs: none runs any more."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from moejet import _C
+from moejet.experts.cpu_experts import CpuExperts
 from moejet.experts.expert_ring import ExpertRing
-from moejet.experts.ring_copies import ThreadCopies
+from moejet.experts.ring_copies import CudaCopies, ThreadCopies
 from moejet.experts.ring_size import DEPTH, RingSize
 from moejet.ops.gpu_experts import gpu_experts
 from moejet.ops.unpack_experts import unpack_experts
@@ -23,7 +24,10 @@ NUM_CHUNKS = 4 + 2 + 2 + 1
 class Model:
     """Layers with all experts in RAM and on the "GPU", and a step through the ring."""
 
-    def __init__(self, format: str, pool, *, in_ram=IN_RAM, experts_per_chunk: int = 2):
+    def __init__(
+        self, format: str, pool, *, in_ram=IN_RAM, experts_per_chunk: int = 2, device: str = "cpu"
+    ):
+        self.device = torch.device(device)
         self.layers = [
             PackedExperts.make(
                 format,
@@ -31,6 +35,7 @@ class Model:
                 intermediate_size=INNER,
                 num_experts=EXPERTS,
                 pool=pool,
+                device=self.device,
             )
             for _ in in_ram
         ]
@@ -38,28 +43,31 @@ class Model:
             # Layers differ.
             layer.cpu.fill_random(number + 1)
             everything = torch.arange(EXPERTS, dtype=torch.int32)
-            packed = layer.packed(everything.tolist())
+            packed = layer.packed(everything.tolist()).to(self.device)
             there = layer.resident
-            unpack_experts(packed, everything, layer.layout, there.gate_up, there.down)
+            unpack_experts(
+                packed, everything.to(self.device), layer.layout, there.gate_up, there.down
+            )
         self.in_ram = in_ram
         size = RingSize.of(HIDDEN, INNER, experts_per_chunk, [(format, format)])
         layers = [(layer.cpu, ids) for layer, ids in zip(self.layers, in_ram, strict=True)]
-        self.ring = ExpertRing(layers, size, torch.device("cpu"))
+        self.ring = ExpertRing(layers, size, self.device)
 
     def inputs(self, seed: int):
         torch.manual_seed(seed)
         ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(TOKENS)]).int()
-        return torch.randn(TOKENS, HIDDEN), ids, torch.rand(TOKENS, TOP_K)
+        made = torch.randn(TOKENS, HIDDEN), ids, torch.rand(TOKENS, TOP_K)
+        return [part.to(self.device) for part in made]
 
     def add(self, layer: int, seed: int) -> None:
         """A layer through the ring, compared with the same experts in slots."""
         x, ids, mix = self.inputs(seed)
         there = self.layers[layer].resident
-        table = torch.full((EXPERTS,), -1, dtype=torch.int32)
+        table = torch.full((EXPERTS,), -1, dtype=torch.int32, device=self.device)
         chosen = list(self.in_ram[layer])
         table[chosen] = there.slot_of_expert[chosen]
         expected = gpu_experts(x, ids, mix, table, there.gate_up, there.down)
-        got = torch.ones(TOKENS, HIDDEN)
+        got = torch.ones(TOKENS, HIDDEN, device=self.device)
         self.ring.add(layer, x, ids, mix, got)
         torch.testing.assert_close(got - 1.0, expected, rtol=1e-5, atol=1e-5)
 
@@ -75,9 +83,10 @@ class Model:
             raise RuntimeError("in the middle")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1node", "2nodes"])
-def pool(request):
-    made = _C.ThreadPool([0], False, [0], [-1] * request.param)
+@pytest.fixture(scope="module")
+def pool():
+    """Of two memory nodes, among which experts are divided."""
+    made = _C.ThreadPool([0], False, [0], [-1] * 2)
     yield made
     made.close()
 
@@ -160,3 +169,89 @@ def test_memory_is_what_the_size_says(pool):
         held = sum(tensor.nbytes for tensor in model.ring.tensors)
         # Tables of slots, and the pages at which a second node's part begins.
         assert 0 <= held - size.device_bytes <= 1024 + DEPTH * 2 * 4096
+
+
+class LateCudaCopies(CudaCopies):
+    """The device is late: now and then with copies, now and then with what the model does."""
+
+    def __init__(self, seed: int):
+        super().__init__(torch.device("cuda", 0))
+        self._chance = random.Random(seed)
+
+    def _sleep(self, stream) -> None:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(self._chance.choice((0, 0, 300_000, 3_000_000)))
+
+    def mark(self):
+        self._sleep(torch.cuda.current_stream())
+        return super().mark()
+
+    def start(self, pieces, after):
+        self._sleep(self._stream)
+        return super().start(pieces, after)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("format", ["int4_g32", "fp8", "bf16", "q8_0"])
+def test_streams_that_run_late(format, in_place, pool):
+    model = Model(format, pool, device="cuda:0")
+    model.ring.prepare(in_place=in_place, copies=LateCudaCopies(3))
+    for seed in range(20):
+        model.step(seed)
+    torch.cuda.synchronize()
+    done = model.ring.transfers()
+    assert done.chunks == 20 * NUM_CHUNKS + (min(DEPTH, NUM_CHUNKS) if in_place else 0)
+    assert done.copy_seconds > 0.0
+    model.ring.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_error_while_the_streams_are_late(in_place, pool):
+    model = Model("int8", pool, device="cuda:0")
+    model.ring.prepare(in_place=in_place, copies=LateCudaCopies(4))
+    for layers in (0, 1, 2, 0, 2):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            model.fail_after(layers)
+        model.step(layers)
+    torch.cuda.synchronize()
+    model.ring.close()
+
+
+@pytest.mark.gpu
+def test_copies_run_beside_the_model(pool):
+    """Two layers of 400 MB, and a model that takes as long as the copies do: together less than one after the other."""
+    hidden, inner, experts = 4096, 1024, 16
+    layers = [CpuExperts(experts, hidden, inner, format="bf16", pool=pool) for _ in range(2)]
+    for number, layer in enumerate(layers):
+        layer.fill_random(number)
+    size = RingSize.of(hidden, inner, 2, [("bf16", "bf16")])
+    ring = ExpertRing([(cpu, range(experts)) for cpu in layers], size, torch.device("cuda:0"))
+    ring.prepare(in_place=True)
+    tokens = 64
+    x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    ids = torch.randint(experts, (tokens, 2), device="cuda", dtype=torch.int32)
+    weights, sums = torch.rand(tokens, 2, device="cuda"), torch.zeros(tokens, hidden, device="cuda")
+
+    def seconds(cycles: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with ring.step():
+            for layer in (0, 1):
+                torch.cuda._sleep(cycles)
+                ring.add(layer, x, ids, weights, sums)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(2):
+        copying = seconds(0)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    torch.cuda._sleep(10_000_000)
+    end.record()
+    torch.cuda.synchronize()
+    cycles = int(copying / 2 * 1e4 / begin.elapsed_time(end) * 1e6)
+    # Of a layer's eight chunks, four are copied while the model sleeps.
+    assert min(seconds(cycles) for _ in range(3)) < 1.8 * copying
+    ring.close()

@@ -10,7 +10,7 @@ from moejet.batch import Batch
 from moejet.config import EngineConfig, ModelConfig
 from moejet.experts import expert_ring, ring_size
 from moejet.experts.ring_copies import StagedCopies
-from moejet.experts.stream_threshold import guessed_threshold
+from moejet.experts.stream_threshold import cpu_seconds_per_token, guessed_threshold
 from moejet.presets import PRESETS
 from moejet.testing.checkpoints import FAMILIES, hf_config, reference_greedy, reference_logits
 from moejet.testing.gguf_files import write_gguf
@@ -43,7 +43,8 @@ def test_logprobs_of_every_position(family, checkpoint):
     logits = reference_logits(checkpoint(family), IDS)
     logprobs = torch.log_softmax(logits[:-1].double(), -1)
     expected = logprobs.gather(1, torch.tensor(IDS[1:]).unsqueeze(1)).squeeze(1)
-    for chunk, resident in ((512, 0), (17, 7)):
+    cases = [(17, 7)] if family != "deepseek_v3" else [(17, 7), (512, 0)]
+    for chunk, resident in cases:
         options = {**OPTIONS, "max_batch_tokens": chunk, "gpu_experts": resident}
         with LLM(checkpoint(family), **options) as llm:
             ring = llm.engine.runner.ring
@@ -155,6 +156,27 @@ def test_the_guessed_threshold():
     with LLM.synthetic(model, gpu_experts=0, **options) as llm:
         runner = llm.engine.runner
         assert runner._stream_tokens == guessed_threshold(runner.ring.layer_bytes, llm.model_config)
+
+
+def test_the_cpu_is_measured_with_what_it_has(checkpoint):
+    """More and more tokens up to those of a step; experts on the GPU are none of its business."""
+    options = {**OPTIONS, "gpu_experts": 9, "max_batch_tokens": 100}
+    with LLM(checkpoint("deepseek_v3"), **options) as llm:
+        layer = llm.engine.runner.model.moe_layers[0].experts
+        asked = []
+        run = layer.cpu.run_kernels
+
+        def watched(x, ids, weights, out):
+            asked.append((x.shape[0], set(ids.flatten().tolist())))
+            run(x, ids, weights, out)
+
+        layer.cpu.run_kernels = watched
+        seconds = cpu_seconds_per_token(
+            layer, llm.model_config, max_tokens=100, dtype=torch.bfloat16
+        )
+    assert 0.0 < seconds < 0.1
+    assert [tokens for tokens, _ in asked] == [32, 32, 64, 100]
+    assert asked[-1][1] == {-1, *layer.in_ram}
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "sometimes", None])

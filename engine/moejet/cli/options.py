@@ -153,22 +153,24 @@ def add_device_options(group: argparse._ActionsContainer) -> None:
         help="routed experts, of all layers together, that live on the GPU (default: as many as fit)",
     )
     add_expert_cache_option(group)
+    group.add_argument(
+        "--stream-prefill-tokens",
+        type=number_or_auto,
+        metavar="N",
+        help="prompts of so many tokens a step or more copy experts from RAM to the GPU; 0: never "
+        "(default auto: where that is faster)",
+    )
 
 
 def add_expert_cache_option(group: argparse._ActionsContainer) -> None:
     """Add --expert-cache."""
     group.add_argument(
         "--expert-cache",
-        type=_slots,
+        type=number_or_auto,
         metavar="N",
         help="experts in RAM of which the GPU may have a copy, those used most; auto: half of the "
         "memory that is left for experts (default 0)",
     )
-
-
-def _slots(text: str) -> int | str:
-    """argparse type: a number, or auto."""
-    return text if text == "auto" else int(text)
 
 
 def counts(text: str) -> list[int]:
@@ -180,6 +182,15 @@ def counts(text: str) -> list[int]:
     if min(values) < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,512")
     return values
+
+
+def number_or_auto(text: str) -> int | str:
+    """argparse type: a number, or auto."""
+    if text == "auto":
+        return text
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 'auto' or a number")
+    return int(text)
 
 
 def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -211,6 +222,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "vram_gib",
         "gpu_experts",
         "expert_cache",
+        "stream_prefill_tokens",
         "revision",
     )
     return {n: v for n in names if (v := getattr(args, n, None)) is not None}

@@ -44,7 +44,7 @@ def stream_threshold(
     """
     if ring.device.type != "cuda":
         return guessed_threshold(ring.layer_bytes, model)
-    per_token = _cpu_seconds_per_token(layer, model, max_tokens, dtype)
+    per_token = cpu_seconds_per_token(layer, model, max_tokens=max_tokens, dtype=dtype)
     streaming = _stream_seconds(ring, model, min(max_tokens, _STREAM_TOKENS), dtype)
     tokens = max(1, math.ceil(streaming / per_token))
     logger.info(
@@ -71,9 +71,10 @@ def _routing(model: ModelConfig, tokens: int, generator: torch.Generator) -> tup
     return ids, torch.full(ids.shape, 1.0 / model.num_experts_per_tok)
 
 
-def _cpu_seconds_per_token(
-    layer: HybridExperts, model: ModelConfig, max_tokens: int, dtype: torch.dtype
+def cpu_seconds_per_token(
+    layer: HybridExperts, model: ModelConfig, *, max_tokens: int, dtype: torch.dtype
 ) -> float:
+    """Of many tokens, whose experts are drawn at random; those on the GPU are not computed."""
     assert layer.cpu is not None
     generator = torch.Generator().manual_seed(0)
     in_ram = torch.zeros(model.num_experts, dtype=torch.bool)
