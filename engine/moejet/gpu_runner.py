@@ -135,6 +135,8 @@ class GpuRunner:
         if self.ring is None:
             return
         self.ring.prepare()
+        if self.ring.is_pinned and self.expert_cache is not None:
+            self.expert_cache.read_in_place()
         wanted = self._config.stream_prefill_tokens
         if wanted != "auto":
             self._stream_tokens = wanted

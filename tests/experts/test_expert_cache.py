@@ -19,6 +19,7 @@ from moejet.testing.simulated_stream import (
     SimulatedMark,
     SimulatedStream,
 )
+from moejet.weights.gpu_weights import dequantize
 
 EXPERTS, HIDDEN, INTER, TOP_K, FREE = 10, 64, 64, 3, 3
 CPU = torch.device("cpu")
@@ -88,13 +89,16 @@ def _bridge(layers, stream: SimulatedStream) -> CpuBridge:
     return bridge
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("make", [SimulatedFetchStream, lambda: LateFetchStream(3)])
-def test_storms_of_swaps_change_no_result(pool: _C.ThreadPool, make) -> None:
+def test_storms_of_swaps_change_no_result(pool: _C.ThreadPool, make, in_place: bool) -> None:
     layers = _layers(pool, 2)
     policy = RandomSwaps(EXPERTS, [FREE, FREE], fixed=[{1}, {1}], seed=4)
     with SimulatedStream(seed=1, max_delay_s=1e-5) as stream:
         bridge = _bridge(layers, stream)
         cache = ExpertCache(layers, make(), policy, num_buffers=2)
+        if in_place:
+            cache.read_in_place()
         expected_uses = 0
         for seed in range(60):
             cache.advance()
@@ -116,6 +120,31 @@ def test_storms_of_swaps_change_no_result(pool: _C.ThreadPool, make) -> None:
         assert counters.copy_seconds > 0
         # What the cache has computed did not go to the CPU.
         assert bridge.counters()["distinct_experts"] > 0
+
+
+def test_experts_that_are_divided_among_nodes() -> None:
+    pool = _C.ThreadPool([0, 1], pin=False, worker_nodes=[0, 1], memory_nodes=[-1, -1])
+    for in_place in (False, True):
+        [layer] = _layers(pool, 1, "int8")
+        assert len(layer.cpu.packed_slices(3)) == 2
+        policy = Scripted(Swap(0, 3, 1, -1))
+        with SimulatedStream() as model:
+            _bridge([layer], model)
+            fetches = GatedFetchStream()
+            cache = ExpertCache([layer], fetches, policy, num_buffers=1)
+            if in_place:
+                cache.read_in_place()
+            for _ in range(4):
+                cache.advance()
+                for fetch in cache._fetches:
+                    assert fetch.copied is None or fetch.copied.result(10) is None
+                fetches.synchronize()
+            assert layer.resident.slot_of_expert[3] == 2
+            gate, up, down = layer.cpu.dequantize(3)
+            assert torch.equal(dequantize(layer.resident.gate_up[2]), torch.stack((gate, up)))
+            assert torch.equal(dequantize(layer.resident.down[2]), down)
+            cache.close()
+    pool.close()
 
 
 class Scripted:

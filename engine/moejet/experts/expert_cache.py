@@ -8,7 +8,7 @@ once wherever it is. Table and weights have fixed addresses; a captured graph fi
 looked at before the next step. It learns what was used, has the policy name swaps, and moves each one on:
 
     1  the evicted expert leaves the table                  model's stream, before the next step
-    2  a thread copies the packed bytes to pinned memory    a buffer of its own, meanwhile
+    2  a thread copies the packed bytes to pinned memory    a buffer of its own, meanwhile; not if they are pinned
     3  they go to the device and are unpacked into the slot  side stream, after all of the model's so far
     4  the table names the new expert                       model's stream, once the host has seen 3 done
 
@@ -138,7 +138,8 @@ class _Fetch:
 
     swap: Swap
     buffer: Tensor
-    copied: Future[None]
+    sources: list[Tensor]  # pinned, in the order of the packed bytes
+    copied: Future[None] | None  # None: nothing had to be copied to the buffer
     marks: tuple[Mark, Mark, Mark] | None = (
         None  # before the copy to the device, behind it, and when it is unpacked
     )
@@ -212,6 +213,7 @@ class ExpertCache:
         most_slots = max(r.first_free + r.num_free for r in self._residents)
         self._slot_numbers = torch.arange(most_slots, dtype=torch.int32, device=device)
         self._free = [on_host(largest, dtype=torch.uint8) for _ in range(num_buffers)]
+        self._is_in_place = False
         self._fetches: list[_Fetch] = []
         self._snapshot: _Snapshot | None = None
         self._last_counts = self._counts.numpy().copy()
@@ -244,6 +246,12 @@ class ExpertCache:
         self._snapshot = _Snapshot(self._stream.mark_model(), self._steps - 1, was_cached)
         self._steps = 1
 
+    def read_in_place(self) -> None:
+        """From now on experts go to the device from where they are: all of them are pinned, until `close`."""
+        assert not self._fetches, f"{len(self._fetches)} fetches under way"
+        self._is_in_place = True
+        self._free = [torch.empty(0, dtype=torch.uint8) for _ in self._free]
+
     def close(self) -> None:
         """Waits for what is on its way. Steps may go on with what is in the slots."""
         self._copier.shutdown()
@@ -269,30 +277,35 @@ class ExpertCache:
                 self._table[swap.layer, swap.evicted] = -1
                 changes = True
             buffer = self._free.pop()
-            slices = self._cpu[swap.layer].packed_slices(swap.expert)
-            copied = self._copier.submit(_copy_slices, buffer.numpy(), [s.numpy() for s in slices])
-            self._fetches.append(_Fetch(swap, buffer, copied))
+            sources = self._cpu[swap.layer].packed_slices(swap.expert)
+            copied = None
+            if not self._is_in_place:
+                arrays = [source.numpy() for source in sources]
+                copied = self._copier.submit(_copy_slices, buffer.numpy(), arrays)
+                sources = [buffer[: self._layouts[swap.layer].expert_bytes]]
+            self._fetches.append(_Fetch(swap, buffer, sources, copied))
         return changes
 
     def _send_copied(self) -> None:
         """What is in pinned memory goes on to the device."""
-        waiting = [f for f in self._fetches if f.marks is None and f.copied.done()]
+        waiting = [
+            fetch
+            for fetch in self._fetches
+            if fetch.marks is None and (fetch.copied is None or fetch.copied.done())
+        ]
         if waiting:
             self._stream.follow()
         for fetch in waiting:
-            error = fetch.copied.exception()
+            error = None if fetch.copied is None else fetch.copied.exception()
             if error is not None:
                 logger.warning("an expert is not fetched to the GPU: %s", error)
                 self.policy.give_up(fetch.swap)
                 self._release(fetch)
                 continue
-            layer = fetch.swap.layer
-            num_bytes = self._layouts[layer].expert_bytes
-            staged, source = self._staging[:num_bytes], fetch.buffer[:num_bytes]
             begin = self._stream.mark()
-            self._stream.run(partial(staged.copy_, source, non_blocking=True))
+            self._stream.run(partial(self._stage, fetch.sources))
             copied = self._stream.mark()
-            self._stream.run(partial(self._unpack, layer, self._slot(fetch.swap)))
+            self._stream.run(partial(self._unpack, fetch.swap.layer, self._slot(fetch.swap)))
             fetch.marks = begin, copied, self._stream.mark()
 
     def _finish_fetches(self) -> bool:
@@ -312,6 +325,13 @@ class ExpertCache:
 
     def _slot(self, swap: Swap) -> int:
         return self._residents[swap.layer].first_free + swap.slot
+
+    def _stage(self, sources: Sequence[Tensor]) -> None:
+        begin = 0
+        for source in sources:
+            end = begin + source.numel()
+            self._staging[begin:end].copy_(source, non_blocking=True)
+            begin = end
 
     def _unpack(self, layer: int, slot: int) -> None:
         resident, layout = self._residents[layer], self._layouts[layer]
