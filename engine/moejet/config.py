@@ -220,9 +220,10 @@ class EngineConfig:
     as fit); the others live in RAM and the CPU computes them
     expert_cache: of those in RAM, how many may have a copy on the GPU as well, of all layers together: those that are
     used most, exchanged while the model runs ("auto": half of the memory that is left for experts, or what gpu_experts
-    leaves). GPU and CPU round differently, so tokens may then depend on what was computed before
+    leaves; none in fp32). GPU and CPU round differently, so tokens may then depend on what was computed before
     stream_prefill_tokens: steps with prompts of at least so many tokens copy the experts in RAM to the GPU, layer by
-    layer, and compute all of them there ("auto": where that is faster, as measured while loading; 0: never)
+    layer, and compute all of them there ("auto": where that is faster, as measured while loading, but not experts in
+    fp32, which the GPU has as int8; 0: never)
     seed: base of requests that bring none of their own
     show_progress: a bar while loading (None: if stderr is a terminal)
     """

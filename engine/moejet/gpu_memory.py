@@ -99,9 +99,14 @@ class GpuMemory:
 
 
 def ring_size(model: ModelConfig, config: EngineConfig) -> RingSize | None:
-    """Of the ring for experts in RAM; None where none ever stream. config: as `for_model` returns it."""
+    """Of the ring for experts in RAM; None where none ever stream. config: as `for_model` returns it.
+
+    Experts in fp32 would become int8 on the way: nobody who wants fp32 wants that, unless it is asked for.
+    """
     formats = config.expert_formats_of(model)
-    if config.stream_prefill_tokens == 0 or not formats:
+    wanted = config.stream_prefill_tokens
+    is_exact = any("fp32" in pair for pair in formats)
+    if wanted == 0 or not formats or (wanted == "auto" and is_exact):
         return None
     shape = (model.hidden_size, model.moe_intermediate_size, model.num_experts)
     return RingSize.of(*shape, formats)
@@ -113,6 +118,8 @@ def _divide(
     """(experts that live on the GPU, slots for copies) of each layer, of `left` bytes."""
     everything, wanted = sum(sizes) * model.num_experts, config.expert_cache
     cached = [0] * len(sizes)
+    if wanted == "auto" and any("fp32" in pair for pair in config.expert_formats_of(model)):
+        wanted = 0  # they would become int8, as in `ring_size`
     if isinstance(wanted, int):
         cached = counts_that_fit(sizes, model.num_experts, everything, wanted)
     overhead = 0

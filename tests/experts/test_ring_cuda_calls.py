@@ -29,7 +29,7 @@ class RecordedCuda:
     def Stream(self, device):
         return _Stream(self, "copies")
 
-    def Event(self, enable_timing=False):
+    def Event(self, enable_timing=False, blocking=False):
         self.num_events += 1
         return _Event(self, self.num_events)
 
@@ -48,6 +48,8 @@ class RecordedCuda:
     def cudaHostRegister(self, address, size, flags):
         if sum(self.registered.values()) + size > self.most_registered:
             return 2
+        if address in self.registered:
+            return 712
         self.registered[address] = size
         return 0
 
@@ -188,6 +190,16 @@ def test_experts_in_ram_are_registered_and_no_others(cuda, pool):
     assert cuda.registered == expected
     del again
     assert cuda.registered == {}
+
+
+def test_what_is_registered_already_stays_so(cuda):
+    first, second = (torch.zeros(4096, dtype=torch.uint8) for _ in range(2))
+    owner = PinnedWeights([first], CPU)
+    both = PinnedWeights([first, second], CPU)
+    assert set(cuda.registered) == {first.data_ptr(), second.data_ptr()}
+    both.close()
+    assert set(cuda.registered) == {first.data_ptr()}
+    owner.close()
 
 
 def test_a_refused_registration_leaves_nothing_behind(cuda):

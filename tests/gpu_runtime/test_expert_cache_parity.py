@@ -180,5 +180,8 @@ def test_shares_of_the_budget():
     everything = _memory(1000 << 30, expert_cache="auto")
     assert everything.placement.num_resident == 58 * 256
     assert everything.placement.num_cached == 0
+    exact = EngineConfig(model="x", expert_format="fp32", expert_cache="auto")
+    memory = GpuMemory.of(PRESETS["deepseek-v3"], exact, vram_bytes=budget, cache_tokens=8192)
+    assert memory.placement.num_cached == 0 < memory.placement.num_resident
     small = _memory(1 << 30, expert_cache="auto")
     assert small.placement.num_resident == small.placement.num_cached == 0

@@ -105,6 +105,8 @@ def test_the_ring_is_there_where_experts_are_in_ram():
     ring = memory(gpu_experts=0).ring
     assert memory(gpu_experts=0).on_device == without.on_device + ring
     assert memory(gpu_experts=0).pinned > without.pinned
+    assert memory(gpu_experts=0, expert_format="fp32").ring == 0
+    assert memory(gpu_experts=0, expert_format="fp32", stream_prefill_tokens=9).ring > 0
     for count in (0, 5, 15):
         budget = without.on_device + ring + count * one
         if budget < without.on_device + 16 * one:

@@ -12,7 +12,7 @@ from moejet.experts import expert_ring, ring_size
 from moejet.experts.ring_copies import StagedCopies
 from moejet.experts.stream_threshold import cpu_seconds_per_token, guessed_threshold
 from moejet.presets import PRESETS
-from moejet.testing.checkpoints import FAMILIES, hf_config, reference_greedy, reference_logits
+from moejet.testing.checkpoints import FAMILIES, hf_config, reference_logprobs
 from moejet.testing.gguf_files import write_gguf
 from moejet.testing.tolerances import LOGPROB_LIMITS
 
@@ -40,9 +40,7 @@ def _streamed(llm: LLM) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_of_every_position(family, checkpoint):
-    logits = reference_logits(checkpoint(family), IDS)
-    logprobs = torch.log_softmax(logits[:-1].double(), -1)
-    expected = logprobs.gather(1, torch.tensor(IDS[1:]).unsqueeze(1)).squeeze(1)
+    expected = reference_logprobs(checkpoint(family), IDS)
     cases = [(17, 7)] if family != "deepseek_v3" else [(17, 7), (512, 0)]
     for chunk, resident in cases:
         options = {**OPTIONS, "max_batch_tokens": chunk, "gpu_experts": resident}
@@ -55,18 +53,17 @@ def test_logprobs_of_every_position(family, checkpoint):
 
 
 @pytest.mark.parametrize("gpu_experts", [0, 9])
-def test_prompts_stream_and_generated_tokens_do_not(gpu_experts, checkpoint):
+def test_prompts_stream_and_generated_tokens_do_not(gpu_experts, checkpoint, expected_greedy):
     """Beside prefixes that are found, prompts in chunks, and requests that generate meanwhile."""
     path, num = checkpoint("deepseek_v3"), 12
     prompts = [IDS[:21], IDS[30:35], IDS[:40]]
     greedy = SamplingParams(temperature=0.0, max_tokens=num, ignore_eos=True)
-    expected = [reference_greedy(path, prompt, num)[-num:] for prompt in prompts]
     options = {**OPTIONS, "max_batch_tokens": 13, "max_mixed_tokens": 11, "block_size": 4}
     with LLM(path, gpu_experts=gpu_experts, **options) as llm:
         runner = llm.engine.runner
         for _ in range(2):
-            outputs = llm.generate(prompts, greedy)
-            assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+            made = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, greedy)]
+            assert made == expected_greedy(path, prompts, made, num)
         served = runner.bridge.counters()["layers"]
         assert served > 0
         assert _streamed(llm) > 0

@@ -188,7 +188,7 @@ def number_or_auto(text: str) -> int | str:
     """argparse type: a number, or auto."""
     if text == "auto":
         return text
-    if not text.isdigit():
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not 'auto' or a number")
     return int(text)
 

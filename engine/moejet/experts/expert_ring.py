@@ -238,6 +238,12 @@ class ExpertRing:
             self._bytes += begin
             self._count += 1
 
+    def drain(self) -> None:
+        """Blocks until copies that were started have run."""
+        assert self._copies is not None
+        for copy in self._copying:
+            self._copies.wait(copy)
+
     def reset(self) -> None:
         """From the first chunk again, whatever was begun: copies run in order, and after what the model enqueued."""
         assert self._copies is not None

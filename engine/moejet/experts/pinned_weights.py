@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _cuda: Any = torch.cuda  # whose runtime functions have no types
+_ALREADY_REGISTERED = 712
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ class PinnedWeights:
             if part.numel() == 0:
                 continue
             code = int(_cuda.cudart().cudaHostRegister(part.data_ptr(), part.numel(), 0))
+            if code == _ALREADY_REGISTERED:  # it stays whose it is
+                _forget_error(device)
+                continue
             if code:
                 self.close()
                 _forget_error(device)

@@ -66,7 +66,8 @@ class CudaCopies:
         return event
 
     def start(self, pieces: Pieces, after: torch.cuda.Event | None) -> torch.cuda.Event:
-        begin, end = (_cuda.Event(enable_timing=True) for _ in range(2))
+        begin = _cuda.Event(enable_timing=True)
+        end = _cuda.Event(enable_timing=True, blocking=True)  # a thread that waits for it sleeps
         with _cuda.stream(self._stream), torch.inference_mode():
             if after is not None:
                 self._stream.wait_event(after)

@@ -106,6 +106,7 @@ def _stream_seconds(ring: ExpertRing, model: ModelConfig, tokens: int, dtype: to
     sums = torch.zeros(x.shape, dtype=torch.float32, device=device)
     seconds = math.inf
     for _ in range(2):
+        ring.drain()
         ring.reset()
         torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -113,6 +114,6 @@ def _stream_seconds(ring: ExpertRing, model: ModelConfig, tokens: int, dtype: to
             ring.add(0, x, ids, weights, sums)
             torch.cuda.current_stream(device).synchronize()
         seconds = time.perf_counter() - start
+    ring.drain()
     ring.reset()
-    torch.cuda.synchronize(device)
     return seconds

@@ -4,7 +4,8 @@ Codes and scales of int4_g32, int8, fp8 and bf16 change places and nothing else.
 the CPU (`gpu_matrices.gpu_format`: blocks of GGUF files, fp32, and int4_g32 where its groups do not divide the inputs)
 is dequantised to fp32 and quantised to int8 as `weights.gpu_weights.quantize` does it. So a slot holds, bit for bit,
 what `ResidentExperts` makes of the same checkpoint, except for int4_g32 that becomes int8: there the GPU's own experts
-are made of the checkpoint's weights, and these of the CPU's int4.
+are made of the checkpoint's weights, and these of the CPU's int4. An int4 scale of 2^18 or more, which loading to the
+GPU refuses, is not noticed here.
 """
 
 from __future__ import annotations
