@@ -74,6 +74,10 @@ class EngineCounters:
     Both count every forward pass, also those outside the schedule, and are 0 with MOEJET_REF=1.
     expert_cache_uses, expert_cache_hits: experts asked for by tokens, in layers with a cache on the GPU, and how many
     of them it had · expert_cache_bytes: fetched for it. These lag a few steps behind.
+    decode_steps: those that computed no position of a prompt · decode_seconds: of their forward passes · decode_bytes:
+    of weights that they read through this machine's memory
+    disk_tokens: those of cached_tokens that were read from disk · cache_evictions, disk_evictions: blocks that had to
+    make room in memory, and on disk by this process
     """
 
     steps: int = 0
@@ -88,6 +92,12 @@ class EngineCounters:
     expert_cache_uses: int = 0
     expert_cache_hits: int = 0
     expert_cache_bytes: int = 0
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    decode_bytes: int = 0
+    disk_tokens: int = 0
+    cache_evictions: int = 0
+    disk_evictions: int = 0
 
 
 class TrafficCounters:
