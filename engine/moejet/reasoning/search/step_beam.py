@@ -9,9 +9,9 @@ from typing import Protocol
 from moejet.branch import Branch
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.scorers import StepScorer
-from moejet.reasoning.select import SCORE
 from moejet.reasoning.search.steps import Step, Steps, check_count, complete
 from moejet.reasoning.search.tree import Final, Tree, conclude
+from moejet.reasoning.select import SCORE
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
 

@@ -58,13 +58,19 @@ def vote_weights(scores: Sequence[float]) -> list[float]:
     return [math.exp(score - top) for score in scores]
 
 
-def conclude(task: Task, tree: Tree, candidates: Sequence[Candidate], final: Final) -> Run[Result]:
+def conclude(
+    task: Task,
+    tree: Tree,
+    candidates: Sequence[Candidate],
+    final: Final,
+    weights: Sequence[float] | None = None,
+) -> Run[Result]:
     """Chooses by `scores["score"]`: the best candidate with an answer, or the best of the answer with most weight.
 
-    Confidence is the chosen answer's share of the weighted vote.
+    weights: in the vote, `vote_weights` unless given. Confidence is the chosen answer's share of it.
     """
     scores = [candidate.scores[SCORE] for candidate in candidates]
-    weights = vote_weights(scores)
+    weights = vote_weights(scores) if weights is None else weights
     ranking = votes(task, candidates, weights.__getitem__)
     members: Sequence[int] = range(len(candidates))
     if ranking and final == "vote":
