@@ -7,21 +7,24 @@ PROMPT ?= Start with 17, add 25, then multiply by 3.
 
 .PHONY: run test sanitize gpu-build gpu-check lint format bench install clean
 
+# Without --no-compile, pip would compile all 17,000 files, of which the tests import a tenth.
 install: $(VENV)/.installed
 
 $(VENV)/.installed: $(BUILD_INPUTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "moejet needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
 	touch $@
 
 run: install
 	$(BIN)/moejet run "$(PROMPT)"
 
-# Reference code in the tests runs in torch beside our own pool: one OpenMP thread keeps them apart.
+# Reference code in the tests runs in torch beside our own pool: one OpenMP thread keeps them apart. Most of the time one
+# thread works, so two processes halve it; TEST_WORKERS=0 runs all tests in one.
+TEST_WORKERS ?= 2
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 # The C++ tests under ThreadSanitizer, and under AddressSanitizer with UndefinedBehaviorSanitizer.
 # ThreadSanitizer's memory map does not stand every randomised address: switched off where that is allowed.

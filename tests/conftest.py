@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -55,6 +56,47 @@ def usable_isa(pytestconfig: pytest.Config) -> Callable[[str], str]:
         return name
 
     return check
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """get(family, **overrides of config.json): a tiny checkpoint, its weights rounded to bf16; not to be changed."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def get(family: str, **overrides: object) -> Path:
+        import torch
+
+        from moejet.testing.checkpoints import tiny_checkpoint
+
+        key = (family, *sorted(overrides.items()))
+        if key not in made:
+            path = tmp_path_factory.mktemp(family)
+            made[key] = tiny_checkpoint(path, family, dtype=torch.bfloat16, **overrides)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def expected_greedy() -> Callable[[Path, list[list[int]], list[list[int]], int], list[list[int]]]:
+    """get(path, prompts, made, n): what transformers' `n` greedy tokens are, however wrong `made` is.
+
+    `made` is what a test got: where it is right, one pass per prompt confirms it.
+    """
+    known: dict[tuple[object, ...], list[int]] = {}
+
+    def get(path: Path, prompts: list[list[int]], made: list[list[int]], n: int) -> list[list[int]]:
+        from moejet.testing.checkpoints import reference_greedy
+
+        result = []
+        for prompt, guess in zip(prompts, made, strict=True):
+            key = (path, n, *prompt)
+            if key not in known:
+                known[key] = reference_greedy(path, prompt, n, guess=guess)
+            result.append(known[key])
+        return result
+
+    return get
 
 
 @pytest.fixture

@@ -48,6 +48,16 @@ def _alone(llm, ids, count, **options) -> list[int]:
     return list(llm.generate(list(ids), params)[0].outputs[0].token_ids)
 
 
+def test_thinking_is_counted_however_a_branch_advances(llm: LLM) -> None:
+    prompt = [{"role": "user", "content": "Start with 17, add 25."}]
+    with llm.branch(prompt) as whole, llm.branch(prompt) as pieces:
+        whole.advance(max_tokens=30, params=GREEDY)
+        for _ in range(10):
+            pieces.advance(max_tokens=3, params=GREEDY)
+        assert pieces.token_ids == whole.token_ids
+        assert pieces.num_thinking_tokens == whole.num_thinking_tokens > 0
+
+
 def test_a_branch_goes_on_as_generate_does(llm):
     expected = llm.generate(PROMPT, replace(GREEDY, max_tokens=30))[0].outputs[0]
     with llm.branch(PROMPT) as branch:

@@ -15,10 +15,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moejet.config import EngineConfig, ModelConfig
 from moejet.engine_thread import EngineThread
@@ -32,6 +32,11 @@ from moejet.request import (
 )
 from moejet.ticket import Ticket
 from moejet.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from moejet.reasoning.async_runs import AsyncRuns, StrategyStream
+    from moejet.reasoning.budget import Budget
+    from moejet.reasoning.task import Answers, Strategy
 
 _MAX_QUEUED_REQUESTS = 512
 _MAX_QUEUED_TOKENS = 1 << 20
@@ -189,6 +194,7 @@ class AsyncLLM:
         self._llm = llm
         self._thread = EngineThread(llm.hand_over(), **limits)
         self._workers = ThreadPoolExecutor(_PROMPT_THREADS, thread_name_prefix="moejet-prompt")
+        self._runs: AsyncRuns | None = None
         # Not at exit: then the engine's thread is ended and waited for.
         weakref.finalize(self, self._thread.inbox.put, ("stop", None)).atexit = False
 
@@ -316,6 +322,29 @@ class AsyncLLM:
         scored = zip(ids[1:], output.prompt_logprobs, top, strict=True)
         return [TokenLogprobs(token_id, logprob, best) for token_id, logprob, best in scored]
 
+    def solve(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        strategy: Strategy | str | Mapping[str, Any],
+        *,
+        params: SamplingParams | None = None,
+        budget: Budget | None = None,
+        seed: int = 0,
+        answers: Answers | None = None,
+        **template_kwargs: Any,
+    ) -> StrategyStream:
+        """Answers a prompt by a strategy, or by its specification (`moejet.reasoning.specs`), beside other requests.
+
+        `await llm.solve(...).result()`, or iterate over its progress. Arguments as of `moejet.reasoning.solve`.
+        At most 16 run at once; more are refused with QueueFullError.
+        """
+        from moejet.reasoning.async_runs import AsyncRuns, StrategyStream, Wanted
+
+        if self._runs is None:
+            self._runs = AsyncRuns(self._thread)
+        wanted = Wanted(prompt, strategy, params, budget, seed, answers, template_kwargs)
+        return StrategyStream(self._runs, wanted)
+
     def progress(self, request_id: str) -> tuple[int, int] | None:
         """(tokens of the prompt in the cache so far, tokens of the prompt); None if no step has begun with it."""
         return self._thread.engine.progress(request_id)
@@ -377,6 +406,8 @@ class AsyncLLM:
         self._thread.refuse_new()
         await asyncio.to_thread(self._thread.close, drain=drain, timeout_s=timeout_s)
         self._workers.shutdown(wait=False)
+        if self._runs is not None:
+            self._runs.close()
 
     async def __aenter__(self) -> AsyncLLM:
         return self

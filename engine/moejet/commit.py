@@ -47,7 +47,7 @@ def commit_token(request: Request, assembler: OutputAssembler, token: SampledTok
         _append(request, assembler, gained, token.token_id, token)
         return gained
     ids, stop = state.decide(token.token_id, token.scores)
-    is_sampled = ids[0] == token.token_id
+    is_sampled = bool(ids) and ids[0] == token.token_id
     pending = deque(ids)
     while pending and gained.finish_reason is None:
         token_id, was_thinking = pending.popleft(), state.is_thinking
@@ -62,6 +62,8 @@ def commit_token(request: Request, assembler: OutputAssembler, token: SampledTok
             pending += more
             if ending is not None:
                 _stop(request, assembler, gained, ending.reason)
+        else:
+            state.track(was_thinking)  # a branch may go on
     if stop is not None and gained.finish_reason is None:
         _stop(request, assembler, gained, stop.reason)
     return gained

@@ -19,11 +19,11 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from moejet.batch import Batch
 from moejet.engine import Engine
@@ -47,7 +47,29 @@ _CLOSE_WAIT_S = 60.0  # for the step that runs while everything is being aborted
 _EXIT_WAIT_S = 10.0  # the same, at the interpreter's exit
 
 State = Literal["running", "draining", "closed", "dead"]
-Command = tuple[Literal["add", "abort", "end_thinking", "abort_all", "stop"], Ticket | None]
+Command = (
+    tuple[Literal["add", "abort", "end_thinking"], Ticket]
+    | tuple[Literal["call"], Callable[[], None]]
+    | tuple[Literal["abort_all", "stop"], None]
+)
+
+
+class Guest(Protocol):
+    """Somebody with requests of its own on the engine, who starts them by `EngineThread.call`.
+
+    num_runs: how many things it has under way, for which a draining end waits
+    """
+
+    num_runs: int
+
+    def deliver(self, deltas: Iterable[StreamDelta]) -> None:
+        """What a step gave, to all requests; on the engine's thread."""
+
+    def fail(self, request_ids: Collection[str] | None, error: Exception) -> None:
+        """These requests, or all, have ended with an error; on the engine's thread."""
+
+    def give_up(self, error: Exception) -> None:
+        """The engine hangs: tells those who wait. On any thread."""
 
 
 class EngineThread:
@@ -88,6 +110,7 @@ class EngineThread:
         self._in_engine: dict[str, Ticket] = {}
         self._seen_tokens = 0, 0  # of prompts and of answers
         self._watch_ended = threading.Event()
+        self.guest: Guest | None = None
         engine.on_scheduled = self._on_scheduled
         # Daemons, so that an engine that nobody closed cannot hold up the interpreter's exit.
         threading.Thread(target=self._run, name="moejet-engine", daemon=True).start()
@@ -145,6 +168,17 @@ class EngineThread:
             wakes = [self._end(ticket)]
         wake(wakes)
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Runs a function on the engine's thread, between two steps; it must not raise."""
+        with self._changed:
+            self._check_accepting()
+            self.inbox.put(("call", function))
+
+    def notify(self) -> None:
+        """The guest has one thing less under way."""
+        with self._changed:
+            self._changed.notify_all()
+
     def find(self, request_id: str) -> Ticket | None:
         return self._tickets.get(request_id)
 
@@ -172,7 +206,7 @@ class EngineThread:
         self.refuse_new()
         with self._changed:
             if drain:
-                self._changed.wait_for(lambda: not self._tickets or self._has_ended, timeout_s)
+                self._changed.wait_for(lambda: self._is_idle() or self._has_ended, timeout_s)
             if self._state != "dead":
                 self._state = "closed"
         self.inbox.put(("abort_all", None))
@@ -219,6 +253,9 @@ class EngineThread:
             return {**asdict(self.engine.counters), **self.counters.as_dict()}
 
     # The lock is held.
+
+    def _is_idle(self) -> bool:
+        return not self._tickets and (self.guest is None or self.guest.num_runs == 0)
 
     def _check_accepting(self) -> None:
         if self._state == "dead":
@@ -280,6 +317,8 @@ class EngineThread:
                     self._state = "closed"
                 self._has_ended = True
                 closed = EngineClosedError("the engine was closed before this request was finished")
+                if self.guest is not None:
+                    self.guest.give_up(closed)
                 wakes = [self._end(t, closed) for t in list(self._tickets.values())]
                 self._changed.notify_all()
             wake(wakes)
@@ -288,19 +327,22 @@ class EngineThread:
     def _take_commands(self, *, may_sleep: bool) -> bool:
         """Does what the inbox asks for, sleeping until there is something if that is allowed; False to stop."""
         try:
-            command, ticket = self.inbox.get(block=may_sleep)
+            command = self.inbox.get(block=may_sleep)
             while True:
-                if command == "stop":
-                    return False
-                if command == "add" and ticket is not None:
-                    self._add(ticket)
-                elif command == "abort" and ticket is not None:
-                    self._abort(ticket)
-                elif command == "end_thinking" and ticket is not None:
-                    self._end_thinking(ticket)
-                elif command == "abort_all":
-                    self._abort_all()
-                command, ticket = self.inbox.get_nowait()
+                match command:
+                    case ("stop", _):
+                        return False
+                    case ("add", Ticket() as ticket):
+                        self._add(ticket)
+                    case ("abort", Ticket() as ticket):
+                        self._abort(ticket)
+                    case ("end_thinking", Ticket() as ticket):
+                        self._end_thinking(ticket)
+                    case ("abort_all", _):
+                        self._abort_all()
+                    case ("call", function) if callable(function):
+                        function()
+                command = self.inbox.get_nowait()
         except queue.Empty:
             return True
 
@@ -353,6 +395,8 @@ class EngineThread:
             self._answer_thinking(ticket, has_thought)
 
     def _abort_all(self) -> None:
+        if self.guest is not None:
+            self.guest.fail(None, EngineClosedError("the engine was closed"))
         for ticket in list(self._tickets.values()):
             if self._in_engine.get(ticket.request_id) is ticket:
                 self._abort(ticket)
@@ -374,6 +418,8 @@ class EngineThread:
                 self._last_step_s = time.perf_counter()
                 self._count_tokens(self._last_step_s)
         self._deliver(deltas)
+        if self.guest is not None:
+            self.guest.deliver(deltas)
         if not self._batch_requests and self.engine.has_work:
             time.sleep(_STALL_WAIT_S)
         self._batch_requests = []
@@ -448,6 +494,8 @@ class EngineThread:
         for request_id in victims:
             self.engine.discard(request_id)
         self._fail_step([self._in_engine.get(request_id) for request_id in victims], error)
+        if self.guest is not None:
+            self.guest.fail(list(victims), step_error(error))
         try:
             scheduler.check_integrity()
             self.engine.probe()
@@ -463,6 +511,8 @@ class EngineThread:
         for ticket in tickets:
             self.engine.discard(ticket.request_id)
         self._fail(tickets, lambda: dead_error(error))
+        if self.guest is not None:
+            self.guest.fail(None, dead_error(error))
 
     # The watchdog's thread.
 
@@ -486,6 +536,8 @@ class EngineThread:
                 for ticket in tickets:
                     self.inbox.put(("abort", ticket))
                 self._changed.notify_all()
+            if self.guest is not None:
+                self.guest.give_up(stuck_error(self.step_timeout_s))
             logger.error("%s", stuck_error(self.step_timeout_s))
             wake(wakes)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -246,6 +246,13 @@ class LLM:
         with self.exclusive() as engine:
             return step_overhead(engine, batch)
 
+    @classmethod
+    def over(cls, engine: Engine) -> LLM:
+        """One that somebody else steps, who passes on what comes (`post`); for use on that thread, and never closed."""
+        llm = cls.__new__(cls)
+        llm._setup(engine)
+        return llm
+
     def hand_over(self) -> Engine:
         """Gives the engine to another owner, who closes it; this object is closed."""
         with self.exclusive() as engine:
@@ -379,11 +386,7 @@ class LLM:
         """
         for number in count():
             with self.exclusive():
-                ended = {
-                    request_id: result
-                    for request_id in request_ids
-                    if (result := self._read(request_id)) is not None
-                }
+                ended = self.ended(request_ids)
                 if ended or number == max_steps:
                     return ended
                 self._step()
@@ -396,6 +399,20 @@ class LLM:
                 if self._mail.pop(request_id, None) is not None and not self._closed:
                     engine.abort(request_id)
 
+    def ended(self, request_ids: Collection[str]) -> dict[str, RequestOutput | Exception]:
+        """Those of these requests that have ended, and how; each is told once."""
+        return {
+            request_id: result
+            for request_id in request_ids
+            if (result := self._read(request_id)) is not None
+        }
+
+    def post(self, deltas: Iterable[StreamDelta]) -> None:
+        """Hands the engine's deltas to whoever waits for them, here or in an open stream."""
+        for delta in deltas:
+            if delta.request_id in self._mail:
+                self._mail[delta.request_id].append(delta)
+
     def _read(self, request_id: str) -> RequestOutput | Exception | None:
         """The end of a request, if it has come."""
         mail = self._mail.get(request_id, ())
@@ -407,10 +424,7 @@ class LLM:
         return None
 
     def _step(self) -> None:
-        """One engine step; its deltas go to whoever waits for them, here or in an open stream."""
-        for delta in self.engine.step():
-            if delta.request_id in self._mail:
-                self._mail[delta.request_id].append(delta)
+        self.post(self.engine.step())
 
     def _stream(
         self, prompt: tuple[str | None, list[int]], params: SamplingParams | None

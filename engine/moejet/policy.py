@@ -50,9 +50,13 @@ class Inject:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The token counts, and the sample ends with finish_reason "stop" and this stop_reason."""
+    """The sample ends with finish_reason "stop" and this stop_reason. The token counts, unless it is dropped.
+
+    drop: only in `on_token`.
+    """
 
     reason: str | int | None = None
+    drop: bool = False
 
 
 Action = Keep | Replace | Inject | Stop
@@ -121,6 +125,81 @@ class ForceContinuation(TokenPolicy):
             return Keep()
         self.num_forced += 1
         return Replace(state.encode(self.text))
+
+
+class MinimumThinking(TokenPolicy):
+    """Keeps the model thinking for `min_tokens`: until then neither the closing tag nor an eos can be sampled.
+
+    A tag of several tokens cannot be masked; `text` replaces its last token there.
+    """
+
+    needs_logits = True
+
+    def __init__(self, min_tokens: int, text: str = "Wait"):
+        _check_count("min_tokens", min_tokens)
+        self.min_tokens = min_tokens
+        self.text = text
+
+    def on_logits(self, state: SampleState, row: Tensor) -> Tensor | None:
+        if not state.is_thinking or state.num_thinking_tokens >= self.min_tokens:
+            return None
+        for token_id in (*state.eos_token_ids, *state.closing_tag_ids):
+            row[token_id] = float("-inf")
+        return row
+
+    def on_token(self, state: SampleState, token_id: int) -> Action:
+        is_early = state.is_thinking and state.num_thinking_tokens < self.min_tokens
+        if is_early and state.closes_thinking(token_id):
+            return Replace(state.encode(self.text))
+        return Keep()
+
+
+class LoopGuard(TokenPolicy):
+    """Ends the thinking, or with end="sample" everything, once the last tokens repeat themselves.
+
+    That is when some block of up to `max_tokens` tokens has come `repeats` times in a row and they cover at least
+    `ngram` tokens: a shorter block has to come more often.
+    """
+
+    def __init__(
+        self,
+        *,
+        ngram: int = 32,
+        repeats: int = 4,
+        max_tokens: int = 512,
+        closing_text: str = "\n",
+        end: Literal["thinking", "sample"] = "thinking",
+    ):
+        _check_count("ngram", ngram, 1)
+        _check_count("repeats", repeats, 2)
+        _check_count("max_tokens", max_tokens, 1)
+        if end not in ("thinking", "sample"):
+            raise ValueError(f"end={end!r} must be 'thinking' or 'sample'")
+        self.ngram, self.repeats, self.max_tokens = ngram, repeats, max_tokens
+        self.closing_text = closing_text
+        self.end = end
+        self._run_lengths: dict[int, int] = {}  # period -> tokens that equal those a period before
+
+    def on_token(self, state: SampleState, token_id: int) -> Action:
+        if not self._repeats(state, token_id):
+            return Keep()
+        if self.end == "thinking" and state.is_thinking and not state.closes_thinking(token_id):
+            return Replace(state.closing_ids(self.closing_text))
+        return Stop("loop") if self.end == "sample" else Keep()
+
+    def _repeats(self, state: SampleState, token_id: int) -> bool:
+        """O(max_tokens) a token: how long each period has lasted."""
+        ids = state.token_ids
+        found = False
+        longest = min(self.max_tokens, state.num_output_tokens)
+        lengths: dict[int, int] = {}
+        for period in range(1, longest + 1):
+            if ids[-period] != token_id:
+                continue
+            length = lengths[period] = self._run_lengths.get(period, 0) + 1
+            found = found or length >= max(self.ngram, period * self.repeats) - period
+        self._run_lengths = lengths
+        return found
 
 
 class EarlyExit(TokenPolicy):

@@ -126,6 +126,14 @@ class SampleState:
         assert self.think_tags is not None, "a model without tags does not think"
         return self.encode(f"{text}{self.think_tags[1]}\n\n")
 
+    @property
+    def closing_tag_ids(self) -> tuple[int, ...]:
+        """The closing tag's token, if it is a single one."""
+        if self.think_tags is None or self._tokenizer is None:
+            return ()
+        token_id = self._tokenizer.token_to_id(self.think_tags[1])
+        return () if token_id is None else (token_id,)
+
     def closes_thinking(self, token_id: int) -> bool:
         """Whether the closing tag is complete with this token."""
         if self.think_tags is None or self._tokenizer is None or not self.is_thinking:
@@ -202,7 +210,7 @@ class SampleState:
                 case Inject(ids):
                     return (token_id, *self._checked(policy, ids)), None
                 case Stop():
-                    return (token_id,), action
+                    return () if action.drop else (token_id,), action
                 case _:
                     raise PolicyFailure(
                         TypeError(

@@ -158,36 +158,31 @@ def test_pull_then_run_without_a_hub(hub, served, tmp_path):
     assert len(json.loads(run.stdout)["token_ids"]) == 4
 
 
-def test_one_quantisation_from_plan_to_answer(hub, served, tmp_path):
+def test_one_quantisation_from_plan_to_answer(moejet, hub, served, tmp_path, monkeypatch):
     """`plan` reads the header only; `pull` and `run` take the same name."""
     repo = tmp_path / "gguf"
     repo.mkdir()
     for name in ("Q4_0", "Q8_0"):
         write_gguf(hub.repos["org/model"], repo / f"m-{name}.gguf", name)
     hub.repos["org/model-GGUF"] = repo
-    command = [sys.executable, "-m", "moejet"]
-    environment = hub.environment() | {"HF_HUB_CACHE": str(tmp_path / "cache")}
-    environment |= {"OMP_NUM_THREADS": "1"}
-
-    def run(*arguments, code=0):
-        result = subprocess.run(
-            [*command, *arguments], env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == code, result.stderr
-        return result
-
-    refused = run("plan", "org/model-GGUF:Q6_K", "--no-measure", code=2)
-    assert "no quant='Q6_K'; it has Q4_0 (" in refused.stderr
-    plan = json.loads(run("plan", "org/model-GGUF:Q4_0", "--no-measure", "--json").stdout)
-    assert plan["expert_format"] == "native"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    refused = moejet("plan", "org/model-GGUF:Q6_K", "--no-measure")
+    assert refused.code == 2
+    assert "no quant='Q6_K'; it has Q4_0 (" in refused.err
+    planned = moejet("plan", "org/model-GGUF:Q4_0", "--no-measure", "--json")
+    assert planned.code == 0
+    assert json.loads(planned.out)["expert_format"] == "native"
     assert not list((tmp_path / "cache").rglob("snapshots/*/*.gguf"))
-    run("pull", "org/model-GGUF:Q4_0")
+    assert moejet("pull", "org/model-GGUF:Q4_0").code == 0
     hub.close()
-    environment["HF_HUB_OFFLINE"] = "1"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     options = ["--raw", "--max-tokens", "4", "--ignore-eos", "--threads", "1", "--json"]
-    answer = run("run", "org/model-GGUF:Q4_0", "hello", *options)
-    assert len(json.loads(answer.stdout)["token_ids"]) == 4
-    assert "Q8_0 GGUF file missing" in run("run", "org/model-GGUF:Q8_0", "hello", code=2).stderr
+    answer = moejet("run", "org/model-GGUF:Q4_0", "hello", *options)
+    assert answer.code == 0
+    assert len(json.loads(answer.out)["token_ids"]) == 4
+    missing = moejet("run", "org/model-GGUF:Q8_0", "hello")
+    assert missing.code == 2
+    assert "Q8_0 GGUF file missing" in missing.err
 
 
 def test_importing_the_command_needs_no_torch():

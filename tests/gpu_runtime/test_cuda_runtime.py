@@ -9,7 +9,7 @@ from moejet import LLM, SamplingParams, gpu_loading
 from moejet.batch import Batch
 from moejet.gpu_memory import GpuMemory
 from moejet.plan import GIB
-from moejet.testing.checkpoints import FAMILIES, reference_greedy, reference_logits
+from moejet.testing.checkpoints import FAMILIES, reference_logprobs
 from moejet.testing.tolerances import LOGPROB_LIMITS
 
 pytestmark = pytest.mark.gpu
@@ -51,12 +51,14 @@ def _graphs(llm: LLM) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_tokens_are_those_of_transformers(family, placement, mode, checkpoint, fp32_activations):
+def test_tokens_are_those_of_transformers(
+    family, placement, mode, checkpoint, expected_greedy, fp32_activations
+):
     path = checkpoint(family, **SHAPE)
-    expected = [reference_greedy(path, prompt, NUM_GREEDY)[-NUM_GREEDY:] for prompt in PROMPTS]
     with LLM(path, gpu_experts=PLACEMENTS[placement], **OPTIONS) as llm:
         for _ in range(2):
-            assert _tokens(llm) == expected
+            made = _tokens(llm)
+            assert made == expected_greedy(path, PROMPTS, made, NUM_GREEDY)
         assert (_graphs(llm) > 0) == (mode == "graphs")
 
 
@@ -80,8 +82,7 @@ def test_graphs_compute_what_eager_launches_do(placement, formats, checkpoint, m
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_bf16_is_as_exact_as_bf16_is(placement, checkpoint):
     path, ids = checkpoint("deepseek_v3", **SHAPE), list(range(10, 130))
-    logprobs = torch.log_softmax(reference_logits(path, ids)[:-1].double(), -1)
-    expected = logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+    expected = reference_logprobs(path, ids)
     options = {**OPTIONS, "cache_dtype": "bf16", "gpu_experts": PLACEMENTS[placement]}
     for chunk in (512, 11):
         with LLM(path, **options, max_batch_tokens=chunk) as llm:

@@ -21,6 +21,8 @@ SMALL = replace(
     num_experts=8,
     vocab_size=1024,
     hidden_size=512,
+    intermediate_size=768,
+    moe_intermediate_size=256,
 )
 OPTIONS = {"max_context": 512, "cache_tokens": 2048, "max_batch_tokens": 256, "max_num_requests": 4}
 
@@ -120,7 +122,7 @@ def test_too_little_vram_is_refused_with_the_numbers():
         gpu_experts=10**6,
         **OPTIONS,
     )
-    wide = replace(SMALL, num_experts=64)
+    wide = replace(SMALL, num_experts=64, moe_intermediate_size=1408)
     with pytest.raises(ValueError, match="128 of 128 routed experts"):
         check_memory(fixed, wide, 2048)
 

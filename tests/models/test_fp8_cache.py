@@ -7,37 +7,14 @@ import pytest
 import torch
 
 from moejet import LLM, SamplingParams
-from moejet.testing.checkpoints import FAMILIES, reference_logits, tiny_checkpoint
+from moejet.testing.checkpoints import FAMILIES, random_prompt, reference_logprobs
 
 EXACT = {"expert_format": "bf16", "dense_format": "fp32", "max_context": 256}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    made = {}
-
-    def get(family: str):
-        if family not in made:
-            path = tmp_path_factory.mktemp(family)
-            made[family] = tiny_checkpoint(path, family, dtype=torch.bfloat16)
-        return made[family]
-
-    return get
-
-
-def _prompt(length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, 250, (length,), generator=generator).tolist()
 
 
 def _score(path, ids: list[int], **options) -> torch.Tensor:
     with LLM(path, **options) as llm:
         return torch.tensor(llm.score(ids), dtype=torch.float64)
-
-
-def _logprobs(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    logprobs = torch.log_softmax(logits[:-1].double(), -1)
-    return logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,9 +24,9 @@ def test_error_in_units_of_what_bf16_costs(family, isa, checkpoint, usable_isa):
 
     Means, because a rounded router score sometimes sends a token of a random model elsewhere.
     """
-    path, ids = checkpoint(family), _prompt(200, 6)
-    exact = _logprobs(reference_logits(path, ids), ids)
-    theirs = _logprobs(reference_logits(path, ids, torch.bfloat16), ids)
+    path, ids = checkpoint(family), random_prompt(200, 6)
+    exact = reference_logprobs(path, ids)
+    theirs = reference_logprobs(path, ids, torch.bfloat16)
     ours = _score(path, ids, isa=usable_isa(isa), cache_dtype="fp8", **EXACT)
     error = float((ours - exact).abs().mean())
     assert error < 4 * float((theirs - exact).abs().mean())
@@ -57,8 +34,8 @@ def test_error_in_units_of_what_bf16_costs(family, isa, checkpoint, usable_isa):
 
 def test_costs_little_beside_int4_experts(checkpoint):
     """In the default formats: 0.43 and 0.42 here, in other families up to a fifth more."""
-    path, ids = checkpoint("deepseek_v3"), _prompt(200, 6)
-    exact = _logprobs(reference_logits(path, ids), ids)
+    path, ids = checkpoint("deepseek_v3"), random_prompt(200, 6)
+    exact = reference_logprobs(path, ids)
     errors = [
         float((_score(path, ids, cache_dtype=dtype, max_context=256) - exact).abs().mean())
         for dtype in ("bf16", "fp8")
@@ -68,7 +45,7 @@ def test_costs_little_beside_int4_experts(checkpoint):
 
 def test_native_pass_against_torch_layers(checkpoint, usable_isa, monkeypatch):
     """Both store and read the same codes, but for the few values that lie on the border between two."""
-    path, ids = checkpoint("deepseek_v3"), _prompt(60, 4)
+    path, ids = checkpoint("deepseek_v3"), random_prompt(60, 4)
     options = {**EXACT, "isa": usable_isa("avx2"), "cache_dtype": "fp8"}
     native = _score(path, ids, **options)
     monkeypatch.setenv("MOEJET_REF", "1")
@@ -80,7 +57,7 @@ def test_native_pass_against_torch_layers(checkpoint, usable_isa, monkeypatch):
 def test_greedy_tokens_alone_and_together(changes, checkpoint):
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     options = {"max_context": 256, "cache_dtype": "fp8", "deterministic": True, **changes}
-    prompts = [_prompt(21, 1), _prompt(5, 2), _prompt(40, 3)]
+    prompts = [random_prompt(21, 1), random_prompt(5, 2), random_prompt(40, 3)]
     with LLM(checkpoint("deepseek_v3"), **options) as llm:
         assert llm.engine.runner.latent_cache.dtype == torch.uint8
         alone = [llm.generate([prompt], params)[0].outputs[0].token_ids for prompt in prompts]
@@ -96,8 +73,10 @@ def test_forks_copy_blocks(checkpoint):
     params = SamplingParams(temperature=1.0, seed=3, n=4, max_tokens=30, ignore_eos=True)
     options = {"max_context": 256, "cache_dtype": "fp8", "deterministic": True, "block_size": 8}
     with LLM(checkpoint("deepseek_v3"), **options) as llm:
-        first = [o.token_ids for o in llm.generate([_prompt(21, 1)], params)[0].outputs]
+        first = [o.token_ids for o in llm.generate([random_prompt(21, 1)], params)[0].outputs]
         assert len(set(first)) == 4
     with LLM(checkpoint("deepseek_v3"), **{**options, "block_size": 1}) as llm:
         # Without a block that is filled in part, nothing is copied.
-        assert [o.token_ids for o in llm.generate([_prompt(21, 1)], params)[0].outputs] == first
+        assert [
+            o.token_ids for o in llm.generate([random_prompt(21, 1)], params)[0].outputs
+        ] == first

@@ -14,7 +14,7 @@ from moejet.config import GGUF_FORMATS, EngineConfig
 from moejet.layers.linear import GatedMLP, Linear
 from moejet.layers.mla import LatentUp
 from moejet.plan import Machine, make_plan
-from moejet.testing.checkpoints import reference_logits, tiny_checkpoint
+from moejet.testing.checkpoints import random_prompt, reference_logprobs, tiny_checkpoint
 from moejet.testing.gguf_files import dequantized_checkpoint, write_gguf
 from moejet.weights import Checkpoint
 from moejet.weights.gguf_model import GgufCheckpoint
@@ -36,11 +36,6 @@ SPLIT = {**SIZES, "qk_nope_head_dim": 256}
 OPTIONS = {"cache_dtype": "fp32", "max_context": 256}
 
 
-def prompt(num_tokens: int) -> list[int]:
-    generator = torch.Generator().manual_seed(num_tokens)
-    return torch.randint(10, 250, (num_tokens,), generator=generator).tolist()
-
-
 def make(
     tmp_path: Path, kind: Kind, sizes: dict[str, int], family: str = "moonlight", **options: bool
 ) -> tuple[Path, Path]:
@@ -55,8 +50,7 @@ def make(
 def errors(llm: LLM, truth: Path, ids: list[int]) -> torch.Tensor:
     """Of the log-probabilities of ids."""
     scores = torch.tensor(llm.score(ids), dtype=torch.float64)
-    logprobs = torch.log_softmax(reference_logits(truth, ids, torch.float64)[:-1], -1)
-    return (scores - logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)).abs()
+    return (scores - reference_logprobs(truth, ids, torch.float64)).abs()
 
 
 def stacked_heads(up: LatentUp, name: str) -> torch.Tensor:
@@ -138,7 +132,7 @@ def test_computed_from_their_own_bits(
             assert llm.config.dense_format == "native"
             if step == 1:
                 check_values(llm, truth, converted=("w_uk_transposed",))
-            wrong = errors(llm, truth, prompt(66))
+            wrong = errors(llm, truth, random_prompt(66, 66))
         # Int8 activations may turn the choice between two experts whose scores are close.
         assert float(wrong.median()) < 0.07, f"{step=}"
         assert float(wrong.mean()) < 0.15, f"{step=}"
@@ -154,7 +148,7 @@ def test_split_kv_b_keeps_the_other_direction(
     file, truth = make(tmp_path, kind, sizes, "deepseek_v3", split_kv_b=True)
     with LLM(file, isa=usable_isa(isa), **OPTIONS) as llm:
         check_values(llm, truth, converted=("w_uk",))
-        wrong = errors(llm, truth, prompt(65))
+        wrong = errors(llm, truth, random_prompt(65, 65))
     assert float(wrong.median()) < 0.1
 
 
@@ -186,7 +180,7 @@ def test_formats_of_their_own_and_stand_ins(
         stand_ins = ("w_uk", "w_uk_transposed", "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
         stand_ins += ("shared_experts.gate_proj", "shared_experts.up_proj")
         check_values(llm, truth, converted=stand_ins)
-        wrong = errors(llm, truth, prompt(65))
+        wrong = errors(llm, truth, random_prompt(65, 65))
     assert float(wrong.median()) < 0.1
     attention = "model.layers.1.self_attn."
     assert formats[f"{attention}q_proj"] == "bf16"
@@ -208,7 +202,7 @@ def test_a_tied_output_keeps_the_bits_of_the_embedding(tmp_path: Path, usable_is
         check_values(llm, truth, converted=("w_uk_transposed",))
         embedding = Checkpoint.open(truth).read("model.embed_tokens.weight")
         assert torch.equal(llm.engine.runner.model.embed_tokens.weight, embedding.bfloat16())
-        assert float(errors(llm, truth, prompt(65)).median()) < 0.1
+        assert float(errors(llm, truth, random_prompt(65, 65)).median()) < 0.1
 
 
 def test_unquantised_files(tmp_path: Path, usable_isa) -> None:
@@ -232,8 +226,8 @@ def test_the_second_start_maps_the_same_bits(
         caplog.clear()
         options = {"isa": usable_isa("avx2"), "dense_format": dense_format, "packed_cache": "on"}
         with LLM(file, **options, **OPTIONS) as llm:
-            tokens = llm.generate([prompt(20)], params)[0].outputs[0].token_ids
-            results.append((tokens, llm.score(prompt(65))))
+            tokens = llm.generate([random_prompt(20, 20)], params)[0].outputs[0].token_ids
+            results.append((tokens, llm.score(random_prompt(65, 65))))
         assert ("mapped packed weights" in caplog.text) == is_cached
     assert results[0] == results[1] != results[2]
     assert len(list((tmp_path / "cache").glob("*.packed"))) == 2

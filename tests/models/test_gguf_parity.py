@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -18,8 +19,9 @@ from moejet import LLM, SamplingParams
 from moejet.testing.byte_tokenizer import CHAT_TEMPLATE
 from moejet.testing.checkpoints import (
     FAMILIES,
+    random_prompt,
     reference_greedy,
-    reference_logits,
+    reference_logprobs,
     tiny_checkpoint,
 )
 from moejet.testing.gguf_files import dequantized_checkpoint, write_gguf
@@ -35,13 +37,13 @@ SIZES_256 = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_siz
 
 
 def prompt(seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, 250, (21,), generator=generator).tolist()
+    return random_prompt(21, seed)
 
 
-def greedy(truth: Path, ids: list[int]) -> list[int]:
+def check_greedy(made: Sequence[int], truth: Path, ids: list[int]) -> None:
     """In float64: near a tie of two experts, transformers in float32 is the one that goes astray."""
-    return reference_greedy(truth, ids, NUM_GREEDY, torch.float64)
+    expected = reference_greedy(truth, ids, NUM_GREEDY, torch.float64, guess=made)
+    assert list(made) == expected
 
 
 def check(file: Path, root: Path, tmp_path: Path, isa: str) -> None:
@@ -50,9 +52,8 @@ def check(file: Path, root: Path, tmp_path: Path, isa: str) -> None:
     with LLM(file, isa=isa, **EXACT) as llm:
         result = llm.generate([ids], GREEDY)[0]
         scores = torch.tensor(llm.score(ids), dtype=torch.float64)
-    assert list(result.outputs[0].token_ids) == greedy(truth, ids)
-    logprobs = torch.log_softmax(reference_logits(truth, ids, torch.float64)[:-1], -1)
-    expected = logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+    check_greedy(result.outputs[0].token_ids, truth, ids)
+    expected = reference_logprobs(truth, ids, torch.float64)
     assert float((scores - expected).abs().max()) < LOGPROB_LIMITS["fp32"]
 
 
@@ -86,7 +87,7 @@ def test_shards_given_as_a_directory(tmp_path: Path, usable_isa) -> None:
     truth = dequantized_checkpoint(file, root, tmp_path / "dequantised")
     with LLM(tmp_path / "gguf", isa=usable_isa("avx2"), **EXACT) as llm:
         result = llm.generate([prompt(3)], GREEDY)[0]
-        assert list(result.outputs[0].token_ids) == greedy(truth, prompt(3))
+        check_greedy(result.outputs[0].token_ids, truth, prompt(3))
 
 
 def test_recommended_sampling(tmp_path: Path, usable_isa) -> None:
@@ -122,8 +123,7 @@ def test_a_wrong_tokenizer_is_named(tmp_path: Path) -> None:
 
 def scores_and_truth(llm: LLM, truth: Path, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     scores = torch.tensor(llm.score(ids), dtype=torch.float64)
-    logprobs = torch.log_softmax(reference_logits(truth, ids, torch.float64)[:-1], -1)
-    return scores, logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
+    return scores, reference_logprobs(truth, ids, torch.float64)
 
 
 def check_experts(llm: LLM, truth: Path, exact: bool) -> None:
@@ -147,14 +147,22 @@ def check_experts(llm: LLM, truth: Path, exact: bool) -> None:
 NATIVE = {"dense_format": "fp32", "cache_dtype": "fp32", "max_context": 256}
 
 
+@pytest.fixture(scope="module", params=["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+def native_file(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Path]:
+    """(type, a file of it, a directory with the values that it stands for)."""
+    path = tmp_path_factory.mktemp(request.param)
+    root = tiny_checkpoint(path / "hf", "moonlight", num_hidden_layers=2, **SIZES_256)
+    file = write_gguf(root, path / "model.gguf", request.param)
+    return request.param, file, dequantized_checkpoint(file, root, path / "truth")
+
+
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "amx_emulated"])
-@pytest.mark.parametrize("quantization", ["Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
 def test_experts_computed_from_their_own_bits(
-    quantization: str, isa: str, tmp_path: Path, usable_isa
+    isa: str, native_file: tuple[str, Path, Path], usable_isa
 ) -> None:
-    root = tiny_checkpoint(tmp_path / "hf", "moonlight", num_hidden_layers=2, **SIZES_256)
-    file = write_gguf(root, tmp_path / "model.gguf", quantization)
-    truth = dequantized_checkpoint(file, root, tmp_path / "truth")
+    quantization, file, truth = native_file
     with LLM(file, isa=usable_isa(isa), **NATIVE) as llm:
         assert llm.config.expert_format == "native"
         assert llm.model_config.expert_formats == ((quantization.lower(),) * 2,)

@@ -8,46 +8,20 @@ import pytest
 import torch
 
 from moejet import LLM, SamplingParams
-from moejet.testing.checkpoints import FAMILIES, reference_greedy, reference_logits, tiny_checkpoint
+from moejet.testing.checkpoints import (
+    FAMILIES,
+    random_prompt,
+    reference_logits,
+    reference_logprobs,
+    tiny_checkpoint,
+)
 from moejet.testing.tolerances import LOGPROB_LIMITS, logprob_error
 
 NUM_GREEDY = 64
 EXACT = {"expert_format": "bf16", "dense_format": "fp32", "cache_dtype": "fp32", "max_context": 256}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    made = {}
-
-    def get(family: str):
-        if family not in made:
-            path = tmp_path_factory.mktemp(family)
-            made[family] = tiny_checkpoint(path, family, dtype=torch.bfloat16)
-        return made[family]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def expected_greedy(checkpoint):
-    made: dict[str, list[int]] = {}
-
-    def get(family: str, prompt: list[int]) -> list[int]:
-        key = f"{family} {prompt}"
-        if key not in made:
-            tokens = reference_greedy(checkpoint(family), prompt, NUM_GREEDY)
-            made[key] = tokens[-NUM_GREEDY:]
-        return made[key]
-
-    return get
-
-
-def _prompt(length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, 250, (length,), generator=generator).tolist()
-
-
-PROMPTS = [_prompt(21, 1), _prompt(5, 2), _prompt(40, 3)]
+PROMPTS = [random_prompt(21, 1), random_prompt(5, 2), random_prompt(40, 3)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_GREEDY, ignore_eos=True)
 
 
@@ -61,13 +35,13 @@ def test_greedy_tokens_alone_batched_and_chunked(family, checkpoint, expected_gr
     if exact_isa == "scalar" and family != "deepseek_v3":
         pytest.skip("the scalar table is slow; one family covers it")
     path = checkpoint(family)
-    expected = [expected_greedy(family, prompt) for prompt in PROMPTS]
     with LLM(path, isa=exact_isa, **EXACT) as llm:
         alone = llm.generate([PROMPTS[0]], GREEDY)[0].outputs[0]
+        batch = [list(r.outputs[0].token_ids) for r in llm.generate(PROMPTS, GREEDY)]
+        expected = expected_greedy(path, PROMPTS, batch, NUM_GREEDY)
+        assert batch == expected
         assert list(alone.token_ids) == expected[0]
         assert alone.finish_reason == "length"
-        batch = llm.generate(PROMPTS, GREEDY)
-        assert [list(r.outputs[0].token_ids) for r in batch] == expected
     with LLM(path, isa=exact_isa, max_batch_tokens=7, block_size=4, **EXACT) as llm:
         chunked = llm.generate(PROMPTS, GREEDY)
         assert [list(r.outputs[0].token_ids) for r in chunked] == expected
@@ -77,9 +51,8 @@ def test_greedy_tokens_alone_batched_and_chunked(family, checkpoint, expected_gr
 def test_logprobs_of_every_position(family, checkpoint, exact_isa):
     if exact_isa == "scalar" and family != "deepseek_v3":
         pytest.skip("the scalar table is slow; one family covers it")
-    ids = _prompt(60, 4)
-    logits = reference_logits(checkpoint(family), ids)
-    expected = _next_token_logprobs(logits, ids)
+    ids = random_prompt(60, 4)
+    expected = reference_logprobs(checkpoint(family), ids)
     for chunk in (512, 11):
         options = {**EXACT, "max_batch_tokens": chunk}
         with LLM(checkpoint(family), isa=exact_isa, **options) as llm:
@@ -90,18 +63,12 @@ def test_logprobs_of_every_position(family, checkpoint, exact_isa):
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
 @pytest.mark.parametrize("isa", ["avx512_bf16", "amx", "amx_emulated"])
 def test_tile_log_probabilities(family, isa, checkpoint, usable_isa):
-    ids = _prompt(120, 5)
-    logits = reference_logits(checkpoint(family), ids)
-    expected = _next_token_logprobs(logits, ids)
+    ids = random_prompt(120, 5)
+    expected = reference_logprobs(checkpoint(family), ids)
     with LLM(checkpoint(family), isa=usable_isa(isa), **EXACT) as llm:
         got = torch.tensor(llm.score(ids), dtype=torch.float64)
     likely = expected > -9.0
     assert float((got - expected).abs()[likely].max()) < LOGPROB_LIMITS["bf16"]
-
-
-def _next_token_logprobs(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    logprobs = torch.log_softmax(logits[:-1].double(), -1)
-    return logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +79,9 @@ def test_default_precision_costs_no_more_than_bf16_does(expert_format, allowed, 
 
     Means, because in a random model a rounded router score sometimes sends a token elsewhere.
     """
-    path, ids = checkpoint("deepseek_v3"), _prompt(200, 6)
-    exact = _next_token_logprobs(reference_logits(path, ids), ids)
-    theirs = _next_token_logprobs(reference_logits(path, ids, torch.bfloat16), ids)
+    path, ids = checkpoint("deepseek_v3"), random_prompt(200, 6)
+    exact = reference_logprobs(path, ids)
+    theirs = reference_logprobs(path, ids, torch.bfloat16)
     with LLM(path, expert_format=expert_format, max_context=256) as llm:
         ours = torch.tensor(llm.score(ids), dtype=torch.float64)
     error = float((ours - exact).abs().mean())
@@ -124,9 +91,9 @@ def test_default_precision_costs_no_more_than_bf16_does(expert_format, allowed, 
 @pytest.mark.parametrize(("expert_format", "allowed"), [("int8", 2.5), ("int4_g32", 4.0)])
 def test_int8_arithmetic_of_a_whole_model(expert_format, allowed, checkpoint, usable_isa):
     """int8 tiles in experts and dense layers, by the same measure: 1.7 and 2.7 times what bf16 loses there."""
-    path, ids = checkpoint("deepseek_v3"), _prompt(200, 6)
-    exact = _next_token_logprobs(reference_logits(path, ids), ids)
-    theirs = _next_token_logprobs(reference_logits(path, ids, torch.bfloat16), ids)
+    path, ids = checkpoint("deepseek_v3"), random_prompt(200, 6)
+    exact = reference_logprobs(path, ids)
+    theirs = reference_logprobs(path, ids, torch.bfloat16)
     isa = usable_isa("amx_emulated")
     with LLM(path, isa=isa, arithmetic="int8", expert_format=expert_format, max_context=256) as llm:
         model = llm.engine.runner.model
@@ -142,7 +109,7 @@ def test_tied_embeddings_and_attention_bias(tmp_path):
     path = tiny_checkpoint(
         tmp_path, "deepseek_v3", dtype=torch.bfloat16, tie_word_embeddings=True, attention_bias=True
     )
-    ids = _prompt(30, 7)
+    ids = random_prompt(30, 7)
     logits = reference_logits(path, ids)
     with LLM(path, isa="auto", **EXACT) as llm:
         result = llm.generate(
@@ -157,18 +124,19 @@ def test_tied_embeddings_and_attention_bias(tmp_path):
 def test_preempted_requests_give_the_same_tokens(checkpoint, expected_greedy, usable_isa):
     """A cache too small for all three at once: someone is thrown out and computed again."""
     options = {**EXACT, "max_context": 112, "cache_tokens": 160, "block_size": 8}
-    expected = [expected_greedy("deepseek_v3", prompt) for prompt in PROMPTS]
-    with LLM(checkpoint("deepseek_v3"), isa=usable_isa("avx2"), **options) as llm:
+    path = checkpoint("deepseek_v3")
+    with LLM(path, isa=usable_isa("avx2"), **options) as llm:
         result = llm.generate(PROMPTS, GREEDY)
         assert llm.engine.scheduler.num_preemptions > 0
         llm.engine.scheduler.check_integrity()
-    assert [list(r.outputs[0].token_ids) for r in result] == expected
+    made = [list(r.outputs[0].token_ids) for r in result]
+    assert made == expected_greedy(path, PROMPTS, made, NUM_GREEDY)
 
 
 def test_logits_of_the_whole_vocabulary(checkpoint, usable_isa):
     from moejet.batch import Batch
 
-    ids = _prompt(33, 8)
+    ids = random_prompt(33, 8)
     expected = reference_logits(checkpoint("deepseek_v2_lite"), ids)
     with (
         LLM(checkpoint("deepseek_v2_lite"), isa=usable_isa("avx2"), **EXACT) as llm,

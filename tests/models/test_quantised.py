@@ -9,8 +9,9 @@ import torch
 from moejet import LLM, SamplingParams
 from moejet.testing.checkpoints import (
     FAMILIES,
+    random_prompt,
     reference_greedy,
-    reference_logits,
+    reference_logprobs,
     tiny_checkpoint,
 )
 from moejet.testing.quantised import quantise_checkpoint
@@ -36,30 +37,21 @@ def quantised(tmp_path_factory):
     return get
 
 
-def _prompt(length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(10, 250, (length,), generator=generator).tolist()
-
-
-def _logprobs(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    logprobs = torch.log_softmax(logits[:-1].double(), -1)
-    return logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
-
-
 @pytest.mark.parametrize("method", ["fp8", "fp8_ue8m0"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_native_fp8(family, method, quantised, usable_isa):
     if method == "fp8_ue8m0" and family not in ("deepseek_v3", "kimi_k2"):
         pytest.skip("published with fp32 scales")
     usable_isa("avx2")
-    path, prompt = quantised(family, method), _prompt(21, 1)
+    path, prompt = quantised(family, method), random_prompt(21, 1)
     with LLM(path, expert_format="native", **EXACT) as llm:
         assert llm.config.expert_format == "fp8"
         result = llm.generate([prompt], GREEDY)[0].outputs[0]
-        ids = _prompt(50, 2)
+        ids = random_prompt(50, 2)
         got = torch.tensor(llm.score(ids), dtype=torch.float64)
-    assert list(result.token_ids) == reference_greedy(path / "dequantized", prompt, 40)
-    expected = _logprobs(reference_logits(path / "dequantized", ids), ids)
+    made = list(result.token_ids)
+    assert made == reference_greedy(path / "dequantized", prompt, 40, guess=made)
+    expected = reference_logprobs(path / "dequantized", ids)
     assert float((got - expected).abs().max()) < LOGPROB_LIMITS["fp32"]
 
 
@@ -67,8 +59,8 @@ def test_native_fp8(family, method, quantised, usable_isa):
 def test_native_int4(family, quantised, usable_isa):
     """The int4 kernels quantise activations to int8; in fp32 the same values give the same tokens."""
     usable_isa("avx2")
-    path, prompt, ids = quantised(family, "int4"), _prompt(21, 1), _prompt(120, 3)
-    expected = _logprobs(reference_logits(path / "dequantized", ids), ids)
+    path, prompt, ids = quantised(family, "int4"), random_prompt(21, 1), random_prompt(120, 3)
+    expected = reference_logprobs(path / "dequantized", ids)
     with LLM(path, **EXACT) as llm:
         assert llm.config.expert_format == "int4_g32"
         got = torch.tensor(llm.score(ids), dtype=torch.float64)
@@ -76,7 +68,8 @@ def test_native_int4(family, quantised, usable_isa):
     with LLM(path, expert_format="fp32", **EXACT) as llm:
         result = llm.generate([prompt], GREEDY)[0].outputs[0]
         got = torch.tensor(llm.score(ids), dtype=torch.float64)
-    assert list(result.token_ids) == reference_greedy(path / "dequantized", prompt, 40)
+    made = list(result.token_ids)
+    assert made == reference_greedy(path / "dequantized", prompt, 40, guess=made)
     assert float((got - expected).abs().max()) < LOGPROB_LIMITS["fp32"]
 
 
@@ -100,8 +93,8 @@ def test_int4_codes_and_scales_are_kept(quantised, usable_isa):
 )
 def test_requantised(method, expert_format, limit, quantised, usable_isa):
     usable_isa("avx2")
-    path, ids = quantised("deepseek_v3", method), _prompt(120, 4)
-    expected = _logprobs(reference_logits(path / "dequantized", ids), ids)
+    path, ids = quantised("deepseek_v3", method), random_prompt(120, 4)
+    expected = reference_logprobs(path / "dequantized", ids)
     with LLM(path, expert_format=expert_format, **EXACT) as llm:
         got = torch.tensor(llm.score(ids), dtype=torch.float64)
     assert float((got - expected).abs().mean()) < limit
@@ -109,8 +102,8 @@ def test_requantised(method, expert_format, limit, quantised, usable_isa):
 
 @pytest.mark.parametrize(("dense_format", "limit"), [("int8", 0.3), ("bf16", 0.1), ("fp8", 0.3)])
 def test_dense_weights_from_fp8(dense_format, limit, quantised, usable_isa):
-    path, ids = quantised("deepseek_v3", "fp8"), _prompt(120, 5)
-    expected = _logprobs(reference_logits(path / "dequantized", ids), ids)
+    path, ids = quantised("deepseek_v3", "fp8"), random_prompt(120, 5)
+    expected = reference_logprobs(path / "dequantized", ids)
     options = {**EXACT, "dense_format": dense_format, "isa": usable_isa("avx2")}
     with LLM(path, expert_format="native", **options) as llm:
         got = torch.tensor(llm.score(ids), dtype=torch.float64)

@@ -1,6 +1,7 @@
 """Selectors, stop rules, rounds and DeepConf, on made-up candidates and on the tiny reasoner."""
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -33,7 +34,7 @@ from moejet.reasoning.select import (
     token_f1,
 )
 from moejet.reasoning.single import Single
-from moejet.reasoning.solve import solve
+from moejet.reasoning.solver import solve
 from moejet.reasoning.stopping import BetaStop, Decided, Unanimous, beta_confidence
 from moejet.reasoning.task import Run, Task
 from moejet.statistics import TokenScores
@@ -378,3 +379,27 @@ def test_deepconf_stops_what_falls_below_the_bar(llm: LLM) -> None:
     for options in ({"mode": "both"}, {"keep": 0.0}, {"total": 3}, {"window": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             DeepConf(**options)  # type: ignore[arg-type]
+
+
+class Slow(NumberAnswers):
+    """Compares modulo 10, and notes on which thread."""
+
+    def __init__(self) -> None:
+        self.threads: set[str] = set()
+        self.num_calls = 0
+
+    def group(self, answers: Sequence[str]) -> list[int]:
+        self.threads.add(threading.current_thread().name)
+        self.num_calls += 1
+        last = [answer[-1] for answer in answers]
+        return [last.index(digit) for digit in last]
+
+
+def test_answers_are_compared_in_the_background_and_once(llm: LLM) -> None:
+    slow = Slow()
+    result = solve(llm, PROMPT, Sample(12, stop=BetaStop(0.99), wave=3), params=HOT, answers=slow)
+    assert all(name.startswith("moejet-strategy") for name in slow.threads)
+    different = {c.answer for c in result.candidates} - {None}
+    assert slow.num_calls <= 2 * len(different)
+    ends = {str(answer)[-1] for answer in different}
+    assert len(result.details["votes"]) == len(ends)

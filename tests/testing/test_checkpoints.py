@@ -17,6 +17,7 @@ from moejet.testing.checkpoints import (
     hf_config,
     reference_greedy,
     reference_logits,
+    reference_logprobs,
     tiny_checkpoint,
 )
 from moejet.testing.tolerances import DIFF_LIMITS, assert_close, calc_diff, logprob_error
@@ -49,6 +50,23 @@ def test_family(tmp_path: Path, family: str) -> None:
     assert_close(logits, exact, "fp32")
     assert len(set(reference_greedy(root, [0, 9, 20], 12))) > 6
     assert Tokenizer.from_path(root).vocab_size <= config.vocab_size
+
+
+def test_a_guess_changes_no_greedy_token(tmp_path: Path) -> None:
+    root = tiny_checkpoint(tmp_path, "deepseek_v3")
+    right = reference_greedy(root, PROMPT, 12)
+    wrong = [*right[:5], (right[5] + 1) % 320, *right[6:]]
+    for guess in (right, wrong, right[:3], [*right, 7], [4] * 12, [right[0]]):
+        assert reference_greedy(root, PROMPT, 12, guess=guess) == right
+    assert reference_greedy(root, PROMPT, 1, guess=right) == right[:1]
+    assert reference_greedy(root, PROMPT, 0, guess=right) == []
+
+
+def test_logprobs_are_of_the_token_that_follows(tmp_path: Path) -> None:
+    root = tiny_checkpoint(tmp_path, "moonlight")
+    expected = reference_logits(root, PROMPT).double().log_softmax(-1)
+    got = reference_logprobs(root, PROMPT)
+    assert got.tolist() == [expected[i, token] for i, token in enumerate(PROMPT[1:])]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -118,6 +118,7 @@ class DeepConf:
             scores = {LOWEST: lowest, TAIL: window.tail}
             candidates.append(task.candidate(branch, gained[0], scores=scores))
         task.release(branches)
+        yield from task.classify(candidate.answer for candidate in candidates)
         return candidates
 
 

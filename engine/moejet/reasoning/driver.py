@@ -1,17 +1,17 @@
 """Keeps strategies going: many generators, one or several engines, every step shared by whoever wants it.
 
 `Driver` holds the generators and knows what each waits for. It begins requests; whoever owns it runs the engines and
-tells it which requests have ended (`moejet.reasoning.solve`).
+tells it which requests have ended (`moejet.reasoning.solver`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from moejet.branch import Advance, BranchHost
 from moejet.reasoning.result import Background, Progress
@@ -20,7 +20,7 @@ from moejet.request import CompletionOutput, RequestOutput
 
 
 @dataclass(eq=False, slots=True)
-class _Active:
+class Active:
     """A generator and what it waits for: requests of an `Advance`, a `Future`, or the runs of a `Gather`."""
 
     run: Run[Any]
@@ -36,24 +36,31 @@ class _Active:
 
 @dataclass(eq=False, slots=True)
 class _Gathering:
-    owner: _Active
+    owner: Active
     work: Gather
     results: list[Any]
-    active: dict[int, _Active] = field(default_factory=dict)
+    active: dict[int, Active] = field(default_factory=dict)
     num_started: int = 0
     num_ended: int = 0
+
+
+class Submits(Protocol):
+    """What is asked of an executor."""
+
+    def submit(self, function: Callable[[], Any], /) -> Future[Any]: ...
 
 
 class Driver:
     """Keeps generators going. Used by one thread; only `executor`'s threads do something beside it."""
 
-    def __init__(self, executor: Executor):
+    def __init__(self, executor: Submits):
         self._executor = executor
-        self._active: set[_Active] = set()  # those of a Gather included
-        self._top: set[_Active] = set()
-        self._by_request: dict[str, _Active] = {}
+        self._active: set[Active] = set()  # those of a Gather included
+        self._top: set[Active] = set()
+        # Each engine numbers its requests by itself.
+        self._by_request: dict[tuple[BranchHost, str], Active] = {}
         self._counters: dict[BranchHost, tuple[int, int, int]] = {}
-        self._ready: deque[tuple[_Active, Callable[[], Any]]] = deque()
+        self._ready: deque[tuple[Active, Callable[[], Any]]] = deque()
         self._is_running = False
 
     def start(
@@ -63,15 +70,15 @@ class Driver:
         *,
         watch: Callable[[Progress], None],
         end: Callable[[Any, BaseException | None], None],
-    ) -> _Active:
+    ) -> Active:
         """watch: gets its progress · end: gets what it returned or raised."""
-        active = _Active(run, ledger, watch, end)
+        active = Active(run, ledger, watch, end)
         self._active.add(active)
         self._top.add(active)
         self._resume(active, None)
         return active
 
-    def cancel(self, active: _Active) -> None:
+    def cancel(self, active: Active) -> None:
         """Ends a run without a result; nobody is told."""
         if active not in self._active:
             return
@@ -86,9 +93,8 @@ class Driver:
     def requests(self) -> dict[BranchHost, list[str]]:
         """What is waited for, by the model that computes it."""
         found: dict[BranchHost, list[str]] = {}
-        for request_id, active in self._by_request.items():
-            assert active.advance is not None
-            found.setdefault(active.advance.llm, []).append(request_id)
+        for llm, request_id in self._by_request:
+            found.setdefault(llm, []).append(request_id)
         return found
 
     @property
@@ -112,10 +118,10 @@ class Driver:
             else:
                 self._throw(active, error)
 
-    def deliver(self, ended: Mapping[str, RequestOutput | Exception]) -> None:
-        """Tells of requests that have ended."""
+    def deliver(self, llm: BranchHost, ended: Mapping[str, RequestOutput | Exception]) -> None:
+        """Tells of a model's requests that have ended."""
         for request_id, result in ended.items():
-            active = self._by_request.pop(request_id, None)
+            active = self._by_request.pop((llm, request_id), None)
             if active is None:
                 continue
             if isinstance(result, Exception):
@@ -138,7 +144,7 @@ class Driver:
         steps, loads, read = (a - b for a, b in zip(now, before, strict=True))
         if not steps:
             return
-        waiting = [a for a in self._by_request.values() if a.advance and a.advance.llm is llm]
+        waiting = [a for (host, _), a in self._by_request.items() if host is llm]
         running = max(len(waiting), len(llm.engine.scheduler.running))
         seen: set[int] = set()
         for active in waiting:
@@ -149,13 +155,13 @@ class Driver:
                 seen.add(id(usage))
                 usage.steps += steps
 
-    def _resume(self, active: _Active, value: Any) -> None:
+    def _resume(self, active: Active, value: Any) -> None:
         self._schedule(active, lambda: active.run.send(value))
 
-    def _throw(self, active: _Active, error: BaseException) -> None:
+    def _throw(self, active: Active, error: BaseException) -> None:
         self._schedule(active, lambda: active.run.throw(error))
 
-    def _schedule(self, active: _Active, go_on: Callable[[], Any]) -> None:
+    def _schedule(self, active: Active, go_on: Callable[[], Any]) -> None:
         """Runs generators that can go on, one after another; those that others wake come behind."""
         self._ready.append((active, go_on))
         if self._is_running:
@@ -169,7 +175,7 @@ class Driver:
         finally:
             self._is_running = False
 
-    def _go_on(self, active: _Active, go_on: Callable[[], Any]) -> None:
+    def _go_on(self, active: Active, go_on: Callable[[], Any]) -> None:
         """Lets a generator run until it waits for something or ends."""
         try:
             work = go_on()
@@ -197,13 +203,13 @@ class Driver:
         except Exception as error:
             self._throw(active, error)
 
-    def _begin(self, active: _Active, work: Advance) -> None:
+    def _begin(self, active: Active, work: Advance) -> None:
         self._counters.setdefault(work.llm, _totals(work.llm))
         ids = work.llm.begin(work.starts)
         active.advance, active.request_ids, active.outputs = work, ids, {}
-        self._by_request |= dict.fromkeys(ids, active)
+        self._by_request |= {(work.llm, request_id): active for request_id in ids}
 
-    def _gather(self, active: _Active, work: Gather) -> None:
+    def _gather(self, active: Active, work: Gather) -> None:
         gathering = _Gathering(active, work, [None] * len(work.runs))
         active.gather = gathering
         self._start_more(gathering)
@@ -217,7 +223,7 @@ class Driver:
         ):
             index = gathering.num_started
             gathering.num_started += 1
-            child = _Active(
+            child = Active(
                 work.runs[index],
                 gathering.owner.ledger,
                 gathering.owner.watch,
@@ -252,11 +258,11 @@ class Driver:
         else:
             self._start_more(gathering)
 
-    def _drop(self, active: _Active) -> None:
+    def _drop(self, active: Active) -> None:
         """Ends what a run waits for."""
         if active.advance is not None:
             for request_id in active.request_ids:
-                self._by_request.pop(request_id, None)
+                self._by_request.pop((active.advance.llm, request_id), None)
             active.advance.llm.abandon(active.request_ids)
             active.advance = None
         if active.future is not None:

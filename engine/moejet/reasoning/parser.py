@@ -22,6 +22,8 @@ KNOWN_TAGS: tuple[tuple[str, str], ...] = (
     ("<think>", "</think>"),
     ("◁think▷", "◁/think▷"),
     ("<thinking>", "</thinking>"),
+    ("<Thought>", "</Thought>"),  # Marco-o1
+    ("<|im_start|>think", "<|im_start|>answer"),  # s1
 )
 
 

@@ -37,6 +37,7 @@ class VerifyRounds:
         while len(candidates) < self.most and not (candidates and task.is_exhausted):
             result = yield from self.inner.run(task)
             candidates.append(result.candidate)
+            yield from task.classify([result.answer])
             yield from task.tell(
                 "candidate", f"round {len(candidates)}: {result.answer}", answer=result.answer
             )

@@ -53,6 +53,7 @@ class Sample:
     def _one(self, task: Task, number: int) -> Run[Result]:
         result = yield from self.inner.run(task)
         answer = result.answer
+        yield from task.classify([answer])
         yield from task.tell(
             "candidate", f"answer {number + 1} of {self.n}: {answer}", number=number, answer=answer
         )

@@ -64,6 +64,7 @@ class Majority:
     """The answer that most candidates give, in the words of the likeliest of them (arXiv 2203.11171)."""
 
     def choose(self, task: Task, candidates: Sequence[Candidate]) -> Run[Result]:
+        yield from task.classify(candidate.answer for candidate in candidates)
         result = yield from choose_by_votes(task, candidates, votes(task, candidates))
         return result
 
@@ -185,6 +186,7 @@ def with_scores(
     task: Task, candidates: Sequence[Candidate], scorer: Scorer
 ) -> Run[list[Candidate]]:
     """The candidates with what a scorer says of them as `scores[SCORE]`."""
+    yield from task.classify(candidate.answer for candidate in candidates)
     scores = yield from scorer.score(task, candidates)
     for score in scores:
         if not math.isfinite(score):

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 from moejet.branch import Advance, Branch, Segment, Until
@@ -39,6 +40,28 @@ class Answers(Protocol):
 
     def group(self, answers: Sequence[str]) -> list[int]:
         """For each answer the index of the first one that is equal to it."""
+
+
+class KnownAnswers:
+    """Answers that remembers which ones are equal: comparing may take a proof, and an engine waits for nobody.
+
+    `Task.classify` finds it out in the background; what it has seen is grouped at once.
+    """
+
+    def __init__(self, answers: Answers):
+        self.answers = answers
+        self.classes: dict[
+            str, str
+        ] = {}  # each answer and the one that stands for all that equal it
+
+    def extract(self, content: str) -> str | None:
+        return self.answers.extract(content)
+
+    def group(self, answers: Sequence[str]) -> list[int]:
+        if not all(answer in self.classes for answer in answers):
+            return self.answers.group(answers)
+        classes = [self.classes[answer] for answer in answers]
+        return [classes.index(name) for name in classes]
 
 
 class Strategy(Protocol):
@@ -116,7 +139,7 @@ class Task:
         self.prompt_token_ids = tuple(prompt_token_ids)
         self.prompt = prompt
         self.params = params
-        self.answers = answers
+        self.answers = answers if isinstance(answers, KnownAnswers) else KnownAnswers(answers)
         self.ledger = ledger
         self._root: Branch | None = None
         self._opened: list[Branch] = []
@@ -202,16 +225,19 @@ class Task:
         until: Until = None,
         max_tokens: int | Sequence[int] | None = None,
         params: SamplingParams | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Run[list[Segment]]:
         """As `LLM.advance`, within the budget. What it cut off ends with "length" and stop_reason "budget".
 
-        Branches go on at the same time, as many as the budget allows. max_tokens: one for all, or of each.
+        Branches go on at the same time, as many as the budget allows. max_tokens: one for all, or of each · seeds: of
+        each branch, new ones unless given; a branch that advances in pieces with the same seed becomes what it would
+        have become in one go.
         """
         params = self._limited(params or self.params)
         limit = params.max_tokens if max_tokens is None else max_tokens
         limits = list(limit) if isinstance(limit, Sequence) else [limit] * len(branches)
         marks = [branch.mark for branch in branches]
-        seeds = [self.ledger.next_seed() for _ in branches]
+        seeds = [self.ledger.next_seed() for _ in branches] if seeds is None else list(seeds)
         ends: dict[int, tuple[Any, Any]] = {
             i: ("stop", None) for i, branch in enumerate(branches) if branch.is_finished
         }
@@ -275,6 +301,24 @@ class Task:
         """The function's result; other work goes on meanwhile."""
         result: T = yield Background(function)
         return result
+
+    def classify(self, answers: Iterable[str | None]) -> Run[None]:
+        """Finds out, in the background, which answers are equal, so that `self.answers.group` need not."""
+        known = self.answers
+        for answer in answers:
+            compared: list[str] = []
+            while answer is not None and answer not in known.classes:
+                names = [
+                    name for name in dict.fromkeys(known.classes.values()) if name not in compared
+                ]
+                if not names:  # as long as none has come meanwhile
+                    known.classes[answer] = answer
+                    break
+                given = [*names, answer]
+                groups = yield from self.background(partial(known.answers.group, given))
+                compared += names
+                if groups[-1] < len(names):
+                    known.classes[answer] = names[groups[-1]]
 
     def tell(self, kind: Any, message: str, *, node: Node | None = None, **data: Any) -> Run[None]:
         """Reports progress to whoever watches."""

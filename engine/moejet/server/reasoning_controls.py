@@ -20,21 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from moejet.reasoning.effort import EFFORT_BUDGETS, EFFORTS
 from moejet.server.short import short
 from moejet.tokenizer import Tokenizer
 
-# Tokens of thinking at each effort, for models that were not taught efforts; None: no limit but max_tokens.
-EFFORT_BUDGETS: Mapping[str, int | None] = {
-    "none": 0,
-    "minimal": 256,
-    "low": 1024,
-    "medium": 4096,
-    "high": 16384,
-    "xhigh": 32768,
-    "max": None,
-    "ultra": None,
-}
-EFFORTS = tuple(EFFORT_BUDGETS)
 SWITCHES = ("thinking", "enable_thinking")  # in templates
 BUDGET_FIELDS = (
     "thinking_token_budget",

@@ -297,14 +297,47 @@ def reference_logits(
     return logits if dtype == torch.float64 else logits.float()
 
 
+def reference_logprobs(
+    path: str | Path, token_ids: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Log-probabilities of every token but the first by transformers: [T - 1] float64."""
+    logits = reference_logits(path, token_ids, dtype)[:-1].double()
+    following = torch.tensor(list(token_ids)[1:]).unsqueeze(1)
+    return torch.log_softmax(logits, -1).gather(1, following).squeeze(1)
+
+
 def reference_greedy(
-    path: str | Path, prompt_ids: Sequence[int], n: int, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    prompt_ids: Sequence[int],
+    n: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    guess: Sequence[int] = (),
 ) -> list[int]:
-    """`n` greedy tokens after the prompt; every step recomputes the whole sequence and eos does not stop it."""
-    tokens = list(prompt_ids)
-    for _ in range(n):
-        tokens.append(int(reference_logits(path, tokens, dtype)[-1].argmax()))
-    return tokens[len(prompt_ids) :]
+    """`n` greedy tokens after the prompt, without a cache; eos does not stop it.
+
+    guess: what the result is expected to be. It decides how long this takes, never the result: each position of a
+    sequence says which token follows, so a right guess is confirmed by one pass and a wrong one corrected.
+    """
+    made: list[int] = []
+    while len(made) < n:
+        ahead = list(guess[len(made) : n - 1])
+        logits = reference_logits(path, [*prompt_ids, *made, *ahead], dtype)
+        best: list[int] = logits[-1 - len(ahead) :].argmax(-1).tolist()
+        right = 0
+        while right < len(ahead) and ahead[right] == best[right]:
+            right += 1
+        made += best[: right + 1]
+        if right < len(ahead):
+            guess = ()  # after a wrong token the rest is wrong as well
+    return made
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Token ids that every tiny vocabulary has and that mean nothing special."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(10, 250, (length,), generator=generator).tolist()
+    return ids
 
 
 def _config_object(raw: dict[str, Any]) -> Any:

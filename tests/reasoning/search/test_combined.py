@@ -20,7 +20,7 @@ from moejet.reasoning.search.code_steps import CodeSteps, code_of
 from moejet.reasoning.search.mutual_check import AGREEMENT, MutualCheck, _beginning
 from moejet.reasoning.select import Majority
 from moejet.reasoning.single import Single
-from moejet.reasoning.solve import solve, solve_many
+from moejet.reasoning.solver import solve, solve_many
 from moejet.reasoning.task import Run, Task
 from moejet.testing import arithmetic
 from moejet.testing.number_answers import NumberAnswers
@@ -229,7 +229,6 @@ def test_without_a_program_that_runs_there_is_no_confidence(llm: LLM) -> None:
 
 
 def test_programs_run_in_the_sandbox_unless_told_otherwise(llm: LLM) -> None:
-    pytest.importorskip("moejet.reasoning.sandbox")
     strategy = CodeSteps(Confidence(), beams=1, children=3)
     result = solve(llm, "Compute.", strategy, params=_coder(llm), answers=NumberAnswers())
     assert result.answer in ("6", "9")

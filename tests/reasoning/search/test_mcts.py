@@ -16,7 +16,7 @@ from moejet.reasoning.search.actions import NextStep, Place, rstar_actions
 from moejet.reasoning.search.mcts import MCTS, Scored, VoteShare, marco, rstar, select, uct
 from moejet.reasoning.search.steps import Steps
 from moejet.reasoning.single import Single
-from moejet.reasoning.solve import solve
+from moejet.reasoning.solver import solve
 from moejet.reasoning.task import Run, Task
 from moejet.testing import arithmetic
 from moejet.testing.arithmetic_oracle import StepOracle

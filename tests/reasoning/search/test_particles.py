@@ -9,7 +9,7 @@ from moejet import LLM, SamplingParams
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.scorers import Confidence
 from moejet.reasoning.search.particles import ParticleFilter, multinomial, normalised, systematic
-from moejet.reasoning.solve import solve
+from moejet.reasoning.solver import solve
 from moejet.testing import arithmetic
 from moejet.testing.arithmetic_oracle import StepOracle
 from moejet.testing.number_answers import NumberAnswers

@@ -14,7 +14,7 @@ from moejet.reasoning.search.debate import Debate
 from moejet.reasoning.search.json_steps import JsonSteps, parse_step
 from moejet.reasoning.search.programs import ChainOfThought, PlanAndSolve, SelfCritique
 from moejet.reasoning.search.templates import Library, Template, Templates
-from moejet.reasoning.solve import solve
+from moejet.reasoning.solver import solve
 from moejet.reasoning.task import Strategy
 from moejet.testing.number_answers import NumberAnswers
 from moejet.testing.script import scripted

@@ -13,7 +13,7 @@ from moejet.reasoning.scorers import Confidence
 from moejet.reasoning.search.step_beam import StepBeam
 from moejet.reasoning.search.steps import Step, Steps
 from moejet.reasoning.single import Single
-from moejet.reasoning.solve import solve
+from moejet.reasoning.solver import solve
 from moejet.reasoning.task import Run, Task
 from moejet.testing import arithmetic
 from moejet.testing.arithmetic_oracle import StepOracle

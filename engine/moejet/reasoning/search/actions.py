@@ -99,7 +99,7 @@ class Finish:
     def expand(self, task: Task, place: Place, params: SamplingParams | None) -> Run[list[Child]]:
         branches = yield from _begin(task, place, self.prompt, self.samples)
         steps = yield from complete(task, branches, params=params)
-        best, share = commonest(task, branches, [branch.content for branch in branches])
+        best, share = yield from commonest(task, branches, [branch.content for branch in branches])
         task.release([branch for i, branch in enumerate(branches) if i != best])
         return [_child(place, branches[best], steps[best], is_last=True, reward=share)]
 
@@ -186,12 +186,15 @@ def rstar_actions(step: Steps | None = None) -> tuple[Action, ...]:
     )
 
 
-def commonest(task: Task, branches: Sequence[Branch], texts: Sequence[str]) -> tuple[int, float]:
+def commonest(
+    task: Task, branches: Sequence[Branch], texts: Sequence[str]
+) -> Run[tuple[int, float]]:
     """The likeliest of the branches whose texts give the commonest answer, and that answer's share of all."""
     given = [(i, found) for i, text in enumerate(texts) if (found := task.answers.extract(text))]
     members: list[int] = list(range(len(branches)))
     share = 0.0
     if given:
+        yield from task.classify(answer for _, answer in given)
         groups = task.answers.group([answer for _, answer in given])
         first = max(groups, key=lambda group: (groups.count(group), -group))
         members = [i for (i, _), group in zip(given, groups, strict=True) if group == first]
@@ -225,7 +228,7 @@ def _answer(
     if votes > 1:
         branches += yield from task.fork(branch, votes - 1)
     steps = yield from step.advance(task, branches, params=params)
-    best, _ = commonest(task, branches, [step.text for step in steps])
+    best, _ = yield from commonest(task, branches, [step.text for step in steps])
     task.release([b for i, b in enumerate(branches) if i != best])
     return _child(place, branches[best], steps[best])
 

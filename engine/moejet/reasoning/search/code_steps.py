@@ -107,6 +107,7 @@ class CodeSteps:
             return replace(result, confidence=0.0)
         able = [c for c in fit if c.answer is not None] or fit
         best = sorted(able, key=lambda c: (-c.scores[SCORE], -c.mean.logprob))[: self.top]
+        yield from task.classify(candidate.answer for candidate in best)
         chosen = yield from choose_by_votes(task, best, votes(task, best))
         return replace(chosen, candidates=tuple(fit), nodes=result.nodes)
 

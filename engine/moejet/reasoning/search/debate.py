@@ -47,6 +47,7 @@ class Debate:
             yield from task.tell(
                 "note", f"round {number}", answers=[answer.answer for answer in answers]
             )
+            yield from task.classify(answer.answer for answer in answers)
             if task.is_exhausted or (self.stops_agreed and self._agree(task, answers)):
                 break
             own = [

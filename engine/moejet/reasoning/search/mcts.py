@@ -47,10 +47,10 @@ class VoteShare:
     ) -> Run[list[float]]:
         given = [candidate.answer for candidate in found if candidate.answer is not None]
         wanted = [candidate.answer for candidate in candidates if candidate.answer is not None]
+        yield from task.classify(given)
         groups = task.answers.group([*given, *wanted])
         shares = iter([groups[: len(given)].count(g) / len(given) for g in groups[len(given) :]])
         return [next(shares) if c.answer is not None else 0.0 for c in candidates]
-        yield  # a generator like the others
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ class MutualCheck:
         prefixes = [_beginning(candidate, mask) for candidate in able for mask in self.masks]
         distinct = list(dict.fromkeys(prefixes))
         completed = yield from _complete(other, distinct)
+        yield from task.classify([*(candidate.answer for candidate in able), *completed])
         answers = dict(zip(distinct, completed, strict=True))
         checked = []
         for number, candidate in enumerate(able):

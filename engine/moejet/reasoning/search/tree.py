@@ -69,6 +69,7 @@ def conclude(
 
     weights: in the vote, `vote_weights` unless given. Confidence is the chosen answer's share of it.
     """
+    yield from task.classify(candidate.answer for candidate in candidates)
     scores = [candidate.scores[SCORE] for candidate in candidates]
     weights = vote_weights(scores) if weights is None else weights
     ranking = votes(task, candidates, weights.__getitem__)

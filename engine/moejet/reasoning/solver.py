@@ -99,11 +99,11 @@ def solve_many(
                 _step(driver)
             if errors:
                 break
-            task = _task(
+            task = make_task(
                 llm, prompt, params, budget, index if seeds is None else seeds[index], answers
             )
             driver.start(
-                _supervised(task, strategy),
+                supervised(task, strategy),
                 task.ledger,
                 watch=_ignore if watch is None else partial(watch, index),
                 end=partial(ended, index),
@@ -136,8 +136,8 @@ def stream(
             events.append(result)
 
     with _driving() as driver:
-        task = _task(llm, prompt, params, budget, seed, answers)
-        driver.start(_supervised(task, strategy), task.ledger, watch=events.append, end=ended)
+        task = make_task(llm, prompt, params, budget, seed, answers)
+        driver.start(supervised(task, strategy), task.ledger, watch=events.append, end=ended)
         while driver.num_runs or events:
             while events:
                 yield events.popleft()
@@ -174,18 +174,20 @@ def _step(driver: Driver) -> None:
         assert isinstance(llm, LLM), f"{llm=}"
         ended = llm.wait(ids, max_steps=1)
         driver.charge(llm)
-        driver.deliver(ended)
+        driver.deliver(llm, ended)
 
 
-def _task(
+def make_task(
     llm: LLM,
     prompt: Prompt,
     params: SamplingParams | None,
     budget: Budget | None,
     seed: int,
     answers: Answers | None,
+    **template_kwargs: Any,
 ) -> Task:
-    text, token_ids = llm.read_prompt(prompt)
+    """The task of a new run; arguments as of `solve`. Raises ValueError for a wrong prompt."""
+    text, token_ids = llm.read_prompt(prompt, **template_kwargs)
     if answers is None:
         from moejet.reasoning.answers import AnswerKey
 
@@ -201,7 +203,7 @@ def _task(
     )
 
 
-def _supervised(task: Task, strategy: Strategy) -> Run[Result]:
+def supervised(task: Task, strategy: Strategy) -> Run[Result]:
     """The strategy's run, after which nothing of it is left in the cache."""
     try:
         result = yield from strategy.run(task)

@@ -13,7 +13,7 @@ from moejet.reasoning.budget import Budget
 from moejet.reasoning.result import Candidate, Progress, Result
 from moejet.reasoning.sample import Sample
 from moejet.reasoning.single import Single
-from moejet.reasoning.solve import solve, solve_many, stream
+from moejet.reasoning.solver import solve, solve_many, stream
 from moejet.reasoning.task import Answers, Run, Task
 from moejet.testing.number_answers import NumberAnswers
 

@@ -1,0 +1,178 @@
+"""Strategies on an AsyncLLM: the same answers as alone, beside other requests, and nothing left behind."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import pytest
+
+from moejet import LLM, AsyncLLM, EngineClosedError, EngineDeadError, QueueFullError, SamplingParams
+from moejet.reasoning import Budget, Progress, Result, Run, Sample, Single, Task, solve
+from moejet.testing.number_answers import NumberAnswers
+
+NUMBERS = NumberAnswers()
+PARAMS = SamplingParams(temperature=1.0)
+PROMPTS = [
+    [{"role": "user", "content": f"Start with {n}, add 25, then multiply by 3."}]
+    for n in (17, 18, 19, 20)
+]
+
+
+def run(body: Callable[[AsyncLLM], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with AsyncLLM(num_threads=1) as llm:
+            await body(llm)
+            for _ in range(200):  # cancelling takes a moment on the engine's thread
+                engine = llm._thread.engine
+                if not engine.has_work and not engine.scheduler.held:
+                    break
+                await asyncio.sleep(0.01)
+            assert not engine.scheduler.held
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_answers_are_those_of_a_strategy_alone_beside_others(llm: LLM) -> None:
+    alone = [solve(llm, p, Sample(4), params=PARAMS, seed=3, answers=NUMBERS) for p in PROMPTS]
+
+    async def body(llm: AsyncLLM) -> None:
+        plain = [llm.chat(p, SamplingParams(temperature=0.0)).result() for p in PROMPTS]
+        results, outputs = await asyncio.gather(
+            asyncio.gather(
+                *(
+                    llm.solve(p, Sample(4), params=PARAMS, seed=3, answers=NUMBERS).result()
+                    for p in PROMPTS
+                )
+            ),
+            asyncio.gather(*plain),
+        )
+        for expected, result in zip(alone, results, strict=True):
+            assert [c.text for c in result.candidates] == [c.text for c in expected.candidates]
+            assert result.answer == expected.answer
+            assert result.usage.generated_tokens == expected.usage.generated_tokens
+            assert result.usage.expert_loads > 0
+        assert all(o.outputs[0].finish_reason == "stop" for o in outputs)
+
+    run(body)
+
+
+def test_progress_and_specifications() -> None:
+    async def body(llm: AsyncLLM) -> None:
+        events = [e async for e in llm.solve(PROMPTS[0], "vote:3", answers=NUMBERS)]
+        assert [type(e) for e in events] == [Progress] * 4 + [Result]
+        with pytest.raises(ValueError, match="did you mean 'vote'"):
+            await llm.solve(PROMPTS[0], "vot:3", answers=NUMBERS).result()
+        with pytest.raises(ValueError, match="empty"):
+            await llm.solve("", Single(), answers=NUMBERS).result()
+        budget = Budget(total_tokens=50)
+        result = await llm.solve(PROMPTS[0], Sample(9), answers=NUMBERS, budget=budget).result()
+        assert result.is_exhausted
+        assert result.usage.generated_tokens <= 50
+
+    run(body)
+
+
+@dataclass(frozen=True)
+class Endless:
+    """Thinks for ever, or waits in the background."""
+
+    in_background: bool = False
+
+    def run(self, task: Task) -> Run[Result]:
+        branches = yield from task.open(2)
+        yield from task.tell("note", "begun")
+        if self.in_background:
+            yield from task.background(lambda: time.sleep(0.5))
+        params = SamplingParams(ignore_eos=True)
+        yield from task.advance(branches, params=params)
+        raise AssertionError("this never ends")
+
+
+def test_leaving_ends_a_run() -> None:
+    async def body(llm: AsyncLLM) -> None:
+        for in_background in (False, True):
+            stream = llm.solve(PROMPTS[0], Endless(in_background), answers=NUMBERS)
+            async for _ in stream:
+                break
+            stream.close()
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+            task = asyncio.create_task(llm.solve(PROMPTS[0], Endless(), answers=NUMBERS).result())
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    run(body)
+
+
+def test_there_is_a_limit_and_closing_tells_who_waits() -> None:
+    async def body() -> None:
+        llm = AsyncLLM(num_threads=1)
+        streams = [llm.solve(PROMPTS[0], Endless(), answers=NUMBERS) for _ in range(17)]
+        for stream in streams[:16]:
+            await stream.start()
+        with pytest.raises(QueueFullError, match="16 strategies"):
+            await streams[16].start()
+        waiting = [asyncio.create_task(stream.result()) for stream in streams[:16]]
+        await asyncio.sleep(0.05)
+        await llm.close(drain=False)
+        for task in waiting:
+            with pytest.raises(EngineClosedError):
+                await task
+        with pytest.raises(EngineClosedError):
+            await llm.solve(PROMPTS[0], Single(), answers=NUMBERS).result()
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def test_closing_waits_for_strategies() -> None:
+    async def body() -> None:
+        llm = AsyncLLM(num_threads=1)
+        stream = await llm.solve(PROMPTS[0], Sample(4), answers=NUMBERS).start()
+        await llm.close(drain=True)
+        assert (await stream.result()).answer is not None
+
+    asyncio.run(asyncio.wait_for(body(), 60))
+
+
+def test_a_failing_step_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(llm: AsyncLLM) -> None:
+        engine = llm._thread.engine
+        stream = llm.solve(PROMPTS[0], Endless(), answers=NUMBERS)
+        await anext(stream)
+        schedule = engine.scheduler.schedule
+
+        def broken() -> object:
+            monkeypatch.setattr(engine.scheduler, "schedule", schedule)
+            raise RuntimeError("no schedule today")
+
+        monkeypatch.setattr(engine.scheduler, "schedule", broken)
+        with pytest.raises(Exception, match="no schedule today"):
+            await stream.result()
+        # The engine goes on.
+        assert (await llm.solve(PROMPTS[0], Single(), answers=NUMBERS).result()).answer
+
+    run(body)
+
+
+def test_a_dead_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        llm = AsyncLLM(num_threads=1)
+        stream = llm.solve(PROMPTS[0], Endless(), answers=NUMBERS)
+        await anext(stream)
+        engine = llm._thread.engine
+
+        def broken(*_: object) -> object:
+            raise RuntimeError("the machine burns")
+
+        monkeypatch.setattr(engine.scheduler, "schedule", broken)
+        monkeypatch.setattr(engine, "probe", broken)
+        with pytest.raises(Exception, match="burns"):
+            await stream.result()
+        with pytest.raises(EngineDeadError):
+            await llm.solve(PROMPTS[0], Single(), answers=NUMBERS).result()
+        await llm.close(drain=False)
+
+    asyncio.run(asyncio.wait_for(body(), 60))
