@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,7 @@ from moejet.request import SamplingParams
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moejet.llm import LLM
     from moejet.sample_state import SampleState
 
 
@@ -42,12 +43,10 @@ class Script(TokenPolicy):
         return mask
 
 
-def scripted(llm: object, reply: Callable[[str], str], **options: object) -> SamplingParams:
+def scripted(llm: LLM, reply: Callable[[str], str], **options: Any) -> SamplingParams:
     """Sampling parameters with which a model follows a script. options: of `SamplingParams`."""
-    tokenizer = llm.tokenizer  # type: ignore[attr-defined]
 
     def decode(ids: list[int]) -> str:
-        text: str = tokenizer.decode(ids, False)
-        return text
+        return llm.tokenizer.decode(ids, False)
 
-    return SamplingParams(policy=lambda: Script(reply, decode), **options)  # type: ignore[arg-type]
+    return SamplingParams(policy=lambda: Script(reply, decode), **options)

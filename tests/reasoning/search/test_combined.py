@@ -89,6 +89,33 @@ def second() -> Iterator[LLM]:
         yield model
 
 
+def test_models_that_number_their_requests_alike_are_told_apart(
+    llm: LLM, second: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Both:
+        def run(self, task: Task) -> Run[Result]:
+            other = task.on(llm=second)
+            assert other.prompt_token_ids == task.prompt_token_ids
+            assert other.messages == task.messages
+            results = yield from task.gather([Single().run(t) for t in (task, other) * 3])
+            candidates = tuple(result.candidate for result in results if result is not None)
+            return Result(candidates[0], candidates)
+
+    for model in (llm, second):
+        monkeypatch.setattr(model.engine, "next_number", itertools.count(10**6).__next__)
+    results = solve_many(llm, PROMPTS[:2], Both(), params=HOT, answers=NumberAnswers())
+    assert [len(result.candidates) for result in results] == [6, 6]
+    for model in (llm, second):
+        assert not model.engine.has_work
+        assert model.engine.scheduler.held == []
+
+
+def test_another_model_needs_words(llm: LLM, second: LLM) -> None:
+    with pytest.raises(ValueError, match="as messages or as a text"):
+        solve(llm, [5, 6, 7], MutualCheck(Says(("1",)), second), answers=NumberAnswers())
+
+
 def test_beginnings_are_whole_words() -> None:
     candidate = Candidate("", "one two\nthree four five  ", "six", "6", 1)
     expected = {
