@@ -172,6 +172,15 @@ def test_a_grammar_keeps_json_steps_in_form_whatever_the_model(llm: LLM) -> None
     assert llm.engine.scheduler.held == []
 
 
+def test_the_grammar_agrees_with_what_steps_look_like(llm: LLM) -> None:
+    steps = [_step("Read", "3 and 4", "continue"), _step("Add", "it is 7", "final_answer")]
+    calls = iter([*steps, "Seven: 7."])
+    strategy = JsonSteps(instruction="", go_on="+", finish="End.")
+    result, seen = run(llm, strategy, lambda context: next(calls))
+    assert result.details["steps"] == [json.loads(step) for step in steps]
+    assert (result.answer, len(seen)) == ("7", 3)
+
+
 def test_steps_are_read_strictly() -> None:
     good = _step("a", "b", "continue")
     assert parse_step(f"Here it is: {good} ") == {
