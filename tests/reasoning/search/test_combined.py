@@ -28,6 +28,7 @@ from moejet.testing.script import scripted
 
 POSED = arithmetic.held_out_problems(6, seed=5, min_steps=6, max_steps=8)
 PROMPTS = [[{"role": "user", "content": text}] for _, text in POSED]
+EASY = [{"role": "user", "content": "Start with 17, add 25."}]
 HOT = SamplingParams(temperature=1.3)
 
 
@@ -63,10 +64,9 @@ def test_confidence_decides_about_the_method(llm: LLM, confidence: float, answer
 
 
 def test_easy_problems_cost_less_and_the_probe_is_used_again(llm: LLM) -> None:
-    easy = [{"role": "user", "content": "Start with 17, add 25."}]
     strategy = Adaptive(probe=Sample(4), hard=Sample(8), threshold=0.9)
     few, many = solve_many(
-        llm, [easy, PROMPTS[0]], strategy, params=HOT, answers=NumberAnswers(), seeds=[0, 4]
+        llm, [EASY, PROMPTS[0]], strategy, params=HOT, answers=NumberAnswers(), seeds=[0, 4]
     )
     assert (few.details["level"], many.details["level"]) == ("easy", "hard")
     assert (few.usage.branches, many.usage.branches) == (4, 12)
@@ -104,7 +104,8 @@ def test_models_that_number_their_requests_alike_are_told_apart(
 
     for model in (llm, second):
         monkeypatch.setattr(model.engine, "next_number", itertools.count(10**6).__next__)
-    results = solve_many(llm, PROMPTS[:2], Both(), params=HOT, answers=NumberAnswers())
+    params = SamplingParams(max_tokens=12)
+    results = solve_many(llm, PROMPTS[:2], Both(), params=params, answers=NumberAnswers())
     assert [len(result.candidates) for result in results] == [6, 6]
     for model in (llm, second):
         assert not model.engine.has_work
@@ -173,14 +174,14 @@ def test_what_a_second_model_confirms_is_kept(llm: LLM, second: LLM) -> None:
 
 
 def test_what_is_kept_is_more_often_right(llm: LLM, second: LLM) -> None:
-    strategy = MutualCheck(Sample(4), second)
-    results = solve_many(llm, PROMPTS[:4], strategy, params=HOT, answers=NumberAnswers())
+    strategy = MutualCheck(Sample(4), second, masks=(0.3, 0.5))
+    results = solve_many(llm, PROMPTS[:3], strategy, params=HOT, answers=NumberAnswers())
     right: dict[bool, list[bool]] = {True: [], False: []}
-    for (problem, _), result in zip(POSED[:4], results, strict=True):
+    for (problem, _), result in zip(POSED[:3], results, strict=True):
         for candidate, is_kept in zip(result.candidates, result.details["kept"], strict=True):
             right[is_kept].append(candidate.answer == str(problem.answer))
     everything = right[True] + right[False]
-    assert len(right[False]) > 3
+    assert len(right[False]) > 1
     assert sum(right[True]) / len(right[True]) > sum(everything) / len(everything)
 
 
@@ -265,6 +266,6 @@ def test_programs_run_in_the_sandbox_unless_told_otherwise(llm: LLM) -> None:
 def test_everything_nests(llm: LLM) -> None:
     inner = Adaptive(probe=Sample(2), hard=Single(), threshold=1.0)
     strategy = MutualCheck(Sample(2, Adaptive(probe=inner, hard=Single())), masks=(0.5,))
-    result = solve(llm, PROMPTS[0], strategy, params=HOT, answers=NumberAnswers())
+    result = solve(llm, EASY, strategy, params=HOT, answers=NumberAnswers())
     assert result.candidates
     assert llm.engine.scheduler.held == []

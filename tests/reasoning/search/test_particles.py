@@ -65,10 +65,10 @@ def test_weights_are_odds_of_the_score() -> None:
 
 @pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
 def test_a_perfect_verifier_leads_the_particles(llm: LLM, resampling: str) -> None:
-    strategy = ParticleFilter(8, StepOracle(PROBLEM), resampling=resampling)  # type: ignore[arg-type]
+    strategy = ParticleFilter(6, StepOracle(PROBLEM), resampling=resampling)  # type: ignore[arg-type]
     result = solve(llm, PROMPT, strategy, params=HOT, answers=NumberAnswers(), seed=2)
     assert result.answer == str(PROBLEM.answer)
-    assert len(result.candidates) == 8
+    assert len(result.candidates) == 6
     # Who was wrong while another was right has no descendants.
     nodes = result.nodes
     parents = {node.parent for node in nodes}
@@ -81,7 +81,7 @@ def test_a_perfect_verifier_leads_the_particles(llm: LLM, resampling: str) -> No
 
 
 def test_logarithms_as_weights_and_the_budget(llm: LLM) -> None:
-    strategy = ParticleFilter(6, Confidence(), scale="log", final="vote")
+    strategy = ParticleFilter(4, Confidence(), scale="log", final="vote")
     result = solve(llm, PROMPT, strategy, params=HOT, answers=NumberAnswers(), seed=1)
     assert result.answer is not None
     assert 0 < result.confidence <= 1
