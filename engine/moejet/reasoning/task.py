@@ -202,7 +202,10 @@ class Task:
         if self._root is None:
             root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt))
             yield Advance(self.llm, [root], max_tokens=0, params=SamplingParams())
-            self.usage.prompt_tokens += len(self.prompt_token_ids)
+            if self.usage.prompt_tokens == 0:
+                self.usage.prompt_tokens = len(self.prompt_token_ids)
+            else:
+                self.usage.appended_tokens += len(self.prompt_token_ids)
             self._root = self._root or root
         return [self._add(fork) for fork in self._root.fork(n)]
 

@@ -12,7 +12,7 @@ from moejet.testing import arithmetic
 
 @dataclass(frozen=True, slots=True)
 class StepOracle:
-    """1 where every line so far is right, else 0: plan, steps, and the answer. It knows the problem, not a selector's.
+    """1 where the answer is right, or, before there is one, plan and steps so far; else 0.
 
     A wrong line that a later check has repaired counts as right.
     """
@@ -24,6 +24,8 @@ class StepOracle:
         yield  # a generator like the others
 
     def is_right(self, branch: Branch) -> bool:
+        if branch.is_finished:
+            return arithmetic.extract_answer(branch.text) == self.problem.answer
         # The last one is not complete yet, or empty before the closing tag.
         lines = branch.text.partition("</think>")[0].split("\n")[:-1]
         if lines and lines[0] != arithmetic.plan_line(self.problem):
@@ -33,6 +35,4 @@ class StepOracle:
             for check in arithmetic.check_steps("\n".join(lines), self.problem)
             if check.kind == "step"
         }
-        if branch.is_finished:
-            return arithmetic.extract_answer(branch.text) == self.problem.answer
         return all(values.values())

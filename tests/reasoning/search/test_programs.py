@@ -58,6 +58,8 @@ def test_a_plan_comes_first(llm: LLM) -> None:
     assert seen[1].index("Plan only.") < seen[1].index("1. Add the apples.")
     assert seen[1].endswith("<|user|>Carry it out.<|assistant|><think>\n")
     assert result.details["plan"] == "1. Add the apples."
+    asked = [len(llm.tokenizer.encode(context, add_special_tokens=False)) for context in seen]
+    assert (result.usage.prompt_tokens, result.usage.appended_tokens) == tuple(asked)
     assert result.answer == "7"
 
 
