@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from moejet.request import FinishReason, RequestOutput, StreamDelta, TokenLogprobs
@@ -140,6 +140,19 @@ class Plan:
     wants_progress: bool = False
     is_logged: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def salted(self, salt: str | None) -> Plan:
+        """The same among the cached prefixes of whoever has this salt, a request's own one included."""
+        if salt is None:
+            return self
+        jobs = [
+            replace(
+                job,
+                params=replace(job.params, cache_salt=f"{salt}/{job.params.cache_salt or ''}"),
+            )
+            for job in self.jobs
+        ]
+        return replace(self, jobs=jobs)
 
     @property
     def num_prompt_tokens(self) -> int:
