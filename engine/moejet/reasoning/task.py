@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
@@ -98,7 +99,6 @@ class Ledger:
     held: int = 0
     live: int = 1
     holding: int = 0
-    num_seeds: int = 0
     generating: set[Branch] = field(default_factory=set)
 
     @property
@@ -110,10 +110,6 @@ class Ledger:
     @property
     def deadline_s(self) -> float | None:
         return None if self.budget.wall_s is None else self.start_s + self.budget.wall_s
-
-    def next_seed(self) -> int:
-        self.num_seeds += 1
-        return derive_seed(self.seed, self.num_seeds - 1)
 
 
 class Task:
@@ -133,6 +129,7 @@ class Task:
         answers: Answers,
         ledger: Ledger,
         messages: Sequence[Message] | None = None,
+        seed: int | None = None,
     ):
         self.llm = llm
         self.messages = messages
@@ -141,6 +138,8 @@ class Task:
         self.params = params
         self.answers = answers if isinstance(answers, KnownAnswers) else KnownAnswers(answers)
         self.ledger = ledger
+        self.seed = ledger.seed if seed is None else seed
+        self._num_seeds = 0
         self._root: Branch | None = None
         self._opened: list[Branch] = []
         self._children: list[Task] = []
@@ -193,9 +192,23 @@ class Task:
             answers=answers or self.answers,
             ledger=self.ledger,
             messages=messages,
+            seed=self.next_seed(),
         )
         self._children.append(child)
         return child
+
+    def part(self, number: int) -> Task:
+        """The same task for one of several runs that go on at the same time.
+
+        Its seeds depend on its number alone, and so not on which run draws first.
+        """
+        part = copy(self)
+        part.seed, part._num_seeds = derive_seed(self.seed, 2 * number + 2), 0
+        return part
+
+    def next_seed(self) -> int:
+        self._num_seeds += 1
+        return derive_seed(self.seed, 2 * self._num_seeds - 1)  # those between are for parts
 
     def open(self, n: int = 1) -> Run[list[Branch]]:
         """n branches that hold the prompt, which is computed once."""
@@ -240,7 +253,7 @@ class Task:
         limit = params.max_tokens if max_tokens is None else max_tokens
         limits = list(limit) if isinstance(limit, Sequence) else [limit] * len(branches)
         marks = [branch.mark for branch in branches]
-        seeds = [self.ledger.next_seed() for _ in branches] if seeds is None else list(seeds)
+        seeds = [self.next_seed() for _ in branches] if seeds is None else list(seeds)
         ends: dict[int, tuple[Any, Any]] = {
             i: ("stop", None) for i, branch in enumerate(branches) if branch.is_finished
         }

@@ -179,7 +179,7 @@ class Search:
         self.method = method
         self.task = task
         self.tree = Tree()
-        self.rng = random.Random(task.ledger.next_seed())
+        self.rng = random.Random(task.next_seed())
         self.found: list[Candidate] = []
 
     def descend(self, path: list[Place]) -> Run[None]:

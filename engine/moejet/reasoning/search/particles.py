@@ -66,7 +66,7 @@ class ParticleFilter:
             raise ValueError(f"temperature={self.temperature!r} must be a positive number")
 
     def run(self, task: Task) -> Run[Result]:
-        tree, rng = Tree(), random.Random(task.ledger.next_seed())
+        tree, rng = Tree(), random.Random(task.next_seed())
         particles = [_Particle(branch, 0) for branch in (yield from task.open(self.n))]
         for depth in range(1, self.max_steps + 1):
             yield from self._advance(task, tree, particles, is_last=depth == self.max_steps)
