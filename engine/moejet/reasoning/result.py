@@ -52,8 +52,9 @@ class Usage:
     prompt_tokens: of the first prompt · generated_tokens: sampled and injected ones, also of branches that were given
     up · appended_tokens: texts that the strategy put in, computed like a prompt · branches: that generated anything ·
     steps: engine steps while it ran · expert_loads, expert_bytes: routed experts that those steps read for all layers;
-    of a step that also served others, the share of this run's branches · model_evaluations: calls of scorers that run a
-    model, and of programs
+    of a step that also served others, the share of this run's branches · step_share: steps, counted by such shares ·
+    expected_loads: as expert_loads, had every token of those steps chosen its experts at random
+    (`moejet.reasoning.cost`) · model_evaluations: calls of scorers that run a model, and of programs
     """
 
     prompt_tokens: int = 0
@@ -64,6 +65,8 @@ class Usage:
     steps: int = 0
     expert_loads: float = 0.0
     expert_bytes: float = 0.0
+    step_share: float = 0.0
+    expected_loads: float = 0.0
     model_evaluations: int = 0
     seconds: float = 0.0
 
