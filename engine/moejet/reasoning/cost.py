@@ -46,7 +46,7 @@ def expected_distinct_experts(
     share = experts_per_token / experts
     if num_tokens < 1:  # a part of a token, as means have it
         return num_tokens * experts_per_token
-    untouched = (1 - share) * (1 - (1 - reuse) * share) ** (num_tokens - 1)
+    untouched: float = (1 - share) * (1 - (1 - reuse) * share) ** (num_tokens - 1)
     return experts * (1 - untouched)
 
 
