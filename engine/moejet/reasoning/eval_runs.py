@@ -23,7 +23,7 @@ from moejet.reasoning.budget import Budget
 from moejet.reasoning.datasets import Problem, Shape
 from moejet.reasoning.equality import NumericEqual
 from moejet.reasoning.metrics import REFLECTION_WORDS, Solution
-from moejet.reasoning.result import Candidate, Result, Usage
+from moejet.reasoning.result import Candidate, Result, Usage, json_value
 from moejet.reasoning.solver import solve_many
 from moejet.reasoning.task import Run, Strategy, Task
 from moejet.request import SamplingParams
@@ -74,7 +74,7 @@ class Row:
         return self.strategy, self.problem, self.sample
 
     def to_json(self) -> str:
-        return json.dumps(_finite(asdict(self)), allow_nan=False)
+        return json.dumps(json_value(asdict(self)), allow_nan=False)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Row:
@@ -323,12 +323,3 @@ def _objects(data: bytes, path: Path | None) -> Iterator[dict[str, Any]]:
         if not isinstance(value, dict):
             raise ValueError(f"{path}, line {number}: no JSON object")
         yield value
-
-
-def _finite(value: Any) -> Any:
-    """Values that JSON has: infinities and NaN become None."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -134,14 +134,18 @@ class Result:
         return self.candidate.answer
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; NaN is None."""
-        return asdict(
-            self,
-            dict_factory=lambda items: {
-                name: None if isinstance(value, float) and math.isnan(value) else value
-                for name, value in items
-            },
-        )
+        """Plain values for JSON; NaN and infinities are None."""
+        value: dict[str, Any] = json_value(asdict(self))
+        return value
+
+
+def json_value(value: Any) -> Any:
+    """The value with lists for tuples and None for the numbers that JSON lacks, at every depth."""
+    if isinstance(value, dict):
+        return {name: json_value(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, slots=True)
