@@ -60,6 +60,15 @@ def test_json_is_the_whole_result(moejet, tiny):
     assert json.loads(again.out)["candidates"] == shown["candidates"]
 
 
+def test_what_a_policy_puts_in_is_told_apart(moejet, tiny):
+    words = ["--strategy", "check:1", "--temperature", "0", PROMPT]
+    shown = json.loads(moejet("run", "--json", *words).out)
+    assert shown["usage"]["injected_tokens"] == len(tiny.tokenizer.encode("Wait"))
+    assert " · 1 injected · " in moejet("run", *words).err
+    plain = json.loads(moejet("run", "--json", "--strategy", "single", PROMPT).out)
+    assert plain["usage"]["injected_tokens"] == 0
+
+
 def test_auto_goes_by_the_effort(moejet, tiny):
     shown = json.loads(
         moejet("run", "--strategy", "auto", "--effort", "high", "--json", PROMPT).out

@@ -35,7 +35,7 @@ def check_options(args: argparse.Namespace) -> None:
 def run_strategy(
     llm: "LLM", model: str, prompt: Any, params: "SamplingParams", args: argparse.Namespace
 ) -> None:
-    """prompt: text, as the chat template has made it."""
+    """prompt: messages, or a text that is ready."""
     from moejet.reasoning.result import Result
     from moejet.reasoning.solver import stream
     from moejet.reasoning.specs import parse_strategy
@@ -81,8 +81,8 @@ def figures(result: "Result", model: "ModelConfig") -> str:
     usage = result.usage
     parts = [f"prompt {_counted(usage.prompt_tokens, 'token')}"]
     parts += [f"{_counted(usage.generated_tokens, 'token')} ({usage.thinking_tokens} of thinking)"]
-    if usage.appended_tokens:
-        parts += [f"{usage.appended_tokens} appended"]
+    if injected := usage.injected_tokens + usage.appended_tokens:
+        parts += [f"{injected} injected"]
     parts += [_counted(usage.branches, "branch", "es"), _counted(usage.steps, "step")]
     reads = expert_reads(usage, model)
     if reads is not None:

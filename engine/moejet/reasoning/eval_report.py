@@ -149,7 +149,7 @@ def _cost(usages: Sequence[Usage], model: ModelConfig) -> dict[str, Any]:
         "generated_tokens": total.generated_tokens / runs,
         "thinking_tokens": total.thinking_tokens / runs,
         "answer_tokens": (total.generated_tokens - total.thinking_tokens) / runs,
-        "injected_tokens": total.appended_tokens / runs,
+        "injected_tokens": (total.injected_tokens + total.appended_tokens) / runs,
         "branches": total.branches / runs,
         "steps": total.steps / runs,
         "seconds": total.seconds / runs,

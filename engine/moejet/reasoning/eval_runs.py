@@ -24,7 +24,7 @@ from moejet.reasoning.datasets import Problem, Shape
 from moejet.reasoning.equality import NumericEqual
 from moejet.reasoning.metrics import REFLECTION_WORDS, Solution
 from moejet.reasoning.result import Candidate, Result, Usage, json_value
-from moejet.reasoning.solver import solve_many
+from moejet.reasoning.solver import Prompt, solve_many
 from moejet.reasoning.task import Run, Strategy, Task
 from moejet.request import SamplingParams
 from moejet.sampler import derive_seed
@@ -166,20 +166,21 @@ def prompt_of(
     instruction: str,
     system: str | None,
     template: Mapping[str, Any],
-) -> str:
-    """The problem as the model is asked. Raises ValueError, naming it, if the model cannot read it."""
+) -> Prompt:
+    """The problem as the model is asked: messages, or their text if the chat template has to be told something.
+
+    Raises ValueError, naming the problem, if the model cannot read it.
+    """
     text = f"{problem.prompt}\n\n{instruction}" if instruction else problem.prompt
     messages = [] if system is None else [{"role": "system", "content": system}]
-    prompt, token_ids = llm.read_prompt(
-        [*messages, {"role": "user", "content": text}], **dict(template)
-    )
+    messages.append({"role": "user", "content": text})
+    prompt, token_ids = llm.read_prompt(messages, **template)
     if len(token_ids) >= llm.max_context:
         raise ValueError(
             f"problem {problem.id!r} has {len(token_ids)} tokens, max_context={llm.max_context} "
             "leaves no room for an answer: raise --max-context or remove the problem"
         )
-    assert prompt is not None
-    return prompt
+    return prompt if template and prompt is not None else messages
 
 
 def run_jobs(
@@ -187,7 +188,7 @@ def run_jobs(
     spec: str,
     strategy: Strategy,
     jobs: Sequence[Job],
-    prompts: Mapping[str, str],
+    prompts: Mapping[str, Prompt],
     *,
     key: AnswerKey,
     shape: Shape,

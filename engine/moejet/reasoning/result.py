@@ -50,16 +50,18 @@ class Usage:
     """What a run has cost, all its branches and models together.
 
     prompt_tokens: of the first prompt · generated_tokens: sampled and injected ones, also of branches that were given
-    up · appended_tokens: texts that the strategy put in, computed like a prompt · branches: that generated anything ·
-    steps: engine steps while it ran · expert_loads, expert_bytes: routed experts that those steps read for all layers;
-    of a step that also served others, the share of this run's branches · step_share: steps, counted by such shares ·
-    expected_loads: as expert_loads, had every token of those steps chosen its experts at random
-    (`moejet.reasoning.cost`) · model_evaluations: calls of scorers that run a model, and of programs
+    up · injected_tokens: of these, what policies put in · appended_tokens: texts that the strategy put in, computed
+    like a prompt · branches: that generated anything · steps: engine steps while it ran · expert_loads, expert_bytes:
+    routed experts that those steps read for all layers; of a step that also served others, the share of this run's
+    branches · step_share: steps, counted by such shares · expected_loads: as expert_loads, had every token of those
+    steps chosen its experts at random (`moejet.reasoning.cost`) · model_evaluations: calls of scorers that run a model,
+    and of programs
     """
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
     thinking_tokens: int = 0
+    injected_tokens: int = 0
     appended_tokens: int = 0
     branches: int = 0
     steps: int = 0
