@@ -156,6 +156,14 @@ class BlockStore(Protocol):
     def min_tokens(self) -> int:
         """Contexts shorter than this are not offered."""
 
+    @property
+    def num_blocks(self) -> int:
+        """That could be read now."""
+
+    @property
+    def num_evictions(self) -> int:
+        """Blocks that had to make room for others."""
+
     def offer(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
         """Notes that these blocks are full."""
 
@@ -170,6 +178,16 @@ class BlockStore(Protocol):
 
     def expect_faster(self) -> None:
         """Makes a read more likely that was not worth it."""
+
+
+def salted(root: bytes, salt: str | None) -> bytes:
+    """Where the chains of hashes of those begin who share a salt; None: of those without one."""
+    if salt is None:
+        return root
+    data = salt.encode("utf-8", "surrogatepass")
+    # The salt comes first and has a length, so that no other root and salt give the same bytes.
+    prefix = len(data).to_bytes(8, "little") + data
+    return hashlib.blake2b(prefix + root, digest_size=DIGEST_BYTES, person=b"cache salt").digest()
 
 
 def extend_hashes(

@@ -55,6 +55,8 @@ ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 # Their kernels compute a row the same way whatever the number of rows.
 INVARIANT_ISAS = ISAS[:3]
 
+_LARGEST_SIZE = 1 << 24
+_LARGEST = {"num_hidden_layers": 1000, "num_experts": 100_000, "max_position_embeddings": 1 << 31}
 _ROUTERS = {("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoid", "noaux_tc")}
 
 
@@ -188,6 +190,9 @@ class ModelConfig:
 def _require_positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name}={value!r} must be a positive integer")
+    # What a damaged file claims shall not be worked through.
+    if value > (largest := _LARGEST.get(name, _LARGEST_SIZE)):
+        raise ValueError(f"{name}={value} is more than any model has ({largest} is allowed)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +222,9 @@ class EngineConfig:
     device: "auto" is "cuda" where torch and Triton see a GPU and no other option asks for the CPU, else "cpu"
     ("simulated", for tests: the GPU's path over CPU tensors and torch's references) · vram_gib: GPU memory to use at
     most (None: what is free) · gpu_experts: routed experts, of all layers together, that live on the GPU (None: as many
-    as fit); the others live in RAM and the CPU computes them
+    as fit); the others live in RAM and the CPU computes them · stream_prefill_tokens: steps with prompts of at least so
+    many tokens copy those to the GPU, layer by layer, and compute all experts there ("auto": where that is faster, as
+    measured while loading, but not experts in fp32, which the GPU has as int8; 0: never)
     seed: base of requests that bring none of their own
     show_progress: a bar while loading (None: if stderr is a terminal)
     """
@@ -245,6 +252,7 @@ class EngineConfig:
     device: str = "auto"
     vram_gib: float | None = None
     gpu_experts: int | None = None
+    stream_prefill_tokens: int | Literal["auto"] = "auto"
     seed: int | None = None
     show_progress: bool | None = None
 
@@ -344,6 +352,12 @@ class EngineConfig:
             not isinstance(experts, int) or isinstance(experts, bool) or experts < 0
         ):
             raise ValueError(f"gpu_experts={experts!r} must be a number of experts, 0 or more")
+        tokens = self.stream_prefill_tokens
+        is_number = isinstance(tokens, int) and not isinstance(tokens, bool)
+        if tokens != "auto" and (not is_number or int(tokens) < 0):
+            raise ValueError(
+                f"stream_prefill_tokens={tokens!r} must be 'auto', a number of tokens, or 0 for never"
+            )
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -13,10 +14,11 @@ import torch
 from moejet.config import EngineConfig, ModelConfig, env_device
 from moejet.experts.bridge import CpuBridge, CudaStream, Stream
 from moejet.experts.cpu_experts import CpuExperts
+from moejet.experts.expert_ring import ExpertRing
 from moejet.experts.hybrid_experts import HybridExperts
 from moejet.experts.placement import Placement
 from moejet.experts.resident_experts import ResidentExperts
-from moejet.gpu_memory import RESERVE_BYTES, GpuMemory, bridge_tokens
+from moejet.gpu_memory import RESERVE_BYTES, GpuMemory, bridge_tokens, ring_size
 from moejet.gpu_runner import GpuRunner
 from moejet.layers.gpu import GpuDenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 ACTIVATIONS = {"cuda": torch.bfloat16, "cpu": torch.float32}
 # Of a simulated device, where vram_gib does not say.
 _SIMULATED_BYTES = 64 * GIB
+# What is free changes a little from start to start. Placements, and with them the packed cache, had better not.
+_BUDGET_STEP = 256 << 20
 
 
 def choose_device(config: EngineConfig, model_config: ModelConfig) -> str:
@@ -80,12 +84,14 @@ def _obstacle(config: EngineConfig, model_config: ModelConfig, device: str) -> s
 
 
 def vram_budget(config: EngineConfig, device: str) -> int:
-    """Bytes of GPU memory that may be used: vram_gib, else all that is free."""
+    """Bytes of GPU memory that may be used: vram_gib, else all that is free, in steps of 256 MiB."""
     if device == "simulated":
         return _SIMULATED_BYTES if config.vram_gib is None else round(config.vram_gib * GIB)
+    gc.collect()
+    torch.cuda.empty_cache()  # what a model that is closed has left to torch's allocator is free too
     free, total = torch.cuda.mem_get_info()
     if config.vram_gib is None:
-        return free
+        return int(free - free % _BUDGET_STEP)
     budget = round(config.vram_gib * GIB)
     if budget > total:
         raise ValueError(
@@ -136,6 +142,7 @@ def create_gpu_runner(
             place=place,
             stream=stream,
             placement=memory.placement,
+            has_ring=memory.ring > 0,
             num_blocks=num_blocks,
             max_context=max_context,
             pool=pool,
@@ -144,6 +151,7 @@ def create_gpu_runner(
     except BaseException:
         close()
         raise
+    runner.memory, runner.vram_bytes = memory, budget
     logger.info(
         "%s: %d of %d routed experts there, %.2f GiB of %.2f planned",
         device,
@@ -175,6 +183,7 @@ def _runner(
     place: torch.device,
     stream: Stream,
     placement: Placement,
+    has_ring: bool,
     num_blocks: int,
     max_context: int,
     pool: ThreadPool,
@@ -228,6 +237,13 @@ def _runner(
         )
         for number, experts in enumerate(asked):
             experts.attach(bridge, number)
+    size = ring_size(model_config, config) if has_ring else None
+    ring = None
+    if size is not None and asked:
+        in_ram = [(experts.cpu, experts.in_ram) for experts in asked if experts.cpu is not None]
+        ring = ExpertRing(in_ram, size, place)
+        for number, experts in enumerate(asked):
+            experts.attach_ring(ring, number)
     return GpuRunner(
         model,
         model_config,
@@ -238,4 +254,5 @@ def _runner(
         pool=pool,
         isa=isa,
         bridge=bridge,
+        ring=ring,
     )

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     from moejet.sample_state import SampleState
 
 PolicyMaker = Callable[[], TokenPolicy]
+if TYPE_CHECKING:
+    Policies = PolicyMaker | tuple[PolicyMaker, ...] | None
+else:
+    Policies = Any  # msgspec reads parameters from frames between processes, and has no unions of functions
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
 MAX_N = 64
+MAX_SALT_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,8 @@ class SamplingParams:
     policy makes a `moejet.policy.TokenPolicy` for each sample; several are asked in their order.
     grammar: what the answer must look like (`Grammar`).
     statistics=True: see `moejet.statistics`.
+    cache_salt: cached prefixes are found by requests of the same salt only, so that nobody can tell by the time to
+    the first token what others have asked.
     """
 
     temperature: float = 1.0
@@ -54,9 +61,10 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     max_thinking_tokens: int | None = None
-    policy: PolicyMaker | tuple[PolicyMaker, ...] | None = None
+    policy: Policies = None
     grammar: Grammar | None = None
     statistics: bool = False
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, 100.0)
@@ -98,6 +106,8 @@ class SamplingParams:
         for name in ("ignore_eos", "stop_in_reasoning", "statistics"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.cache_salt is not None:
+            _check_salt(self.cache_salt)
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, None)
         for token_id, bias in (self.logit_bias or {}).items():
@@ -131,6 +141,11 @@ def _check_int(name: str, value: Any, low: int, high: int | None, hint: str = ""
     if bad or (high is not None and value > high):
         bounds = f"of at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name}={value!r} must be an integer {bounds}{hint and f' ({hint})'}")
+
+
+def _check_salt(salt: Any) -> None:
+    if not isinstance(salt, str) or not 1 <= len(salt) <= MAX_SALT_CHARS:
+        raise ValueError(f"cache_salt must be a text of 1 to {MAX_SALT_CHARS} characters, or None")
 
 
 def _as_strings(stop: Any) -> tuple[str, ...]:
@@ -292,6 +307,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     num_offered_blocks: int = 0  # that a store behind the pool has been told of
     num_cached_tokens: int = 0  # of the prompt, that were found when it first ran
+    num_disk_tokens: int = 0  # those of them that came from a store behind the pool
     is_counted: bool = False  # its prompt, in the engine's counters
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None

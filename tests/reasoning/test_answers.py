@@ -282,6 +282,55 @@ def test_reader_refuses_or_reads(text: str) -> None:
             parse(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "(" * 1900,
+            r"\frac" * 300,
+            "1," * 900,
+            "x" * 500,
+            "x" * 1999,
+            "|" * 500,
+            r"\text{a}" * 250,
+            "<" * 1000,
+        ),
+        *(
+            "x<" * 900,
+            r"\sqrt" * 390 + "2",
+            "2^" * 290 + "2",
+            "-" * 590 + "1",
+            "x" + "!" * 500,
+            r"\sin" * 400 + "x",
+        ),
+        *(
+            "a b " * 450,
+            r"\pm" * 600,
+            r"\{" * 500,
+            "[" * 300 + "1" + "]" * 300,
+            "e^" * 29 + "9",
+            "1/" * 290 + "1",
+        ),
+        *(
+            "9" * 399,
+            "{" * 20_000,
+            r"\boxed{" * 5000,
+            "<answer>" * 5000,
+            "1,234" * 8000,
+            "answer is " * 5000,
+            "0" * 50_000,
+        ),
+    ],
+)
+def test_hostile_texts_cost_little(text: str) -> None:
+    start = time.process_time()
+    key(text)
+    NumericEqual()(text, "5")
+    FirstMatch()(text)
+    Choice()(text)
+    assert time.process_time() - start < 1.0
+
+
 def test_evaluation_has_limits() -> None:
     for text in ("9^9^9", "2^{100000}", "1/0", "600!", r"\infty+1", "(-1)!", "(1/2)!"):
         with pytest.raises(ExpressionError):

@@ -29,7 +29,7 @@ from moejet.reasoning.sandbox import (
     sandbox_level,
 )
 
-BARE = SandboxLimits(cpu_s=0.1, wall_s=5.0, memory_bytes=64 << 20, screen=False)
+BARE = SandboxLimits(cpu_s=0.1, wall_s=5.0, memory_bytes=24 << 20, screen=False)
 SCREENED = SandboxLimits(cpu_s=0.2, wall_s=5.0, memory_bytes=64 << 20)
 
 
@@ -219,6 +219,7 @@ HOSTILE: dict[str, tuple[str, set[str]]] = {
         {"ok"},
     ),
     "sleeping": ("import time\ntime.sleep(100)", {"timeout"}),
+    "pretending that there is no sandbox": ("import os\nos._exit(252)", {"error"}),
     "leaving early": ("import os\nos._exit(3)", {"error"}),
     "crash": ("import ctypes\nctypes.string_at(1)", {"killed"}),
     "abort": ("import os\nos.abort()", {"killed"}),
@@ -241,6 +242,7 @@ def test_hostile_program_is_contained(name: str, unharmed: Path) -> None:
         limits = BARE if name != "sleeping" else SandboxLimits(wall_s=0.3, screen=False)
         result = run_python(program, limits=limits)
     assert result.status in expected, result
+    assert result.level == sandbox_level()
     assert len(result.stdout.encode()) + len(result.stderr.encode()) <= 4 * BARE.output_bytes
     if result.status != "output" and name not in ("bytes that are no text", "terminal control"):
         assert set(result.stdout.split()) <= ALLOWED_OUTPUT, result
@@ -267,6 +269,7 @@ def test_hostile_program_is_contained(name: str, unharmed: Path) -> None:
         "print.__self__",
         "(lambda: 0).__globals__",
         "globals()['__builtins__']",
+        "match 1:\n    case object(__class__=x): pass",
     ],
 )
 def test_screen_refuses(program: str) -> None:
@@ -404,6 +407,43 @@ def test_parents_death_ends_the_program(tmp_path: Path) -> None:
     for folder in Path(tempfile.gettempdir()).glob("moejet-sandbox-*"):
         folder.rmdir()  # the child may not have come so far as to remove it
     # the fixture sees that both processes go
+
+
+def test_supervisors_death_ends_the_program() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(
+            run_python, "while True: pass", limits=SandboxLimits(cpu_s=60, wall_s=60)
+        )
+        deadline = time.monotonic() + 30
+        while len(sandbox_processes()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)  # let it come to the program
+        children = [p for p in sandbox_processes() if f"PPid:\t{os.getpid()}\n" in _state(p)]
+        assert len(children) == 1
+        os.kill(children[0], signal.SIGKILL)
+        assert future.result(30).status == "killed"
+    # the fixture sees that the confined process goes too
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text()
+
+
+def test_interpreter_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.sys, "executable", "/nowhere/python")
+    with pytest.raises(SandboxUnavailableError, match="cannot start /nowhere/python"):
+        run_python("print(1)")
+    monkeypatch.setattr(sandbox.sys, "executable", "/bin/false")
+    with pytest.raises(
+        SandboxUnavailableError, match=r"/bin/false failed as a sandbox \(exit code 1\)"
+    ):
+        run_python("print(1)")
+
+
+def test_long_input() -> None:
+    text = "0123456789" * 100_000
+    result = run_python("print(len(input()))", stdin=text, limits=SCREENED)
+    assert result.stdout == "1000000\n"
 
 
 def test_level_is_reported_and_required(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from moejet.weights.stored import StoredWeight
 
 def resident_bytes(hidden_size: int, intermediate_size: int, format: str, down_format: str) -> int:
     """Of one expert on the GPU."""
-    gate_up, down = _slots(1, hidden_size, intermediate_size, format, down_format, "meta")
+    gate_up, down = expert_slots(1, hidden_size, intermediate_size, format, down_format, "meta")
     return gate_up.nbytes + down.nbytes
 
 
@@ -41,7 +41,7 @@ class ResidentExperts:
         table = torch.full((num_experts,), -1, dtype=torch.int32)
         table[list(experts)] = torch.arange(len(experts), dtype=torch.int32)
         self.slot_of_expert = table.to(device)
-        self.gate_up, self.down = _slots(
+        self.gate_up, self.down = expert_slots(
             len(experts), hidden_size, intermediate_size, format, down_format, device
         )
 
@@ -62,14 +62,15 @@ class ResidentExperts:
         """Random weights of plausible size, the same for the same seed."""
         generator = torch.Generator(self.slot_of_expert.device).manual_seed(seed)
         for slot in range(len(self.slots)):
-            for matrix in (*(self.gate_up[slot][i] for i in (0, 1)), self.down[slot]):
-                shape, device = matrix.shape, matrix.codes.device
-                values = torch.empty(shape, device=device).normal_(generator=generator)
-                quantise_into(matrix, StoredWeight.plain(values / shape[-1] ** 0.5))
+            self.gate_up[slot].fill_random(generator)
+            self.down[slot].fill_random(generator)
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's resident experts, in x's dtype."""
-        return gpu_experts(x, topk_ids, topk_weights, self.slot_of_expert, self.gate_up, self.down)
+    def forward(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, into: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of each token's resident experts, in x's dtype, or added to `into` [T, D] fp32."""
+        arguments = (x, topk_ids, topk_weights, self.slot_of_expert, self.gate_up, self.down)
+        return gpu_experts(*arguments, into=into)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """What holds the weights once they are loaded, by name."""
@@ -82,7 +83,7 @@ class ResidentExperts:
         }
 
 
-def _slots(
+def expert_slots(
     num: int,
     hidden_size: int,
     intermediate_size: int,
@@ -90,6 +91,7 @@ def _slots(
     down_format: str,
     device: torch.device | str,
 ) -> tuple[GpuWeights, GpuWeights]:
+    """Memory for `num` experts: (gate_up, down), in the GPU's formats for those of `CpuExperts`."""
     inner = (intermediate_size, hidden_size)
     gate_up = gpu_format(format, rows=inner[0], cols=inner[1])
     down = gpu_format(down_format, rows=inner[1], cols=inner[0])

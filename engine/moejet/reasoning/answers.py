@@ -55,31 +55,29 @@ class Boxed:
     """The content of the last \\boxed{...} whose braces are balanced."""
 
     def __call__(self, content: str) -> str | None:
-        part = answer_part(content)
+        part = answer_part(content) or ""
+        closing = _partners(part)
         found, at = None, 0
-        while part is not None and (match := _BOX.search(part, at)) is not None:
-            inside = _balanced(part, match.end())
-            if inside is not None and inside.strip():
-                found = inside.strip()
-            at = match.end() + len(inside or "")
+        while (match := _BOX.search(part, at)) is not None:
+            at = closing.get(match.end() - 1, match.end())
+            if at > match.end() and (inside := part[match.end() : at].strip()):
+                found = inside
         return found
 
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 
 
-def _balanced(text: str, start: int) -> str | None:
-    """What stands between an opening brace that ends before `start` and its partner; \\{ and \\} do not count."""
-    level, at = 1, start
-    while at < len(text):
-        if text[at] == "\\":
-            at += 2
-            continue
-        level += (text[at] == "{") - (text[at] == "}")
-        if level == 0:
-            return text[start:at]
-        at += 1
-    return None
+def _partners(text: str) -> dict[int, int]:
+    """Where the brace that is opened at a position is closed; \\{ and \\} do not count."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match.group() == "{":
+            opened.append(match.start())
+        elif match.group() == "}" and opened:
+            closing[opened.pop()] = match.start()
+    return closing
 
 
 @dataclass(frozen=True, slots=True)

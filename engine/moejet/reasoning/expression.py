@@ -8,11 +8,13 @@ An own reader for the forms that answers take: everything it does not know is an
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-MAX_CHARACTERS, MAX_TOKENS, MAX_DEPTH = 2000, 600, 60
+MAX_CHARACTERS, MAX_TOKENS, MAX_DEPTH = 2000, 600, 30
 
 
 class ExpressionError(ValueError):
@@ -150,36 +152,40 @@ class _Reader:
         self.at += 1
         return token
 
-    def sum(self) -> Node:
+    @contextlib.contextmanager
+    def deeper(self) -> Iterator[None]:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise ExpressionError(f"nested deeper than {MAX_DEPTH}")
+        yield
+        self.depth -= 1
+
+    def sum(self) -> Node:
         parts = [self.product()]
         while self.peek() in ("+", "-"):
             sign = self.take()
             part = self.product()
             parts.append(part if sign == "+" else negative(part))
-        self.depth -= 1
         return parts[0] if len(parts) == 1 else add(*parts)
 
     def product(self) -> Node:
-        result = self.unary()
+        factors = [self.unary()]
         while True:
             token = self.peek()
             if token == "*":
                 self.take()
-                result = mul(result, self.unary())
+                factors.append(self.unary())
             elif token == "/":
                 self.take()
-                result = mul(result, power(self.unary(), num(-1)))
+                factors.append(power(self.unary(), num(-1)))
             elif self.starts_factor(token):
-                result = self.juxtaposed(result)
+                self.juxtapose(factors)
             else:
-                return result
+                return factors[0] if len(factors) == 1 else mul(*factors)
 
-    def juxtaposed(self, left: Node) -> Node:
-        """A product without a sign; a whole number before a proper fraction is a mixed number."""
-        start = self.at
+    def juxtapose(self, factors: list[Node]) -> None:
+        """One more factor without a sign; a whole number before a proper fraction is a mixed number."""
+        start, left = self.at, factors[-1]
         right = self.power()
         if (
             left.kind == "num"
@@ -190,10 +196,11 @@ class _Reader:
             and self.tokens[start - 1].isdigit()
         ):
             whole = left.number
-            return num(whole + right.number if whole >= 0 else whole - right.number)
+            factors[-1] = num(whole + right.number if whole >= 0 else whole - right.number)
+            return
         if self.tokens[start][0] in _NUMERIC and self.tokens[start - 1][-1] in _NUMERIC:
             raise ExpressionError("two numbers side by side")
-        return mul(left, right)
+        factors.append(right)
 
     def starts_factor(self, token: str) -> bool:
         return bool(token) and (
@@ -218,13 +225,12 @@ class _Reader:
         return power(base, self.exponent())
 
     def exponent(self) -> Node:
-        if self.peek() == "{":
-            return self.group()
-        return self.unary()
+        with self.deeper():
+            return self.group() if self.peek() == "{" else self.unary()
 
     def postfix(self) -> Node:
         node = self.atom()
-        while self.peek() == "!":
+        if self.peek() == "!":
             self.take()
             node = fn("factorial", node)
         return node
@@ -245,6 +251,10 @@ class _Reader:
         return self.atom()
 
     def atom(self) -> Node:
+        with self.deeper():
+            return self._atom()
+
+    def _atom(self) -> Node:
         token = self.peek()
         if token in ("(", "[", "{"):
             return self.group()
@@ -325,11 +335,10 @@ class _Reader:
         if self.peek() in ("(", "{", "["):
             argument = self.power() if self.peek() == "{" else self.group()
         else:
-            argument = (
-                self.power()
-            )  # \sin 2x: the factors that follow, up to a sign or another function
+            factors = [self.power()]  # \sin 2x: what follows, up to a sign or another function
             while self.starts_factor(self.peek()) and self.peek()[1:] not in FUNCTIONS:
-                argument = self.juxtaposed(argument)
+                self.juxtapose(factors)
+            argument = factors[0] if len(factors) == 1 else mul(*factors)
         if name == "log" and base is not None:
             node = mul(fn("ln", argument), power(fn("ln", base), num(-1)))
         elif base is not None:

@@ -203,8 +203,9 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.returncode is None:  # else its number may be another's by now
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream is not None:
@@ -232,7 +233,7 @@ class Child:
             selector.register(process.stderr, selectors.EVENT_READ, "stderr")
             selector.register(self.status_r, selectors.EVENT_READ, "status")
             waiting_for_end: float | None = None
-            while selector.get_map() and not over:
+            while selector.get_map() and not (over and b"\n" in self.status):
                 left = (waiting_for_end or deadline) - time.monotonic()
                 if left <= 0:
                     break
@@ -247,7 +248,7 @@ class Child:
                             waiting_for_end = time.monotonic() + GRACE_S
                     elif key.data == "status":
                         self.status += data
-                    else:
+                    elif not over:
                         outputs[key.data] += data
                 over = sum(map(len, outputs.values())) > self.limits.output_bytes
                 if waiting_for_end and self._stdin_is_all_that_is_left(selector):
@@ -272,18 +273,22 @@ class Child:
         cap = self.limits.output_bytes
         stdout = bytes(outputs["stdout"][:cap])
         stderr = bytes(outputs["stderr"][: cap - len(stdout)])
-        base = SandboxResult(printable(stdout), printable(stderr), "killed", 0.0, 0.0, None, ())
-        if over:
-            return replace(base, status="output")
-        words = self.status.decode("ascii", "replace").split()
-        if len(words) < 4:
-            return base
-        outcome, code = words[0], int(words[1])
-        measures = tuple(words[4:])
+        lines = self.status.decode("ascii", "replace").split("\n")
+        measures = tuple(lines[0].split())
         if "not:seccomp" in measures:
             measures = tuple(m for m in measures if m not in ("seccomp", "not:seccomp"))
+        base = SandboxResult(
+            printable(stdout), printable(stderr), "output", 0.0, 0.0, None, measures
+        )
+        if over:
+            return base
+        words = lines[1].split() if len(lines) > 2 else []
+        if not words:
+            return replace(base, status=self._end_without_report(base.stderr))
+        outcome, code = words[0], int(words[1])
         level = level_of(measures)
-        if code == EXIT_UNAVAILABLE:
+        # The code alone proves nothing: a program can end with it too.
+        if code == EXIT_UNAVAILABLE and LEVELS.index(level) < LEVELS.index(self.limits.require):
             raise SandboxUnavailableError(
                 f"this machine gives isolation level {level!r} ({' '.join(measures) or 'none'}), "
                 f"require={self.limits.require!r} wants more: {base.stderr.strip() or 'no message'}"
@@ -294,15 +299,24 @@ class Child:
             seconds=float(words[2]),
             cpu_seconds=float(words[3]),
             exit_code=code if code >= 0 else None,
-            measures=measures,
         )
+
+    def _end_without_report(self, stderr: str) -> Status:
+        """The supervisor was killed, or hangs, or could not even start."""
+        try:
+            code = self.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            return "timeout"
+        if code >= 0:
+            raise SandboxUnavailableError(
+                f"{sys.executable} failed as a sandbox (exit code {code}): {stderr.strip()}"
+            )
+        return "killed"
 
 
 def _status(outcome: str, code: int) -> Status:
-    if outcome == "timeout":
-        return "timeout"
     if code < 0:
-        return "timeout" if code == -signal.SIGXCPU else "killed"
+        return "timeout" if outcome == "timeout" or code == -signal.SIGXCPU else "killed"
     special: dict[int, Status] = {0: "ok", EXIT_MEMORY: "memory", EXIT_REFUSED: "refused"}
     return special.get(code, "error")
 

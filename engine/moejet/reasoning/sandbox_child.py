@@ -64,7 +64,7 @@ def main() -> None:
             os._exit(EXIT_UNAVAILABLE)
     for fd in (ready_w, 0, 1):
         os.close(fd)
-    os.write(status_fd, _supervise(job, pid, ready_r, status_fd).encode())
+    _supervise(job, pid, ready_r, status_fd)
 
 
 def _read_exactly(size: int) -> bytes:
@@ -95,8 +95,8 @@ def _enter_namespaces(libc: ctypes.CDLL) -> list[str]:
     return [name for name, flag in NAMESPACES.items() if libc.unshare(flag) == 0]
 
 
-def _supervise(job: Job, pid: int, ready_r: int, status_fd: int) -> str:
-    """Waits for the child, ends it at a limit, and says what came of it."""
+def _supervise(job: Job, pid: int, ready_r: int, status_fd: int) -> None:
+    """Waits for the child and ends it at a limit. Reports in two lines: what protects it, then what came of it."""
     poller = select.poll()
     poller.register(ready_r, select.POLLIN)
     poller.register(status_fd, 0)  # an error there means that nobody waits for us any more
@@ -104,17 +104,15 @@ def _supervise(job: Job, pid: int, ready_r: int, status_fd: int) -> str:
     with suppress(OSError):
         pid_fd = os.pidfd_open(pid)
         poller.register(pid_fd, select.POLLIN)
-    cpu_clock = (
-        ~pid << 3
-    ) | 2  # CPUCLOCK_SCHED of a whole process, as clock_getcpuclockid(3) makes it
-    outcome, measures = "ended", b""
+    cpu_clock = (~pid << 3) | 2  # of a whole process, as clock_getcpuclockid(3) makes it
+    outcome, told = "ended", b""
     start, cpu_start = time.monotonic(), 0.0
     wall_limit, cpu_limit, running = float(job["startup_s"]), float(STARTUP_CPU_S), False
     while True:
         try:
             cpu = time.clock_gettime(cpu_clock) - cpu_start
         except OSError:  # the child has ended
-            break
+            cpu = 0.0
         left = min(wall_limit - (time.monotonic() - start), cpu_limit - cpu)
         if left <= 0:
             outcome = "timeout"
@@ -122,20 +120,19 @@ def _supervise(job: Job, pid: int, ready_r: int, status_fd: int) -> str:
         if pid_fd < 0:
             left = min(left, 0.01)
         events = dict(poller.poll(left * 1000 + 1))
+        if ready_r in events:  # before anything else: its end may come with the child's own
+            piece = os.read(ready_r, 4096)
+            told += piece
+            if not piece:  # closed: from here on it is the program's time
+                running = True
+                poller.unregister(ready_r)
+                start, cpu_start = _report_measures(told, status_fd)
+                wall_limit, cpu_limit = float(job["wall_s"]), float(job["cpu_s"])
+            continue
         if status_fd in events or pid_fd in events:
             break
         if pid_fd < 0 and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             break
-        if ready_r in events:
-            piece = os.read(ready_r, 4096)
-            measures += piece
-            if not piece and not running:  # closed: from here on it is the program's time
-                running = True
-                poller.unregister(ready_r)
-                with suppress(OSError):
-                    cpu_start = time.clock_gettime(cpu_clock)
-                start = time.monotonic()
-                wall_limit, cpu_limit = float(job["wall_s"]), float(job["cpu_s"])
     with suppress(ProcessLookupError):
         os.kill(pid, SIGKILL)
     _, state, usage = os.wait4(pid, 0)
@@ -143,13 +140,19 @@ def _supervise(job: Job, pid: int, ready_r: int, status_fd: int) -> str:
     cpu_s = usage.ru_utime + usage.ru_stime - cpu_start
     code = os.waitstatus_to_exitcode(state)
     if not running:
-        while piece := os.read(ready_r, 4096):
-            measures += piece
-    return f"{outcome} {code} {seconds:.6f} {max(0.0, cpu_s):.6f} {measures.decode()}"
+        os.write(status_fd, b"\n")
+    report = f"{outcome} {code} {seconds:.6f} {max(0.0, cpu_s):.6f}\n"
+    os.write(status_fd, report.encode())
+
+
+def _report_measures(told: bytes, status_fd: int) -> tuple[float, float]:
+    """Passes on the child's last words before the program; returns its clock and CPU time at that moment."""
+    clock, cpu, measures = (told.decode() + "  ").split(" ", 2)
+    os.write(status_fd, measures.strip().encode() + b"\n")
+    return float(clock or time.monotonic()), float(cpu or 0.0)
 
 
 def _confined(job: Job, libc: ctypes.CDLL, measures: list[str], ready_w: int) -> NoReturn:
-    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     _limit(resource.RLIMIT_AS, _address_space_bytes() + int(job["memory_bytes"]) + STARTUP_BYTES)
     _limit(resource.RLIMIT_CPU, STARTUP_CPU_S + int(job["cpu_s"]) + 1)
     if job["mode"] == "run":
@@ -243,6 +246,8 @@ def _shut_doors(libc: ctypes.CDLL) -> list[str]:
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     if libc.capset(header, (ctypes.c_uint32 * 6)()) == 0 and 0 not in os.getresuid():
         done.append("uid")
+    # After the change of user, which clears it. If the supervisor has died already, the report to it fails.
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
         done.append("no_new_privs")
@@ -258,14 +263,15 @@ def _install_filter(
     libc: ctypes.CDLL, code: bytes | None, ready_w: int, measures: list[str]
 ) -> bool:
     """The report must be written first: behind the filter nothing but the two output pipes can be."""
+    clocks = f"{time.monotonic():.6f} {time.process_time():.6f}"
     if code is not None:
-        os.write(ready_w, " ".join([*measures, "seccomp"]).encode())
+        os.write(ready_w, " ".join([clocks, *measures, "seccomp"]).encode())
         program = _FilterProgram(len(code) // 8, code)
         if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0) == 0:
             return True
         os.write(ready_w, b" not:seccomp")
         return False
-    os.write(ready_w, " ".join(measures).encode())
+    os.write(ready_w, " ".join([clocks, *measures]).encode())
     return False
 
 

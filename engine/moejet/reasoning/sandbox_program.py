@@ -27,7 +27,8 @@ FORBIDDEN_NAMES = frozenset(_NAMES.split())
 FORBIDDEN_ATTRIBUTES = frozenset(_ATTRIBUTES.split())
 COMMON_DUNDERS = frozenset(f"__{name}__" for name in _DUNDERS.split())
 _SYS = (
-    "stdin stdout stderr exit setrecursionlimit getrecursionlimit maxsize float_info version_info"
+    "stdin stdout stderr exit setrecursionlimit getrecursionlimit maxsize float_info version_info "
+    "set_int_max_str_digits"
 )
 
 
@@ -170,6 +171,9 @@ def screen(tree: ast.AST, allowed: set[str]) -> list[str]:
                 ]
         elif isinstance(node, ast.Attribute) and is_forbidden_attribute(node.attr):
             problems.append(f"{line}: attribute {node.attr!r} may not be used here")
+        elif isinstance(node, ast.MatchClass):
+            names = [name for name in node.kwd_attrs if is_forbidden_attribute(name)]
+            problems += [f"{line}: attribute {name!r} may not be used here" for name in names]
         elif isinstance(node, ast.Name) and node.id in FORBIDDEN_NAMES:
             problems.append(f"{line}: {node.id!r} may not be used here")
     return problems

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from moejet.server.backend import Backend, LocalBackend
@@ -31,7 +32,8 @@ from moejet.server.openapi import describe
 from moejet.server.page import PAGE_PATHS, page_router
 from moejet.server.prompts import PromptMaker
 from moejet.server.protocol.answers import Renderer, collect, stream
-from moejet.server.protocol.common import ApiModel, Context, parse
+from moejet.server.protocol.common import Context
+from moejet.server.protocol.fields import ApiModel, parse
 from moejet.server.routes import add_routes
 from moejet.server.sse import WorkResponse, error_response
 from moejet.server.tool_calls import detect_tool_format
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from moejet.llm import LLM
 
 _PROMPT_THREADS = 2
+_CLIENT_LEFT = 499  # as nginx calls it
 PUBLIC_PATHS = ("/health", "/ready")
 
 Model = TypeVar("Model", bound=ApiModel)
@@ -49,7 +52,7 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class Server:
-    """What the endpoints share."""
+    """What the endpoints share. threads: end with this object, so that an application may be started again."""
 
     backend: Backend
     config: ServerConfig
@@ -85,7 +88,8 @@ class Server:
             prepared = await self.prepared(prepare)
             if before is not None:
                 await before(prepared)
-            plan, renderer = plan_of(prepared), make_renderer(prepared)
+            salt = request.scope.get("state", {}).get("cache_salt")
+            plan, renderer = plan_of(prepared).salted(salt), make_renderer(prepared)
             generation = Generation(
                 self.backend, plan, keep_alive_s=self.config.keep_alive_s, observer=self.observer
             )
@@ -129,7 +133,6 @@ def asgi_app(
         yield
         if owned is not None:
             await owned.close(drain=False)
-        server.threads.shutdown(wait=False)
 
     app = FastAPI(
         title="moejet",
@@ -139,6 +142,7 @@ def asgi_app(
         lifespan=lifespan,
         exception_handlers={
             ApiError: _answer_error,
+            ClientDisconnect: _answer_nobody,
             HTTPException: _answer_http_error,
             ValueError: _answer_error,
             Exception: _answer_error,
@@ -185,6 +189,11 @@ def _server(backend: Backend, config: ServerConfig, observer: Observer) -> Serve
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     return error_response(error, dialect_of(request.url.path))
+
+
+async def _answer_nobody(_: Request, error: Exception) -> Response:
+    """The client left before its request was complete; the status is for the log."""
+    return Response(status_code=_CLIENT_LEFT)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

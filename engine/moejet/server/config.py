@@ -25,6 +25,8 @@ class ServerConfig:
     reasoning_field: under which name thinking is returned; clients disagree, so both is the default
     trust_request_template: accept a chat template in a request (never do so for strangers)
     log_prompts: write prompts and answers to the log
+    share_cache: let prefixes computed for one of several api_keys be found by the others; the time to the first token
+    tells them then what others have asked
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +49,7 @@ class ServerConfig:
     reasoning_field: ReasoningField = "both"
     trust_request_template: bool = False
     log_prompts: bool = False
+    share_cache: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.port, int) or not 0 <= self.port < 65536:

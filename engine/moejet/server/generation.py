@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from moejet.request import FinishReason, RequestOutput, StreamDelta, TokenLogprobs
@@ -38,9 +38,7 @@ class Observer(Protocol):
     def finished(
         self,
         reason: str,
-        prompt_tokens: int,
-        completion_tokens: int,
-        cached_tokens: int,
+        totals: Totals,
         seconds: float,
     ) -> None: ...
 
@@ -79,9 +77,10 @@ class ChoiceEnd:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How much of the prompt is computed, in tokens, and for how long that has been going on."""
+    """How much of the prompt is there, in tokens, those that were there before included, and since when."""
 
     total: int
+    cached: int
     processed: int
     seconds: float
 
@@ -93,7 +92,10 @@ class Silence:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Token counts and seconds of all prompts together; the seconds are those of the slowest."""
+    """Token counts and seconds of all prompts together; the seconds are those of the slowest.
+
+    longest: tokens of the longest sample
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -102,6 +104,7 @@ class Totals:
     queue_s: float
     prefill_s: float
     decode_s: float
+    longest: int = 0
 
     @classmethod
     def of(cls, outputs: Sequence[RequestOutput]) -> Totals:
@@ -114,6 +117,7 @@ class Totals:
             queue_s=max((t.queue_s for t in times), default=0.0),
             prefill_s=max((t.prefill_s for t in times), default=0.0),
             decode_s=max((t.decode_s for t in times), default=0.0),
+            longest=max((len(s.token_ids) for o in outputs for s in o.outputs), default=0),
         )
 
 
@@ -136,6 +140,19 @@ class Plan:
     wants_progress: bool = False
     is_logged: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def salted(self, salt: str | None) -> Plan:
+        """The same among the cached prefixes of whoever has this salt, a request's own one included."""
+        if salt is None:
+            return self
+        jobs = [
+            replace(
+                job,
+                params=replace(job.params, cache_salt=f"{salt}/{job.params.cache_salt or ''}"),
+            )
+            for job in self.jobs
+        ]
+        return replace(self, jobs=jobs)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -213,9 +230,7 @@ class Generation:
         totals = self.totals()
         self._observer.finished(
             self.outputs[0].outputs[0].finish_reason if self.outputs else "stop",
-            totals.prompt_tokens,
-            totals.completion_tokens,
-            totals.cached_tokens,
+            totals,
             time.perf_counter() - self._started_s,
         )
 
@@ -261,10 +276,11 @@ class Generation:
         if self.plan.wants_progress and not self._has_tokens:
             found = [self._backend.progress(job.request_id) for job in self.plan.jobs]
             processed = sum(p[0] for p in found if p is not None)
+            cached = sum(p[2] for p in found if p is not None)
             if processed != self._num_processed:
                 self._num_processed, self._sign_s = processed, now
                 seconds = now - self._started_s
-                return Progress(self.plan.num_prompt_tokens, processed, seconds)
+                return Progress(self.plan.num_prompt_tokens, cached, processed, seconds)
         if now - self._sign_s < self._keep_alive_s:
             return None
         self._sign_s = now
