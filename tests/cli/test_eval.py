@@ -198,6 +198,7 @@ def test_wrong_words_are_refused(moejet, tiny, problems, tmp_path):
         (["--resume"], "--resume needs --out"),
         (["--texts"], "--texts needs --out"),
         (["--json", str(tmp_path / "no" / "o.json")], "there is no directory"),
+        (["--plot", "x.doc"], "must end with one of .png"),
         (["--strategy", "vte:3"], "did you mean 'vote'?"),
         (["--strategy", "auto"], "--strategy auto needs --effort"),
         (["--strategy", "vote:2", "--strategy", "vote:2"], "given twice"),

@@ -149,9 +149,9 @@ def _check(args: argparse.Namespace) -> None:
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"--{name} {path}: there is no directory {path.parent}")
     if args.plot is not None:
-        from moejet.reasoning.eval_plot import require_matplotlib
+        from moejet.reasoning.eval_plot import check_plot
 
-        require_matplotlib()
+        check_plot(args.plot)
 
 
 def _seed(args: argparse.Namespace) -> int:
