@@ -152,12 +152,24 @@ def add_device_options(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="routed experts, of all layers together, that live on the GPU (default: as many as fit)",
     )
+    add_expert_cache_option(group)
     group.add_argument(
         "--stream-prefill-tokens",
-        type=tokens_or_auto,
+        type=number_or_auto,
         metavar="N",
         help="prompts of so many tokens a step or more copy experts from RAM to the GPU; 0: never "
         "(default auto: where that is faster)",
+    )
+
+
+def add_expert_cache_option(group: argparse._ActionsContainer) -> None:
+    """Add --expert-cache."""
+    group.add_argument(
+        "--expert-cache",
+        type=number_or_auto,
+        metavar="N",
+        help="experts in RAM of which the GPU may have a copy, those used most; auto: half of the "
+        "memory that is left for experts (default 0)",
     )
 
 
@@ -172,12 +184,12 @@ def counts(text: str) -> list[int]:
     return values
 
 
-def tokens_or_auto(text: str) -> int | str:
-    """argparse type: a number of tokens, or auto."""
+def number_or_auto(text: str) -> int | str:
+    """argparse type: a number, or auto."""
     if text == "auto":
         return text
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not 'auto' or a number of tokens")
+        raise argparse.ArgumentTypeError(f"{text!r} is not 'auto' or a number")
     return int(text)
 
 
@@ -209,6 +221,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "device",
         "vram_gib",
         "gpu_experts",
+        "expert_cache",
         "stream_prefill_tokens",
         "revision",
     )

@@ -58,7 +58,8 @@ class Driver:
         self._executor = executor
         self._active: set[Active] = set()  # those of a Gather included
         self._top: set[Active] = set()
-        self._by_request: dict[str, Active] = {}
+        # Each engine numbers its requests by itself.
+        self._by_request: dict[tuple[BranchHost, str], Active] = {}
         self._counters: dict[BranchHost, tuple[int, int, int, int]] = {}
         self._ready: deque[tuple[Active, Callable[[], Any]]] = deque()
         self._is_running = False
@@ -93,9 +94,8 @@ class Driver:
     def requests(self) -> dict[BranchHost, list[str]]:
         """What is waited for, by the model that computes it."""
         found: dict[BranchHost, list[str]] = {}
-        for request_id, active in self._by_request.items():
-            assert active.advance is not None
-            found.setdefault(active.advance.llm, []).append(request_id)
+        for llm, request_id in self._by_request:
+            found.setdefault(llm, []).append(request_id)
         return found
 
     @property
@@ -119,10 +119,10 @@ class Driver:
             else:
                 self._throw(active, error)
 
-    def deliver(self, ended: Mapping[str, RequestOutput | Exception]) -> None:
-        """Tells of requests that have ended."""
+    def deliver(self, llm: BranchHost, ended: Mapping[str, RequestOutput | Exception]) -> None:
+        """Tells of a model's requests that have ended."""
         for request_id, result in ended.items():
-            active = self._by_request.pop(request_id, None)
+            active = self._by_request.pop((llm, request_id), None)
             if active is None:
                 continue
             if isinstance(result, Exception):
@@ -145,7 +145,7 @@ class Driver:
         if not steps:
             return
         expected = steps * _expected_loads(llm, positions / steps)
-        waiting = [a for a in self._by_request.values() if a.advance and a.advance.llm is llm]
+        waiting = [a for (host, _), a in self._by_request.items() if host is llm]
         running = max(len(waiting), len(llm.engine.scheduler.running))
         seen: set[int] = set()
         for active in waiting:
@@ -210,7 +210,7 @@ class Driver:
         self._counters.setdefault(work.llm, _totals(work.llm))
         ids = work.llm.begin(work.starts)
         active.advance, active.request_ids, active.outputs = work, ids, {}
-        self._by_request |= dict.fromkeys(ids, active)
+        self._by_request |= {(work.llm, request_id): active for request_id in ids}
 
     def _gather(self, active: Active, work: Gather) -> None:
         gathering = _Gathering(active, work, [None] * len(work.runs))
@@ -265,7 +265,7 @@ class Driver:
         """Ends what a run waits for."""
         if active.advance is not None:
             for request_id in active.request_ids:
-                self._by_request.pop(request_id, None)
+                self._by_request.pop((active.advance.llm, request_id), None)
             active.advance.llm.abandon(active.request_ids)
             active.advance = None
         if active.future is not None:

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from moejet.branch import Advance, Branch, Segment, Until
-from moejet.llm import LLM
+from moejet.llm import LLM, Message
 from moejet.policy import TokenPolicy
 from moejet.reasoning.budget import Budget, Deadline
 from moejet.reasoning.result import Background, Candidate, Node, Progress, Result, ScoredStep, Usage
@@ -119,7 +119,8 @@ class Ledger:
 class Task:
     """One prompt for one model. `on(...)` makes one for another prompt or model that shares the budget.
 
-    params: how candidates are sampled, unless a strategy says otherwise · answers: finds and compares answers
+    params: how candidates are sampled, unless a strategy says otherwise · answers: finds and compares answers ·
+    messages: the conversation that the prompt is made of, None if it was given as a text or as token ids
     """
 
     def __init__(
@@ -131,8 +132,10 @@ class Task:
         params: SamplingParams,
         answers: Answers,
         ledger: Ledger,
+        messages: Sequence[Message] | None = None,
     ):
         self.llm = llm
+        self.messages = messages
         self.prompt_token_ids = tuple(prompt_token_ids)
         self.prompt = prompt
         self.params = params
@@ -160,20 +163,26 @@ class Task:
 
     def on(
         self,
-        prompt: str | Sequence[int] | Sequence[dict[str, Any]] | None = None,
+        prompt: str | Sequence[int] | Sequence[Message] | None = None,
         *,
         llm: LLM | None = None,
         params: SamplingParams | None = None,
         answers: Answers | None = None,
     ) -> Task:
-        """A task with another prompt (text, token ids, or messages), model, or sampling; ends with this one."""
+        """A task with another prompt (text, token ids, or messages), model, or sampling; ends with this one.
+
+        Another model reads the messages through its own chat template; without messages, the text as it stands.
+        """
         llm = llm or self.llm
-        if prompt is None:
+        messages = self.messages if prompt is None else messages_of(prompt)
+        if prompt is None and llm is self.llm:
             text, token_ids = self.prompt, self.prompt_token_ids
-            if llm is not self.llm:
-                assert text is not None, "another model needs the prompt's text"
-                token_ids = tuple(llm.tokenizer.encode(text, add_special_tokens=False))
         else:
+            prompt = prompt or messages or self.prompt
+            if prompt is None:
+                raise ValueError(
+                    "another model needs the prompt as messages or as a text, not token ids"
+                )
             text, ids = llm.read_prompt(prompt)
             token_ids = tuple(ids)
         child = Task(
@@ -183,6 +192,7 @@ class Task:
             params=params or self.params,
             answers=answers or self.answers,
             ledger=self.ledger,
+            messages=messages,
         )
         self._children.append(child)
         return child
@@ -192,7 +202,10 @@ class Task:
         if self._root is None:
             root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt))
             yield Advance(self.llm, [root], max_tokens=0, params=SamplingParams())
-            self.usage.prompt_tokens += len(self.prompt_token_ids)
+            if self.usage.prompt_tokens == 0:
+                self.usage.prompt_tokens = len(self.prompt_token_ids)
+            else:
+                self.usage.appended_tokens += len(self.prompt_token_ids)
             self._root = self._root or root
         return [self._add(fork) for fork in self._root.fork(n)]
 
@@ -213,17 +226,19 @@ class Task:
         branches: Sequence[Branch],
         *,
         until: Until = None,
-        max_tokens: int | None = None,
+        max_tokens: int | Sequence[int] | None = None,
         params: SamplingParams | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Run[list[Segment]]:
         """As `LLM.advance`, within the budget. What it cut off ends with "length" and stop_reason "budget".
 
-        Branches go on at the same time, as many as the budget allows. seeds: of each branch, new ones unless given; a
-        branch that advances in pieces with the same seed becomes what it would have become in one go.
+        Branches go on at the same time, as many as the budget allows. max_tokens: one for all, or of each · seeds: of
+        each branch, new ones unless given; a branch that advances in pieces with the same seed becomes what it would
+        have become in one go.
         """
         params = self._limited(params or self.params)
         limit = params.max_tokens if max_tokens is None else max_tokens
+        limits = list(limit) if isinstance(limit, Sequence) else [limit] * len(branches)
         marks = [branch.mark for branch in branches]
         seeds = [self.ledger.next_seed() for _ in branches] if seeds is None else list(seeds)
         ends: dict[int, tuple[Any, Any]] = {
@@ -236,7 +251,8 @@ class Task:
                 break
             group, waiting = waiting[: self._width], waiting[self._width :]
             wanted = [
-                None if limit is None else limit - _gained(branches[i], marks[i]) for i in group
+                None if (most := limits[i]) is None else most - _gained(branches[i], marks[i])
+                for i in group
             ]
             segments, shares = yield from self._advance(
                 [branches[i] for i in group],
@@ -439,6 +455,12 @@ def _scored_lines(branch: Branch, tokenizer: Tokenizer) -> tuple[ScoredStep, ...
 
 def _closing_id(tokenizer: Tokenizer) -> int | None:
     return None if tokenizer.think_tags is None else tokenizer.token_to_id(tokenizer.think_tags[1])
+
+
+def messages_of(prompt: str | Sequence[int] | Sequence[Message]) -> list[Message] | None:
+    """The messages of a prompt, None if it is a text or token ids."""
+    is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+    return list(cast(Sequence[Message], prompt)) if is_chat else None
 
 
 def _or_more(wanted: int | None, left: int) -> int:
