@@ -177,6 +177,7 @@ def test_a_tree_is_drawn():
     ]
     assert tree_lines(NODES, width=12)[1] == "├─ ✗ 0.25 3…"
     assert tree_lines(NODES, most=2)[2:] == ["... 4 more"]
+    assert tree_lines([Node(0, -1, "")]) == ["·"]
     assert tree_lines(()) == []
 
 
@@ -212,7 +213,8 @@ class Searching:
     def run(self, task: Task) -> Run[Result]:
         from dataclasses import replace
 
-        yield Progress("step", "step 1: 2 of 4 are kept")
+        for node in NODES[1:3]:
+            yield Progress("step", "step 1: 2 of 4 are kept", node=node)
         result = yield from Sample(1).run(task)
         return replace(result, nodes=NODES)
 
@@ -222,6 +224,7 @@ def test_the_tree_comes_before_the_answer(moejet, tiny, monkeypatch):
     result = moejet("run", "--strategy", "mcts:4", PROMPT)
     lines = result.err.splitlines()
     assert lines[0] == "step 1: 2 of 4 are kept"
+    assert lines.count(lines[0]) == 1
     first = lines.index("○ the question")
     assert lines[first + 5] == "   └─ ● 0.12 that is 9"
     assert len(lines) == first + 7

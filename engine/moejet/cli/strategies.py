@@ -50,13 +50,15 @@ def run_strategy(
         seed=secrets.randbits(63) if args.seed is None else args.seed,
     )
     result: Result | None = None
+    told = ""
     # Closing the generator ends the run, also when Ctrl-C or a closed pipe ends the loop.
     with closing(cast("Generator[Progress | Result, None, None]", events)) as events:
         for event in events:
             if isinstance(event, Result):
                 result = event
-            elif not is_quiet:
-                note(event.message)
+            elif not is_quiet and event.message != told:  # a step tells of each of its nodes
+                told = event.message
+                note(told)
     assert result is not None
     if args.json:
         found = {"model": model, "strategy": spec, **result.as_dict()}

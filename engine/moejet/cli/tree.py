@@ -61,7 +61,7 @@ def _label(node: "Node") -> str:
         parts.append(f"{node.score:.2f}")
     if node.visits:
         parts.append(f"{node.visits}x")
-    return " ".join([*parts, " ".join(node.text.split())])
+    return " ".join([*parts, *node.text.split()])
 
 
 def _cut(text: str, width: int) -> str:
