@@ -73,12 +73,12 @@ def execute(args: argparse.Namespace) -> int:
     model_config = resolve_config(args.model, args.revision)
     _, num_blocks = plan_cache(config, model_config)
     gpu = _gpu(args, config, model_config)
-    for name, value in (
+    for option, wanted in (
         ("--gpu-experts", args.gpu_experts),
         ("--expert-cache", args.expert_cache or None),
     ):
-        if value is not None and gpu is None:
-            raise ValueError(f"{name} {value} needs a GPU: give its memory as --vram")
+        if wanted is not None and gpu is None:
+            raise ValueError(f"{option} {wanted} needs a GPU: give its memory as --vram")
     machine = _machine(args, config, model_config, None if gpu is None else gpu[1])
     plan = make_plan(
         model_config,
