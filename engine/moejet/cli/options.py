@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "tiny-reasoner"
 
 # Option -> (SamplingParams field, type, help). Options that are not given keep the model's default.
-_SAMPLING: dict[str, tuple[str, Callable[[str], Any], str]] = {
+SAMPLING: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "--temperature": ("temperature", float, "0 takes the likeliest token"),
     "--top-k": ("top_k", int, "choose among the K likeliest tokens; 0: all"),
     "--top-p": ("top_p", float, "choose among the likeliest tokens of this total probability"),
@@ -45,7 +45,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sampling", "Where an option is not given, the model's generation_config.json decides."
     )
-    for option, (field, kind, text) in _SAMPLING.items():
+    for option, (field, kind, text) in SAMPLING.items():
         group.add_argument(option, dest=field, type=kind, metavar=_metavar(kind), help=text)
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="stop at this text (repeatable)"
@@ -258,7 +258,7 @@ def sampling_params(args: argparse.Namespace, llm: "LLM") -> "SamplingParams":
     """
     changes = {
         field: value
-        for field, _, _ in _SAMPLING.values()
+        for field, _, _ in SAMPLING.values()
         if (value := getattr(args, field)) is not None
     }
     if args.stop:

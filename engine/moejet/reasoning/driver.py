@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from moejet.branch import Advance, BranchHost
+from moejet.reasoning.cost import expected_distinct_experts
 from moejet.reasoning.result import Background, Progress
 from moejet.reasoning.task import Gather, Ledger, Run
 from moejet.request import CompletionOutput, RequestOutput
@@ -59,7 +60,7 @@ class Driver:
         self._top: set[Active] = set()
         # Each engine numbers its requests by itself.
         self._by_request: dict[tuple[BranchHost, str], Active] = {}
-        self._counters: dict[BranchHost, tuple[int, int, int]] = {}
+        self._counters: dict[BranchHost, tuple[int, int, int, int]] = {}
         self._ready: deque[tuple[Active, Callable[[], Any]]] = deque()
         self._is_running = False
 
@@ -137,13 +138,13 @@ class Driver:
 
     def charge(self, llm: BranchHost) -> None:
         """Divides what the engine has done since the last time among the runs that wait for it."""
-        counters = llm.engine.counters
-        now = (counters.steps, counters.expert_loads, counters.expert_bytes)
+        now = _totals(llm)
         before = self._counters.get(llm, now)
         self._counters[llm] = now
-        steps, loads, read = (a - b for a, b in zip(now, before, strict=True))
+        steps, positions, loads, read = (a - b for a, b in zip(now, before, strict=True))
         if not steps:
             return
+        expected = steps * _expected_loads(llm, positions / steps)
         waiting = [a for (host, _), a in self._by_request.items() if host is llm]
         running = max(len(waiting), len(llm.engine.scheduler.running))
         seen: set[int] = set()
@@ -151,6 +152,8 @@ class Driver:
             usage = active.ledger.usage
             usage.expert_loads += loads / running
             usage.expert_bytes += read / running
+            usage.expected_loads += expected / running
+            usage.step_share += steps / running
             if id(usage) not in seen:
                 seen.add(id(usage))
                 usage.steps += steps
@@ -276,6 +279,15 @@ class Driver:
                 run.close()
 
 
-def _totals(llm: BranchHost) -> tuple[int, int, int]:
+def _totals(llm: BranchHost) -> tuple[int, int, int, int]:
+    """Steps, positions computed, experts read, and their bytes."""
     counters = llm.engine.counters
-    return counters.steps, counters.expert_loads, counters.expert_bytes
+    positions = counters.prefill_tokens + counters.decode_tokens
+    return counters.steps, positions, counters.expert_loads, counters.expert_bytes
+
+
+def _expected_loads(llm: BranchHost, positions: float) -> float:
+    """Experts that a step would read for all layers if its positions chose theirs at random."""
+    model = llm.engine.model_config
+    distinct = expected_distinct_experts(model.num_experts, model.num_experts_per_tok, positions)
+    return model.num_moe_layers * distinct

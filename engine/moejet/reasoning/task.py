@@ -413,6 +413,7 @@ class Task:
         shares = self._reserve(wanted)
         thoughts = sum(branch.num_thinking_tokens for branch in branches)
         lengths = [len(branch.token_ids) for branch in branches]
+        chosen = sum(branch.statistics.num_tokens for branch in branches)
         try:
             segments = yield Advance(branches[0].llm, branches, max_tokens=shares, **options)
         finally:
@@ -421,6 +422,8 @@ class Task:
                 ledger.holding -= 1
             gains = [len(b.token_ids) - n for b, n in zip(branches, lengths, strict=True)]
             usage.generated_tokens += sum(gains)
+            chosen = sum(branch.statistics.num_tokens for branch in branches) - chosen
+            usage.injected_tokens += sum(gains) - chosen
             usage.thinking_tokens += sum(b.num_thinking_tokens for b in branches) - thoughts
             ledger.generating.update(b for b, gain in zip(branches, gains, strict=True) if gain)
             usage.branches = len(ledger.generating)
