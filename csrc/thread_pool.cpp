@@ -136,7 +136,7 @@ struct ThreadPool::State {
 
   // The region: written by the caller before epoch is raised, read by workers after they see it.
   Task* task = nullptr;
-  bool stop = false;
+  std::atomic<bool> stop{false};  // a late worker reads it at any time
   bool has_phase = false;    // written by worker 0 while all others wait
   std::exception_ptr error;  // under error_mutex
   std::mutex error_mutex;

@@ -60,7 +60,7 @@ CASES = (
     Case("lite-none-streamed", "model", _LITE, 0.0, _ON, (512, 8192), 60, 180),
     Case("v3-slice-streamed", "slices", SLICED, 0.0, _ON, (512, 8192), 90, 240),
     Case("lite-half-streamed", "model", _LITE, 0.5, _ON, (8192,), 60, 180),
-    Case("kill", "kill", f"{_LITE}:layers=4", 0.5, {}, (), 30, 120),
+    Case("kill", "kill", f"{_LITE}:layers=4", 0.5, _OFF, (), 30, 120),
     Case("soak", "soak", _LITE, 0.5, {}, (), 70, 240),
     Case("lite-cached", "model", _LITE, 0.0, {"expert_cache": 832}, (512,), 60, 180),
 )

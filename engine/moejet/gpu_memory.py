@@ -120,6 +120,8 @@ def _divide(
     cached = [0] * len(sizes)
     if wanted == "auto" and any("fp32" in pair for pair in config.expert_formats_of(model)):
         wanted = 0  # they would become int8, as in `ring_size`
+    if config.gpu_experts is None and left >= everything:
+        wanted = 0  # all live there
     if isinstance(wanted, int):
         cached = counts_that_fit(sizes, model.num_experts, everything, wanted)
     overhead = 0
@@ -267,11 +269,13 @@ def device_tensors(runner: Any) -> Sequence[Tensor]:
     """Every tensor that a runner keeps on its device for weights and cache; for tests and reports."""
     found: list[Tensor] = [runner.latent_cache, runner.model.rope]
     for name, value in runner.model.state().items():
-        if isinstance(value, Tensor) and name != "embed_tokens":
+        if isinstance(value, Tensor) and name != "embed_tokens" and ".resident." not in name:
             found.append(value)
     if runner.ring is not None:
         found.extend(runner.ring.tensors)
     for moe in runner.model.moe_layers:
-        if moe.experts.resident is not None:
-            found.append(moe.experts.resident.slot_of_expert)
+        if (resident := moe.experts.resident) is not None:
+            slots = (resident.gate_up, resident.down)
+            found += [part for w in slots for part in (w.codes, w.scales) if part is not None]
+            found.append(resident.slot_of_expert)
     return found if runner.expert_cache is None else found + runner.expert_cache.device_tensors

@@ -251,9 +251,8 @@ class GpuRunner:
         """Runs a step to its end; if it fails, what it left on the stream is let through."""
         start = time.perf_counter()
         try:
-            if self._has_to_reset and self.bridge is not None:
-                self.bridge.reset()
-                self._has_to_reset = False
+            if self._has_to_reset:
+                self._reset_bridge()
             with torch.inference_mode(), self.on_device():
                 if self.expert_cache is not None:
                     self.expert_cache.advance()
@@ -263,14 +262,20 @@ class GpuRunner:
         except BaseException as error:
             if self.bridge is not None:
                 try:
-                    self.bridge.reset()
-                    self._has_to_reset = False
+                    self._reset_bridge()
                 except RuntimeError as second:
                     self._has_to_reset = True
                     error.add_note(f"and the device does not come to rest: {second}")
             raise
         finally:
             self.native_seconds += time.perf_counter() - start
+
+    def _reset_bridge(self) -> None:
+        """On the model's device: what is asked about its stream concerns the current one."""
+        assert self.bridge is not None
+        with self.on_device():
+            self.bridge.reset()
+        self._has_to_reset = False
 
     def padded(self, num_requests: int) -> int:
         """Rows of a decode step for so many requests."""

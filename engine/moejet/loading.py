@@ -116,7 +116,8 @@ def _load_cached(engine: Engine, file: CacheFile) -> bool | None:
     """Fills the model from the packed cache. None: it failed in the middle, the engine must be thrown away."""
     verify = engine.config.packed_cache == "verify"
     try:
-        is_loaded = file.load(engine.runner.model.state(), verify=verify)
+        maps = not isinstance(engine.runner, GpuRunner) or engine.runner.ring is None
+        is_loaded = file.load(engine.runner.model.state(), verify=verify, maps=maps)
     except PartlyFilled:
         return None
     if is_loaded:

@@ -214,6 +214,7 @@ class ExpertCache:
         self._slot_numbers = torch.arange(most_slots, dtype=torch.int32, device=device)
         self._free = [on_host(largest, dtype=torch.uint8) for _ in range(num_buffers)]
         self._is_in_place = False
+        self._is_stale = False  # the table on the device
         self._fetches: list[_Fetch] = []
         self._snapshot: _Snapshot | None = None
         self._last_counts = self._counts.numpy().copy()
@@ -235,13 +236,14 @@ class ExpertCache:
                 return
             self._learn(snapshot)
         was_cached = self.policy.is_cached.copy()
-        changes = self._finish_fetches()
+        self._finish_fetches()
         self._send_copied()
         self._advances += 1
         if snapshot is not None and self._advances % self.choose_every == 0:
-            changes |= self._begin_fetches()
-        if changes:
+            self._begin_fetches()
+        if self._is_stale:
             self._device_table.copy_(self._table, non_blocking=True)
+            self._is_stale = False
         self._counts.copy_(self._device_counts, non_blocking=True)
         self._snapshot = _Snapshot(self._stream.mark_model(), self._steps - 1, was_cached)
         self._steps = 1
@@ -269,13 +271,12 @@ class ExpertCache:
         self.counters.hits += int(uses[snapshot.was_cached].sum())
         self.policy.observe(uses, snapshot.steps)
 
-    def _begin_fetches(self) -> bool:
-        """Evictions, and copies to pinned memory that begin; whether the table has changed."""
-        changes = False
+    def _begin_fetches(self) -> None:
+        """Evictions, and copies to pinned memory that begin."""
         for swap in self.policy.choose(len(self._free)):
             if swap.evicted >= 0:
+                self._is_stale = True  # before the change, which an interrupt must not lose
                 self._table[swap.layer, swap.evicted] = -1
-                changes = True
             buffer = self._free.pop()
             sources = self._cpu[swap.layer].packed_slices(swap.expert)
             copied = None
@@ -284,7 +285,6 @@ class ExpertCache:
                 copied = self._copier.submit(_copy_slices, buffer.numpy(), arrays)
                 sources = [buffer[: self._layouts[swap.layer].expert_bytes]]
             self._fetches.append(_Fetch(swap, buffer, sources, copied))
-        return changes
 
     def _send_copied(self) -> None:
         """What is in pinned memory goes on to the device."""
@@ -308,20 +308,20 @@ class ExpertCache:
             self._stream.run(partial(self._unpack, fetch.swap.layer, self._slot(fetch.swap)))
             fetch.marks = begin, copied, self._stream.mark()
 
-    def _finish_fetches(self) -> bool:
-        """Entries of what has arrived; whether there are any."""
+    def _finish_fetches(self) -> None:
+        """Entries of what has arrived."""
         arrived = [f for f in self._fetches if f.marks is not None and f.marks[2].is_done()]
         for fetch in arrived:
             assert fetch.marks is not None
             begin, copied, _ = fetch.marks
             swap = fetch.swap
+            self._is_stale = True
             self._table[swap.layer, swap.expert] = self._slot(swap)
             self.policy.finish(swap)
             self._release(fetch)
             self.counters.fetches += 1
             self.counters.fetched_bytes += self._layouts[swap.layer].expert_bytes
             self.counters.copy_seconds += copied.seconds_since(begin)
-        return bool(arrived)
 
     def _slot(self, swap: Swap) -> int:
         return self._residents[swap.layer].first_free + swap.slot
@@ -342,6 +342,7 @@ class ExpertCache:
     def _warm_up(self) -> None:
         """Loads the kernels: that takes long, and must not happen in mid-step. No entry leads to the slots yet."""
         if self._staging.is_cuda:
+            self._stream.follow()  # what the unpacking reads has been filled on the model's stream
             for layer in {layout: n for n, layout in enumerate(self._layouts)}.values():
                 self._stream.run(partial(self._unpack, layer, self._residents[layer].first_free))
 

@@ -177,7 +177,8 @@ class ExpertRing:
         return max(sizes)
 
     def transfers(self) -> Transfers:
-        seconds = 0.0 if self._copies is None else self._copies.seconds
+        copies = self._copies  # another thread may close the ring meanwhile
+        seconds = 0.0 if copies is None else copies.seconds
         return Transfers(streamed_bytes=self._bytes, chunks=self._count, copy_seconds=seconds)
 
     @contextmanager

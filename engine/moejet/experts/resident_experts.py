@@ -88,11 +88,14 @@ class ResidentExperts:
         return gpu_experts(x, topk_ids, topk_weights, table, self.gate_up, self.down, into=into)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
-        """What holds the weights once they are loaded, by name."""
+        """What holds the weights once they are loaded, by name: of the experts that live here, not the copies."""
+        count = self.first_free
+        if count == 0:
+            return {}
         named = {"gate_up": self.gate_up, "down": self.down}
-        own = {f"{prefix}.{name}.codes": weights.codes for name, weights in named.items()}
+        own = {f"{prefix}.{name}.codes": weights.codes[:count] for name, weights in named.items()}
         return own | {
-            f"{prefix}.{name}.scales": weights.scales
+            f"{prefix}.{name}.scales": weights.scales[:count]
             for name, weights in named.items()
             if weights.scales is not None
         }

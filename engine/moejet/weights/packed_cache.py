@@ -105,8 +105,11 @@ class CacheFile:
             self.root, self.mount = str(root), mount_of(root)
         self.path = directory / f"{slug[:60]}-{digest}{SUFFIX}"
 
-    def load(self, state: State, *, verify: bool = False) -> bool:
+    def load(self, state: State, *, verify: bool = False, maps: bool = True) -> bool:
         """Fills `state` from the file: packed weights become views of it, tensors are read.
+
+        maps: without it packed weights are read, too, as suits memory that will be pinned: pinning a private view
+        copies its pages one by one.
 
         False if there is no file, or none that fits (with a warning; it will be written anew). verify: compare all
         checksums first. Raises PartlyFilled, after a warning, if reading fails in the middle: then the state must be
@@ -130,7 +133,7 @@ class CacheFile:
             if verify:
                 verify_blobs(fd, header)
             is_touched = True
-            _fill(fd, state, blobs)
+            _fill(fd, state, blobs, maps=maps)
         except (ValueError, OSError) as error:
             # As text: whoever keeps the record would keep the error's frames, and with them the state.
             logger.warning("%s is not used, and will be written again: %s", self.path, str(error))
@@ -317,7 +320,7 @@ def cache_directory() -> Path | None:
     return env_cache_dir()
 
 
-def _fill(fd: int, state: State, blobs: dict[str, Blob]) -> None:
+def _fill(fd: int, state: State, blobs: dict[str, Blob], *, maps: bool) -> None:
     # Pages of a file lie where they were first read; placed memory is read into, to lie with its workers.
     placed: dict[int, list[tuple[NDArray[Any], Blob]]] = {}
     copies = device_copies(state)
@@ -331,7 +334,7 @@ def _fill(fd: int, state: State, blobs: dict[str, Blob]) -> None:
         weights = value.weights
         parts = weights.buffers()
         mine = [blobs[f"{name}/{node}"] for node in range(len(parts))]
-        if weights.is_placed:
+        if weights.is_placed or not maps:
             for node, part, blob in zip(value.pool.memory_nodes, parts, mine, strict=True):
                 placed.setdefault(node, []).append((part, blob))
         else:
