@@ -15,9 +15,11 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from moejet.reasoning.result import Progress as StrategyProgress
 from moejet.request import FinishReason, RequestOutput, StreamDelta, TokenLogprobs
 from moejet.server.backend import Backend, Job, Stream
 from moejet.server.errors import ApiError
+from moejet.server.strategies import Outcome, SolveJob
 from moejet.server.tool_calls import ContentDelta, OutputEvent, OutputParser, ReasoningDelta
 from moejet.ticket import EngineStepError
 
@@ -68,13 +70,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEnd:
-    """stop_reason: the stop string or token, where it is known already, which it is for the last sample of a prompt."""
+    """stop_reason: the stop string or token, where it is known already, which it is for the last sample of a prompt.
+
+    outcome: of the strategy that chose this answer
+    """
 
     choice: int
     finish_reason: FinishReason
     num_calls: int
     stop_reason: str | int | None
-    tokens: Tokens
+    tokens: Tokens = Tokens()
+    outcome: Outcome | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +93,23 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class StrategyStep:
+    """A strategy tells what it has done."""
+
+    progress: StrategyProgress
+
+
+@dataclass(frozen=True, slots=True)
 class Silence:
     """Nothing has come for a while."""
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Token counts and seconds of all prompts together; the seconds are those of the slowest."""
+    """Token counts and seconds of all prompts together; the seconds are those of the slowest.
+
+    outcome: of a strategy, whose branches are all counted
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -102,6 +118,7 @@ class Totals:
     queue_s: float
     prefill_s: float
     decode_s: float
+    outcome: Outcome | None = None
 
     @classmethod
     def of(cls, outputs: Sequence[RequestOutput]) -> Totals:
@@ -117,7 +134,7 @@ class Totals:
         )
 
 
-Event = Piece | ChoiceEnd | Progress | Silence
+Event = Piece | ChoiceEnd | Progress | StrategyStep | Silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +142,8 @@ class Plan:
     """What a request asks of the engine.
 
     make_parser: None if the text is wanted as it is, thinking tags included · include_reasoning: whether it is shown
-    is_logged: whether prompts and answers may be written to the log
+    is_logged: whether prompts and answers may be written to the log · solve: a strategy answers it, in place of jobs
+    returns_candidates: of that
     """
 
     request_id: str
@@ -135,6 +153,8 @@ class Plan:
     include_reasoning: bool = True
     wants_progress: bool = False
     is_logged: bool = False
+    solve: SolveJob | None = None
+    returns_candidates: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
