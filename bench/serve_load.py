@@ -12,6 +12,8 @@ deterministic), also as far as it came when the client left. One JSON line:
   rejected       requests answered with 503; clients wait as Retry-After says, but at most 5 s, and ask again
   ttft, itl      milliseconds from the request to the first token, and between two events of a stream
   recovery       milliseconds from a kill to the next answered request
+  *_cpu_us       processor time of the server's and of the engine's process per event that a client has read; starts of
+                 the engine after kills are left out
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Tally:
     lost: int = 0
     crossed: int = 0
     events: int = 0
+    characters: int = 0
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
     last_success_s: float = 0.0
@@ -123,6 +126,9 @@ async def ask(port: int, number: int, leave_after: int | None, tally: Tally | No
                     now - last if num_events else now - begin
                 )
             last, num_events = now, num_events + 1
+            if tally is not None:
+                tally.events += 1
+                tally.characters += len(piece)
             if leave_after is not None and num_events >= leave_after:
                 writer.transport.abort()
                 break
@@ -132,7 +138,6 @@ async def ask(port: int, number: int, leave_after: int | None, tally: Tally | No
         writer.close()
     if tally is None:
         return text if has_ended else None
-    tally.events += num_events
     check(tally, number, text, has_ended, leave_after is not None and num_events >= leave_after)
     return text
 
@@ -197,12 +202,31 @@ async def kill_engine(
     return found
 
 
-async def watch_memory(server: int, until_s: float) -> list[tuple[float, float]]:
-    sizes = []
-    while time.perf_counter() < until_s:
-        sizes.append((resident_mb(server), resident_mb(engine_pid(server))))
-        await asyncio.sleep(1.0)
-    return sizes
+def cpu_s(pid: int | None) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Usage:
+    """Memory (MB) of server and engine, sampled, and the engines' processor time from their first answers on."""
+
+    sizes: list[tuple[float, float]] = field(default_factory=list)
+    engine_cpu_s: float = 0.0
+
+    async def watch(self, server: int, until_s: float, tally: Tally) -> None:
+        last_pid, last_s, num_events = engine_pid(server), cpu_s(engine_pid(server)), 0
+        while time.perf_counter() < until_s:
+            await asyncio.sleep(0.5)
+            pid = engine_pid(server)
+            self.sizes.append((resident_mb(server), resident_mb(pid)))
+            now_s = cpu_s(pid)
+            if pid == last_pid and tally.events > num_events:
+                self.engine_cpu_s += max(0.0, now_s - last_s)
+            last_pid, last_s, num_events = pid, now_s, tally.events
 
 
 async def measure(args: argparse.Namespace, server: int, port: int) -> dict[str, Any]:
@@ -215,12 +239,14 @@ async def measure(args: argparse.Namespace, server: int, port: int) -> dict[str,
     begin = time.perf_counter()
     until_s = begin + seconds
     clients = [asyncio.create_task(client(port, i, until_s, tally)) for i in range(args.clients)]
-    memory = asyncio.create_task(watch_memory(server, until_s))
+    usage, before_s = Usage(), cpu_s(server)
+    watch = asyncio.create_task(usage.watch(server, until_s, tally))
     killer = asyncio.create_task(kill_engine(server, port, args.kills, seconds, tally))
     await asyncio.gather(*clients)
     duration_s = time.perf_counter() - begin
     recovery_s = sorted(await asyncio.wait_for(killer, 60))
-    sizes = await memory
+    await watch
+    sizes, server_cpu_s = usage.sizes, cpu_s(server) - before_s
     tenth = max(1, len(sizes) // 10)
     final = await ask(port, 0, None, None)
     return {
@@ -232,6 +258,9 @@ async def measure(args: argparse.Namespace, server: int, port: int) -> dict[str,
             for n in ("completed", "left", "rejected", "killed", "lost", "crossed")
         },
         "events_per_s": round(tally.events / duration_s, 1),
+        "characters_per_event": round(tally.characters / max(1, tally.events), 2),
+        "server_cpu_us": round(1e6 * server_cpu_s / max(1, tally.events), 1),
+        "engine_cpu_us": round(1e6 * usage.engine_cpu_s / max(1, tally.events), 1),
         "ttft_ms": quantiles(tally.ttft_s),
         "itl_ms": quantiles(tally.itl_s),
         "kills": len(recovery_s),

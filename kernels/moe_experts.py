@@ -145,19 +145,26 @@ def _down_kernel(
 @triton.jit(do_not_specialize=["first_n"])
 def _weighted_sum_kernel(
     result_ptr, topk_ids_ptr, topk_weights_ptr, slot_of_expert_ptr, out_ptr,
-    E, D, first_n, width, TOP_K, BLOCK: tl.constexpr,
+    E, D, first_n, width, TOP_K, BLOCK: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
+    """ADD: to out, where a token has any expert here."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (n < width) & (first_n + n < D)
     total = tl.zeros((BLOCK,), tl.float32)
+    any_here = n < 0
     for k in range(TOP_K):
         pair = token * TOP_K + k
         slot = _slots_of(pair, pair >= 0, topk_ids_ptr, slot_of_expert_ptr, E)
         here = mask & (n * 0 + slot >= 0)
         value = tl.load(result_ptr + pair * width + n, mask=here, other=0.0)
         total += tl.where(here, value * tl.load(topk_weights_ptr + pair), 0.0)
-    tl.store(out_ptr + token * D + first_n + n, total.to(out_ptr.dtype.element_ty), mask=mask)
+        any_here |= here
+    at = out_ptr + token * D + first_n + n
+    if ADD:
+        mask = any_here
+        total += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -207,15 +214,19 @@ def moe_experts(
     down: GpuWeights,
     *,
     out_dtype: torch.dtype,
+    into: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum over each token's resident experts, [T, D]; see `moejet.ops.gpu_experts`."""
     (tokens, dim), top_k = x.shape, topk_ids.shape[1]
     slots, _, inner, _ = gate_up.shape
     _check(x, topk_ids, topk_weights, slot_of_expert, gate_up, down)
-    out = torch.empty(tokens, dim, dtype=out_dtype, device=x.device)
+    if into is not None:
+        assert into.is_contiguous(), f"{into.stride()=}"
+        assert (into.shape, into.dtype) == (x.shape, torch.float32), f"{into.shape=} {into.dtype=}"
+    out = torch.empty(tokens, dim, dtype=out_dtype, device=x.device) if into is None else into
     pairs, experts = tokens * top_k, slot_of_expert.shape[0]
     if pairs == 0:
-        return out.zero_()
+        return out.zero_() if into is None else out
     card = card_of(x.device)
     config = _config(pairs, experts, gate_up.format, x.element_size(), card)
     mode = "one" if tokens == 1 else "few" if pairs <= _FEW_PAIRS else "sorted"
@@ -250,7 +261,7 @@ def moe_experts(
         )  # fmt: skip
         _weighted_sum_kernel[(tokens, triton.cdiv(min(width, dim - first), 512))](
             result, topk_ids, topk_weights, slot_of_expert, out,
-            experts, dim, first, width, top_k, BLOCK=512, num_warps=2,
+            experts, dim, first, width, top_k, BLOCK=512, ADD=into is not None, num_warps=2,
         )  # fmt: skip
     return out
 

@@ -113,7 +113,7 @@ def test_the_progress_of_a_prompt_can_be_watched(llm):
             await llm.complete([7] * 50, SamplingParams(max_tokens=2), request_id="mine")
         finally:
             llm._thread.engine.runner.execute = execute
-        assert seen == [(0, 50), (16, 50), (32, 50), (48, 50), (50, 50)]
+        assert seen == [(n, 50, 0) for n in (0, 16, 32, 48, 50)]
         assert llm.progress("mine") is None
 
     asyncio.run(main())

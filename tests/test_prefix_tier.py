@@ -569,3 +569,25 @@ def test_cache_command(
     assert len(segments(tmp_path / "prefix")) == 5
     assert main(["cache", "prune", "--all"]) == 0
     assert sorted(p.name for p in (tmp_path / "prefix").iterdir()) == [".lock"]
+
+
+def test_blocks_that_make_room_on_disk_are_counted(tmp_path: Path) -> None:
+    size = 1000
+    store = PrefixStore(
+        tmp_path / "p", model="m", fingerprint="f" * 20, block_bytes=size, max_bytes=150 << 10
+    )
+
+    def write(name: str) -> None:
+        digests = [f"{name}{i}".encode().ljust(16) for i in range(3)]
+        store.write(digests, [np.zeros(size, np.uint8)] * 3)
+        time.sleep(0.01)  # the oldest goes first
+
+    write("a")
+    write("b")
+    # Each write leaves 64 KiB for the segment's header, so the third finds room for one other.
+    assert (store.num_blocks, store.num_evictions) == (6, 0)
+    sizes = [path.stat().st_size for path, _, _ in segments(tmp_path / "p")]
+    store.max_bytes = sizes[1] + 3 * size + (64 << 10)
+    write("c")
+    assert (store.num_blocks, store.num_evictions) == (6, 3)
+    assert b"a0".ljust(16) not in store

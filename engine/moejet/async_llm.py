@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejet.config import EngineConfig, ModelConfig
+from moejet.decode_traffic import read_ceiling
 from moejet.engine_thread import EngineThread
 from moejet.llm import LLM, TINY_REASONER, Message
 from moejet.request import (
@@ -173,6 +174,8 @@ class AsyncLLM:
     engine can start at once; more are refused with QueueFullError. A prompt of any length may wait alone.
     step_timeout_s: a step that takes longer counts as hung: its requests fail and new ones are refused until it returns
     (None: no limit)
+    memory_gbps: GB/s with which memory can be read, for the share of it in `health` (None: measured, which takes a
+    second, for weights of a GiB or more; 0: not wanted)
 
     All methods may be called from any thread and any event loop. `async with` finishes what runs when its body ends,
     and aborts it when the body raises.
@@ -185,14 +188,21 @@ class AsyncLLM:
         max_queued_requests: int = _MAX_QUEUED_REQUESTS,
         max_queued_tokens: int = _MAX_QUEUED_TOKENS,
         step_timeout_s: float | None = _STEP_TIMEOUT_S,
+        memory_gbps: float | None = None,
         **engine_options: Any,
     ):
-        limits = _check_limits(max_queued_requests, max_queued_tokens, step_timeout_s)
+        limits = _check_limits(max_queued_requests, max_queued_tokens, step_timeout_s, memory_gbps)
         self._setup(LLM(model, **engine_options), limits)
 
     def _setup(self, llm: LLM, limits: dict[str, Any]) -> None:
         self._llm = llm
-        self._thread = EngineThread(llm.hand_over(), **limits)
+        engine = llm.hand_over()
+        try:
+            ceiling = read_ceiling(engine, limits.pop("memory_gbps"))
+        except BaseException:
+            engine.close()
+            raise
+        self._thread = EngineThread(engine, **limits, read_ceiling=ceiling)
         self._workers = ThreadPoolExecutor(_PROMPT_THREADS, thread_name_prefix="moejet-prompt")
         self._runs: AsyncRuns | None = None
         # Not at exit: then the engine's thread is ended and waited for.
@@ -206,9 +216,10 @@ class AsyncLLM:
         max_queued_requests: int = _MAX_QUEUED_REQUESTS,
         max_queued_tokens: int = _MAX_QUEUED_TOKENS,
         step_timeout_s: float | None = _STEP_TIMEOUT_S,
+        memory_gbps: float | None = None,
     ) -> AsyncLLM:
         """Takes over the engine of an LLM, which is closed from then on."""
-        limits = _check_limits(max_queued_requests, max_queued_tokens, step_timeout_s)
+        limits = _check_limits(max_queued_requests, max_queued_tokens, step_timeout_s, memory_gbps)
         self = cls.__new__(cls)
         self._setup(llm, limits)
         return self
@@ -216,7 +227,7 @@ class AsyncLLM:
     @classmethod
     def synthetic(cls, shape: str | ModelConfig, **options: Any) -> AsyncLLM:
         """A model with random weights and no tokenizer, as `LLM.synthetic`; options of both classes."""
-        names = ("max_queued_requests", "max_queued_tokens", "step_timeout_s")
+        names = ("max_queued_requests", "max_queued_tokens", "step_timeout_s", "memory_gbps")
         limits = {name: options.pop(name) for name in names if name in options}
         return cls.from_llm(LLM.synthetic(shape, **options), **limits)
 
@@ -367,8 +378,11 @@ class AsyncLLM:
         self._thread.check_process()
         return await asyncio.get_running_loop().run_in_executor(self._workers, check)
 
-    def progress(self, request_id: str) -> tuple[int, int] | None:
-        """(tokens of the prompt in the cache so far, tokens of the prompt); None if no step has begun with it."""
+    def progress(self, request_id: str) -> tuple[int, int, int] | None:
+        """(tokens of the prompt in the cache so far, all of them, those that were there before).
+
+        None if there is no such request, or it waits.
+        """
         return self._thread.engine.progress(request_id)
 
     async def abort(self, request_id: str) -> bool:
@@ -406,7 +420,8 @@ class AsyncLLM:
 
         `alive`, `state` (running, draining, closed, dead or stuck), the `error` that killed it, the age and duration of
         steps, samples `running` and `waiting` in the engine, queue sizes and their limits, cache blocks, and tokens per
-        second over about the last 20 s.
+        second over about the last 20 s; `memory_bytes_per_s` and the `bandwidth_fraction` of it with which weights were
+        read while decoding, None where that is not known.
         """
         return self._thread.health()
 
@@ -459,15 +474,20 @@ def _check_request(request_id: Any, priority: Any) -> None:
 
 
 def _check_limits(
-    max_queued_requests: Any, max_queued_tokens: Any, step_timeout_s: Any
+    max_queued_requests: Any, max_queued_tokens: Any, step_timeout_s: Any, memory_gbps: Any
 ) -> dict[str, Any]:
     limits = {"max_queued_requests": max_queued_requests, "max_queued_tokens": max_queued_tokens}
     for name, value in limits.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-    is_number = isinstance(step_timeout_s, int | float) and not isinstance(step_timeout_s, bool)
     if step_timeout_s is not None and not (
-        is_number and 0 < step_timeout_s <= threading.TIMEOUT_MAX
+        _is_number(step_timeout_s) and 0 < step_timeout_s <= threading.TIMEOUT_MAX
     ):
         raise ValueError(f"step_timeout_s={step_timeout_s!r} must be a positive number or None")
-    return {**limits, "step_timeout_s": step_timeout_s}
+    if memory_gbps is not None and not (_is_number(memory_gbps) and 0 <= memory_gbps < 1e9):
+        raise ValueError(f"memory_gbps={memory_gbps!r} must be GB/s, 0 or None")
+    return {**limits, "step_timeout_s": step_timeout_s, "memory_gbps": memory_gbps}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

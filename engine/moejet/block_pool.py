@@ -156,6 +156,14 @@ class BlockStore(Protocol):
     def min_tokens(self) -> int:
         """Contexts shorter than this are not offered."""
 
+    @property
+    def num_blocks(self) -> int:
+        """That could be read now."""
+
+    @property
+    def num_evictions(self) -> int:
+        """Blocks that had to make room for others."""
+
     def offer(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
         """Notes that these blocks are full."""
 

@@ -217,7 +217,9 @@ class EngineConfig:
     device: "auto" is "cuda" where torch and Triton see a GPU and no other option asks for the CPU, else "cpu"
     ("simulated", for tests: the GPU's path over CPU tensors and torch's references) · vram_gib: GPU memory to use at
     most (None: what is free) · gpu_experts: routed experts, of all layers together, that live on the GPU (None: as many
-    as fit); the others live in RAM and the CPU computes them
+    as fit); the others live in RAM and the CPU computes them · stream_prefill_tokens: steps with prompts of at least so
+    many tokens copy those to the GPU, layer by layer, and compute all experts there ("auto": where that is faster, as
+    measured while loading, but not experts in fp32, which the GPU has as int8; 0: never)
     seed: base of requests that bring none of their own
     show_progress: a bar while loading (None: if stderr is a terminal)
     """
@@ -245,6 +247,7 @@ class EngineConfig:
     device: str = "auto"
     vram_gib: float | None = None
     gpu_experts: int | None = None
+    stream_prefill_tokens: int | Literal["auto"] = "auto"
     seed: int | None = None
     show_progress: bool | None = None
 
@@ -344,6 +347,12 @@ class EngineConfig:
             not isinstance(experts, int) or isinstance(experts, bool) or experts < 0
         ):
             raise ValueError(f"gpu_experts={experts!r} must be a number of experts, 0 or more")
+        tokens = self.stream_prefill_tokens
+        is_number = isinstance(tokens, int) and not isinstance(tokens, bool)
+        if tokens != "auto" and (not is_number or int(tokens) < 0):
+            raise ValueError(
+                f"stream_prefill_tokens={tokens!r} must be 'auto', a number of tokens, or 0 for never"
+            )
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

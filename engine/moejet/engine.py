@@ -22,9 +22,11 @@ from moejet.batch import Batch
 from moejet.block_pool import BlockPool
 from moejet.commit import Gained, commit_token
 from moejet.config import EngineConfig, ModelConfig
+from moejet.decode_traffic import DecodeTraffic
 from moejet.engine_counters import EngineCounters
 from moejet.group import Group
 from moejet.isolation import compute_apart
+from moejet.model_cost import ModelCost
 from moejet.output import OutputAssembler
 from moejet.request import Request, RequestState, SamplingParams, StreamDelta
 from moejet.request_rules import RequestRules
@@ -93,6 +95,9 @@ class Engine:
             eos_token_ids=self.eos_token_ids,
         )
         self.totals = EngineCounters()  # as far as the engine itself counts; see counters
+        on_cpu = config.device == "cpu"
+        dense_bytes = round(ModelCost.of(model_config, config).step_bytes) if on_cpu else 0
+        self.traffic = DecodeTraffic(runner, dense_bytes)
         self._base_seed = secrets.randbits(63) if config.seed is None else config.seed
 
     @property
@@ -103,11 +108,17 @@ class Engine:
     def counters(self) -> EngineCounters:
         """What has been done so far; any thread may ask."""
         loads, num_bytes = self.runner.expert_loads()
+        store = self.scheduler.store
         return replace(
             self.totals,
             preemptions=self.scheduler.num_preemptions,
             expert_loads=loads,
             expert_bytes=num_bytes,
+            decode_steps=self.traffic.steps,
+            decode_seconds=self.traffic.seconds,
+            decode_bytes=self.traffic.num_bytes,
+            cache_evictions=self.block_pool.num_evictions,
+            disk_evictions=0 if store is None else store.num_evictions,
         )
 
     def add_request(
@@ -214,15 +225,17 @@ class Engine:
         self.scheduler.rewind(branch)
         self.scheduler.resume(branch)
 
-    def progress(self, request_id: str) -> tuple[int, int] | None:
-        """(tokens of the prompt that are computed, tokens of the prompt) of its first sample; any thread may ask."""
+    def progress(self, request_id: str) -> tuple[int, int, int] | None:
+        """(tokens of the prompt that are computed, all of them, those that were found), of its first sample.
+
+        Any thread may ask.
+        """
         group = self._groups.get(request_id)
         if group is None:
             return None
         request = group.samples[0]
-        return min(
-            request.num_computed_tokens, request.num_prompt_tokens
-        ), request.num_prompt_tokens
+        num_computed = min(request.num_computed_tokens, request.num_prompt_tokens)
+        return num_computed, request.num_prompt_tokens, request.num_cached_tokens
 
     def next_number(self) -> int:
         """Of requests, in the order in which they arrive."""
@@ -242,13 +255,16 @@ class Engine:
         if batch is None:
             return []
         self.on_scheduled(batch)
+        self.traffic.begin()
         parts, culprits = self._compute_isolating(batch)
+        num_of_prompts = self.totals.prefill_tokens
         deltas: list[StreamDelta] = []
         self.totals.steps += 1
         for part in parts:
             self._count(part.batch)
             self.scheduler.advance(part.batch)
             deltas += self._commit(part.requests, part.tokens) + self._end_computed(part.batch)
+        self.traffic.end(is_decode=self.totals.prefill_tokens == num_of_prompts)
         for request_id, error in culprits.items():
             logger.error("request %s cannot be computed and ends", request_id, exc_info=error)
             deltas += self._end_failed(request_id, error, is_step_error=True)
@@ -420,6 +436,7 @@ class Engine:
                 request.is_counted = True
                 totals.prompt_tokens += request.num_prompt_tokens
                 totals.cached_tokens += request.num_cached_tokens
+                totals.disk_tokens += request.num_disk_tokens
 
     def _sampled_rows(self, batch: Batch) -> tuple[list[int], list[Request]]:
         """Rows of the logits and whose they are: at the end of a prompt, all samples draw from the same row."""

@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from moejet.batch import Batch
+from moejet.decode_traffic import BandwidthGauge
 from moejet.engine import Engine
 from moejet.engine_counters import TrafficCounters
 from moejet.mailbox import Wakes, wake
@@ -77,6 +78,7 @@ class EngineThread:
 
     max_queued_requests, max_queued_tokens: of requests that no step has computed yet, beyond those that the engine
     could start at once · step_timeout_s: a step that takes longer counts as hung (None: no limit)
+    read_ceiling: bytes/s of this machine's memory, where it is known
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class EngineThread:
         max_queued_requests: int,
         max_queued_tokens: int,
         step_timeout_s: float | None,
+        read_ceiling: float | None = None,
     ):
         self.engine = engine
+        self._bandwidth = BandwidthGauge(read_ceiling)
         self.step_timeout_s = step_timeout_s
         self.counters = TrafficCounters()
         # Its put() may interrupt itself, so finalisers may call it wherever they happen to run.
@@ -242,6 +246,10 @@ class EngineThread:
                 "max_queued_tokens": self._admission.max_queued_tokens,
                 "free_blocks": self.engine.block_pool.num_free,
                 "total_blocks": self.engine.block_pool.num_blocks,
+                "cached_blocks": self.engine.block_pool.num_cached,
+                "disk_blocks": None if scheduler.store is None else scheduler.store.num_blocks,
+                "memory_bytes_per_s": self._bandwidth.ceiling,
+                "bandwidth_fraction": self._bandwidth.fraction,
                 "generated_tokens_per_s": self.counters.generated_tokens_rate.per_s(now),
                 "prompt_tokens_per_s": self.counters.computed_prompt_tokens_rate.per_s(now),
             }
@@ -444,6 +452,7 @@ class EngineThread:
         self._seen_tokens = totals.prefill_tokens, totals.generated_tokens
         self.counters.computed_prompt_tokens_rate.add(self._seen_tokens[0] - seen[0], now)
         self.counters.generated_tokens_rate.add(self._seen_tokens[1] - seen[1], now)
+        self._bandwidth.add(self.engine.traffic, now)
 
     def _deliver(self, deltas: Iterable[StreamDelta]) -> None:
         wakes: Wakes = []

@@ -13,10 +13,11 @@ import torch
 from moejet.config import EngineConfig, ModelConfig, env_device
 from moejet.experts.bridge import CpuBridge, CudaStream, Stream
 from moejet.experts.cpu_experts import CpuExperts
+from moejet.experts.expert_ring import ExpertRing
 from moejet.experts.hybrid_experts import HybridExperts
 from moejet.experts.placement import Placement
 from moejet.experts.resident_experts import ResidentExperts
-from moejet.gpu_memory import RESERVE_BYTES, GpuMemory, bridge_tokens
+from moejet.gpu_memory import RESERVE_BYTES, GpuMemory, bridge_tokens, ring_size
 from moejet.gpu_runner import GpuRunner
 from moejet.layers.gpu import GpuDenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
@@ -136,6 +137,7 @@ def create_gpu_runner(
             place=place,
             stream=stream,
             placement=memory.placement,
+            has_ring=memory.ring > 0,
             num_blocks=num_blocks,
             max_context=max_context,
             pool=pool,
@@ -175,6 +177,7 @@ def _runner(
     place: torch.device,
     stream: Stream,
     placement: Placement,
+    has_ring: bool,
     num_blocks: int,
     max_context: int,
     pool: ThreadPool,
@@ -228,6 +231,13 @@ def _runner(
         )
         for number, experts in enumerate(asked):
             experts.attach(bridge, number)
+    size = ring_size(model_config, config) if has_ring else None
+    ring = None
+    if size is not None and asked:
+        in_ram = [(experts.cpu, experts.in_ram) for experts in asked if experts.cpu is not None]
+        ring = ExpertRing(in_ram, size, place)
+        for number, experts in enumerate(asked):
+            experts.attach_ring(ring, number)
     return GpuRunner(
         model,
         model_config,
@@ -238,4 +248,5 @@ def _runner(
         pool=pool,
         isa=isa,
         bridge=bridge,
+        ring=ring,
     )

@@ -17,6 +17,7 @@ from moejet.config import DEFAULT_MAX_CONTEXT, FORMAT_BITS, EngineConfig, ModelC
 from moejet.device_batch import MAX_ABSORBED_TOKENS, padded_sizes
 from moejet.experts.placement import Placement, counts_that_fit
 from moejet.experts.resident_experts import resident_bytes
+from moejet.experts.ring_size import RingSize
 from moejet.layers.gpu import GpuDenseWeights
 from moejet.layers.linear import Linear, RMSNorm
 from moejet.model_cost import ModelCost
@@ -31,12 +32,16 @@ _SLAB_BYTES, _DOWN_BYTES, _LOGITS_BYTES = 24 << 20, 64 << 20, 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """Bytes on the GPU (dense, cache, buffers, experts) and in RAM (cpu_experts, pinned), and who lives where."""
+    """Bytes on the GPU (dense, cache, buffers, experts, ring) and in RAM (cpu_experts, pinned), and who lives where.
+
+    ring: that experts in RAM stream through; none where all live on the GPU.
+    """
 
     dense: int
     cache: int
     buffers: int
     experts: int
+    ring: int
     cpu_experts: int
     pinned: int
     placement: Placement
@@ -57,6 +62,11 @@ class GpuMemory:
         if config.gpu_experts is not None:
             left = sum(sizes) * model.num_experts
         counts = counts_that_fit(sizes, model.num_experts, left, config.gpu_experts)
+        ring = None
+        if any(count < model.num_experts for count in counts):
+            ring = ring_size(model, config)
+        if ring is not None and config.gpu_experts is None:
+            counts = counts_that_fit(sizes, model.num_experts, left - ring.device_bytes)
         matrix = model.hidden_size * model.moe_intermediate_size
         in_ram = 0.0
         for count, (gate_up, down) in zip(counts, formats, strict=True):
@@ -67,15 +77,30 @@ class GpuMemory:
             cache=cache,
             buffers=buffers,
             experts=sum(size * count for size, count in zip(sizes, counts, strict=True)),
+            ring=0 if ring is None else ring.device_bytes,
             cpu_experts=round(in_ram),
-            pinned=pinned_bytes(model, config),
+            pinned=pinned_bytes(model, config) + (0 if ring is None else ring.host_bytes),
             placement=Placement.of_counts(model.num_experts, counts),
         )
 
     @property
     def on_device(self) -> int:
         """All of it, the reserve included."""
-        return self.dense + self.cache + self.buffers + self.experts + RESERVE_BYTES
+        return self.dense + self.cache + self.buffers + self.experts + self.ring + RESERVE_BYTES
+
+
+def ring_size(model: ModelConfig, config: EngineConfig) -> RingSize | None:
+    """Of the ring for experts in RAM; None where none ever stream. config: as `for_model` returns it.
+
+    Experts in fp32 would become int8 on the way: nobody who wants fp32 wants that, unless it is asked for.
+    """
+    formats = config.expert_formats_of(model)
+    wanted = config.stream_prefill_tokens
+    is_exact = any("fp32" in pair for pair in formats)
+    if wanted == 0 or not formats or (wanted == "auto" and is_exact):
+        return None
+    shape = (model.hidden_size, model.moe_intermediate_size, model.num_experts)
+    return RingSize.of(*shape, formats)
 
 
 def dense_bytes(model: ModelConfig, config: EngineConfig, cache_tokens: int) -> int:
@@ -180,6 +205,8 @@ def device_tensors(runner: Any) -> Sequence[Tensor]:
     for name, value in runner.model.state().items():
         if isinstance(value, Tensor) and name != "embed_tokens":
             found.append(value)
+    if runner.ring is not None:
+        found.extend(runner.ring.tensors)
     for moe in runner.model.moe_layers:
         if moe.experts.resident is not None:
             found.append(moe.experts.resident.slot_of_expert)

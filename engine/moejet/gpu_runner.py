@@ -4,6 +4,8 @@ Decode batches are padded and, on CUDA, replayed as one graph: model, choice of 
 calling thread then serves the layers' CPU shares (`experts.bridge`) until the step is done. The first batch of a kind
 is launched operation by operation, as all other batches are, and captured afterwards.
 
+Prompts of many tokens do without the CPU: its experts stream to the GPU (`experts.expert_ring`).
+
 Nothing but replays and copies is launched while the GPU waits for the CPU in mid-step: loading a kernel or asking the
 driver for memory may wait for the GPU in turn.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,9 @@ from moejet.batch import Batch
 from moejet.config import EngineConfig, ModelConfig, use_graphs, use_reference
 from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
 from moejet.experts.bridge import CpuBridge
+from moejet.experts.expert_ring import ExpertRing, Transfers
+from moejet.experts.hybrid_experts import HybridExperts
+from moejet.experts.stream_threshold import stream_threshold
 from moejet.gpu_memory import key_chunk
 from moejet.latent_layout import row_elements
 from moejet.layers.gpu import GpuDenseWeights
@@ -96,9 +102,12 @@ class GpuRunner:
         pool: ThreadPool,
         isa: str,
         bridge: CpuBridge | None,
+        ring: ExpertRing | None,
     ):
         self.model, self.pool, self.isa = model, pool, isa
-        self.device, self.bridge = dense.device, bridge
+        self.device, self.bridge, self.ring = dense.device, bridge, ring
+        self._config, self._dtype = config, dense.dtype
+        self._stream_tokens: int | None = None  # from which on a step streams; None: it does not
         self.native_seconds = 0.0
         row = row_elements(
             model_config.kv_lora_rank, model_config.qk_rope_head_dim, config.cache_dtype
@@ -117,12 +126,43 @@ class GpuRunner:
         self._uses_graphs = dense.device.type == "cuda" and use_graphs() and not use_reference()
         self._graph_memory: Any = None  # that all graphs share
 
+    def weights_loaded(self) -> None:
+        """Prepares streaming: experts are pinned where they are, if they can be, and the threshold is decided."""
+        if self.ring is None:
+            return
+        self.ring.prepare()
+        wanted = self._config.stream_prefill_tokens
+        if wanted != "auto":
+            self._stream_tokens = wanted
+            return
+        layers = [moe.experts for moe in self.model.moe_layers]
+        most = self._config.max_batch_tokens
+        self._stream_tokens = stream_threshold(
+            self.ring,
+            next(layer for layer in layers if isinstance(layer, HybridExperts) and layer.in_ram),
+            self.model.config,
+            max_tokens=most,
+            dtype=self._dtype,
+        )
+        if self._stream_tokens > most:
+            logger.info(
+                "no step of max_batch_tokens=%d streams; a larger one would from %d on",
+                most,
+                self._stream_tokens,
+            )
+
     def close(self) -> None:
-        """Releases the bridge, once the device is done with it, and the graphs, which are not replayed any more."""
+        """Releases bridge and ring, once the device is done with them, and the graphs: none is replayed any more."""
         if self.bridge is not None:
             self.bridge.close()
         self._synchronize()
+        if self.ring is not None:
+            self.ring.close()
         self._steps.clear()
+
+    def transfers(self) -> Transfers:
+        """What has been copied of experts so far; any thread may ask, and nothing waits."""
+        return Transfers() if self.ring is None else self.ring.transfers()
 
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts that the CPU has read so far, and the bytes of their weights."""
@@ -206,7 +246,8 @@ class GpuRunner:
             max_context=self._max_context,
             max_key_chunk=self._key_chunk,
         )
-        hidden = self.model.forward(there, self.latent_cache)
+        with self._streaming(batch.num_tokens):
+            hidden = self.model.forward(there, self.latent_cache)
         assert there.logits_indices is not None
         wanted = there.logits_indices
         if choice is not None:
@@ -228,6 +269,12 @@ class GpuRunner:
             )
             parts.append(sample_on_device(logits, columns)[0].cpu())
         return torch.cat(parts) if parts else torch.empty(0, 0)
+
+    def _streaming(self, num_tokens: int) -> AbstractContextManager[None]:
+        """In which the layers' experts in RAM stream to the GPU, if there are enough tokens."""
+        if self.ring is None or self._stream_tokens is None or num_tokens < self._stream_tokens:
+            return nullcontext()
+        return self.ring.step()
 
     def _decode(self, batch: Batch, choice: _Choice | None) -> Tensor:
         """A decode batch: logits of all its rows, or their tokens, of which only those of the choice mean anything."""

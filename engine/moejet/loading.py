@@ -80,6 +80,7 @@ def load_engine(config: EngineConfig) -> Engine:
             gc.collect()  # what is mapped goes with the old one
         if not is_loaded:
             _load(engine, path, checkpoint, file)
+        engine.runner.weights_loaded()
         attach_prefixes(engine, key)
     except BaseException:
         engine.close()
@@ -171,6 +172,7 @@ def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
     num_nodes = len(engine.runner.pool.memory_nodes)
     sources: list[Any] = [["synthetic", config.seed or 0]]
     try:
+        engine.runner.weights_loaded()
         key = weights_key(sources, config, model_config, num_nodes)
         attach_prefixes(engine, key | _device_key(config))
     except BaseException:

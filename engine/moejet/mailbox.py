@@ -112,17 +112,20 @@ class Mailbox:
                     return None
                 if self._waiter is not None:
                     raise RuntimeError("this stream is being read by another task: one may read it")
-                waiter = self._waiter = asyncio.get_running_loop().create_future()
+                loop = asyncio.get_running_loop()
+                waiter = self._waiter = loop.create_future()
+            # Not asyncio.wait or asyncio.timeout, which cost several times as much, and this is once per token.
+            timer = None if timeout_s is None else loop.call_later(timeout_s, _resolve, [waiter])
             try:
-                if timeout_s is None:
-                    await waiter
-                else:
-                    await asyncio.wait((waiter,), timeout=timeout_s)
+                await waiter
             finally:
+                if timer is not None:
+                    timer.cancel()
                 with self._lock:
-                    if self._waiter is waiter:
+                    is_late = self._waiter is waiter  # else whoever has something has taken it
+                    if is_late:
                         self._waiter = None
-            if not waiter.done() and not self._runs and not self._has_ended:
+            if is_late and not self._runs and not self._has_ended:
                 raise TimeoutError(f"no token within {timeout_s:g} s")
 
     def error(self) -> BaseException | None:

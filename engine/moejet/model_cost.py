@@ -74,6 +74,13 @@ class ModelCost:
         row = row_bytes(c.kv_lora_rank, c.qk_rope_head_dim, self.cache_dtype)
         return c.num_hidden_layers * row
 
+    @property
+    def step_bytes(self) -> float:
+        """Weights beside routed experts that every step of decoding reads."""
+        # One direction of W_UK is for expanded attention.
+        dense = (size for name, size in self._dense_matrix_bytes() if not name.endswith("w_uk"))
+        return 4.0 * self._router_parameters + sum(dense)
+
     def unique_experts(self, num_tokens: int) -> float:
         """Experts of one layer that num_tokens hit, on average with uniform routing."""
         miss = 1.0 - self.config.num_experts_per_tok / self.config.num_experts
@@ -81,11 +88,8 @@ class ModelCost:
 
     def decode_bytes(self, context: float, batch: int = 1) -> float:
         """What one step of `batch` sequences reads, each `context` tokens long."""
-        dense = 4.0 * self._router_parameters
-        # One direction of W_UK is for expanded attention.
-        dense += sum(size for name, size in self._dense_matrix_bytes() if not name.endswith("w_uk"))
         routed = self.config.num_moe_layers * self.unique_experts(batch) * self.expert_bytes
-        return dense + routed + batch * context * self.latent_bytes
+        return self.step_bytes + routed + batch * context * self.latent_bytes
 
     def decode_operations(self, context: float, batch: int = 1) -> float:
         """Of one step of `batch` sequences, each `context` tokens long."""

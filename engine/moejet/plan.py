@@ -171,6 +171,7 @@ def _gpu_parts(
         Part("buffers of a step", "VRAM", memory.buffers),
         Part("kernels and reserve", "VRAM", RESERVE_BYTES),
         Part(f"{on_gpu} of {all_experts} routed experts", "VRAM", memory.experts),
+        Part("ring for streamed experts", "VRAM", memory.ring),
         Part("the other routed experts", "RAM", memory.cpu_experts),
         Part("embedding", "RAM", 2 * table),
         Part("buffers of the CPU's share", "RAM", expert_scratch_bytes(model_config, config)),

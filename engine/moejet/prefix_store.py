@@ -73,6 +73,9 @@ class PrefixStore:
         self._segments: dict[str, _Segment] = {}
         self._index: dict[bytes, tuple[_Segment, int]] = {}
         self._seen_ns = -1
+        self.num_evictions = (
+            0  # blocks of this fingerprint that this process has removed for want of room
+        )
         self._staging = np.empty(block_bytes, np.uint8)
         self.refresh()
 
@@ -238,7 +241,9 @@ class PrefixStore:
                 total -= size
                 if path.parent == self.directory:
                     with self._lock:
+                        before = len(self._index)
                         self._forget(path.name)
+                        self.num_evictions += before - len(self._index)
 
 
 def segment_directories(root: Path) -> list[Path]:

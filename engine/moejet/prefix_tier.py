@@ -54,6 +54,14 @@ class PrefixTier:
         # The thread holds the cache, not this object: whoever forgets to close it loses neither blocks nor memory.
         self.close = weakref.finalize(self, self._writer.stop)
 
+    @property
+    def num_blocks(self) -> int:
+        return self.store.num_blocks
+
+    @property
+    def num_evictions(self) -> int:
+        return self.store.num_evictions
+
     def offer(self, blocks: Sequence[int], digests: Sequence[bytes]) -> None:
         """Notes that these held blocks are full and should be on disk."""
         self._writer.offer(blocks, digests)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from moejet.sample_state import SampleState
 
 PolicyMaker = Callable[[], TokenPolicy]
+if TYPE_CHECKING:
+    Policies = PolicyMaker | tuple[PolicyMaker, ...] | None
+else:
+    Policies = Any  # msgspec reads parameters from frames between processes, and has no unions of functions
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
 MAX_N = 64
@@ -54,7 +58,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     max_thinking_tokens: int | None = None
-    policy: PolicyMaker | tuple[PolicyMaker, ...] | None = None
+    policy: Policies = None
     grammar: Grammar | None = None
     statistics: bool = False
 
@@ -292,6 +296,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     num_offered_blocks: int = 0  # that a store behind the pool has been told of
     num_cached_tokens: int = 0  # of the prompt, that were found when it first ran
+    num_disk_tokens: int = 0  # those of them that came from a store behind the pool
     is_counted: bool = False  # its prompt, in the engine's counters
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None

@@ -34,6 +34,7 @@ class Runner(Protocol):
     native_seconds: float
     samples: bool  # whether `sample` may choose tokens
 
+    def weights_loaded(self) -> None: ...
     def expert_loads(self) -> tuple[int, int]: ...
     def hidden(self, num_rows: int) -> Tensor | None: ...
     def execute(self, batch: Batch) -> Tensor: ...
@@ -85,6 +86,9 @@ class ModelRunner:
                 isa=dense.isa,
                 attention_form="invariant" if config.deterministic else "auto",
             )
+
+    def weights_loaded(self) -> None:
+        """To be called once, before the first batch."""
 
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts read so far, and the bytes of their weights; zeros with MOEJET_REF=1."""

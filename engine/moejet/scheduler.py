@@ -314,7 +314,9 @@ class Scheduler:
             self.pool.register(block, digest)
         num_tokens = done * self.pool.block_size
         request.num_computed_tokens += num_tokens
-        request.num_cached_tokens += num_tokens if read.counts else 0
+        if read.counts:
+            request.num_cached_tokens += num_tokens
+            request.num_disk_tokens += num_tokens
         read.num_blocks -= done
         if done == count and read.num_blocks:
             return False

@@ -227,3 +227,16 @@ def test_interrupt_aborts_the_request(moejet, llm):
     assert result.out.endswith("\n")
     assert llm.num_aborts == 1
     assert llm.is_closed
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0", 0), ("512", 512)])
+def test_when_prompts_stream(moejet, llm, text, value):
+    assert moejet("run", "--stream-prefill-tokens", text, "x").code == 0
+    assert llm.opened[-1][1] == {"stream_prefill_tokens": value}
+
+
+@pytest.mark.parametrize("text", ["-1", "many", "1.5", ""])
+def test_when_prompts_stream_is_checked(moejet, text):
+    result = moejet("run", f"--stream-prefill-tokens={text}", "x")
+    assert result.code == 2
+    assert f"{text!r} is not 'auto' or a number of tokens" in result.err

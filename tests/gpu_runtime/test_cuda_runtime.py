@@ -7,6 +7,7 @@ import torch
 
 from moejet import LLM, SamplingParams, gpu_loading
 from moejet.batch import Batch
+from moejet.experts import ring_size
 from moejet.gpu_memory import GpuMemory
 from moejet.plan import GIB
 from moejet.testing.checkpoints import FAMILIES, reference_logprobs
@@ -176,3 +177,39 @@ def test_a_thousand_steps(checkpoint, fp32_activations):
         for _ in range(10):
             assert _tokens(llm, params) == first
         assert torch.cuda.memory_allocated() <= allocated + (1 << 20)
+
+
+@pytest.mark.parametrize("placement", ["none", "some"])
+def test_streamed_prompts(
+    placement, mode, checkpoint, expected_greedy, fp32_activations, monkeypatch
+):
+    """Chunks of two experts or three, prompts in parts, generation in between."""
+    monkeypatch.setattr(ring_size, "CHUNK_BYTES", 48 << 10)
+    path = checkpoint("deepseek_v3", **SHAPE)
+    options = {**OPTIONS, "stream_prefill_tokens": 8, "max_batch_tokens": 24}
+    with LLM(path, gpu_experts=PLACEMENTS[placement], **options) as llm:
+        for _ in range(3):
+            made = _tokens(llm)
+            assert made == expected_greedy(path, PROMPTS, made, NUM_GREEDY)
+        assert llm.engine.runner.transfers().streamed_bytes > 0
+
+
+@pytest.mark.parametrize("expert_format", ["int4_g32", "int8", "fp8"])
+def test_streamed_experts_are_those_that_live_there(expert_format, checkpoint, fp32_activations):
+    path, ids = checkpoint("deepseek_v3", **SHAPE, moe_intermediate_size=96), list(range(10, 130))
+    options = {**OPTIONS, "expert_format": expert_format}
+    with LLM(path, gpu_experts=10**6, **options) as llm:
+        expected = torch.tensor(llm.score(ids))
+    for resident in (0, 11):
+        with LLM(path, gpu_experts=resident, stream_prefill_tokens=1, **options) as llm:
+            got = torch.tensor(llm.score(ids))
+            assert llm.engine.runner.transfers().streamed_bytes > 0
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+
+
+def test_the_measured_threshold(checkpoint):
+    with LLM(checkpoint("deepseek_v3", **SHAPE), gpu_experts=9, **OPTIONS) as llm:
+        runner = llm.engine.runner
+        assert runner.ring is not None
+        assert runner._stream_tokens >= 1
+        assert _tokens(llm)

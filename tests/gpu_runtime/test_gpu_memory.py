@@ -52,9 +52,10 @@ def test_the_plan_is_what_is_allocated(expert_format, dense_format, cache_dtype,
         llm.engine.add_request([1, 2, 3], llm.default_sampling())
         llm.engine.step()
     memory = GpuMemory.of(SMALL, config, vram_bytes=64 * GIB, cache_tokens=2048)
-    tables = 2 * SMALL.num_experts * 4
-    assert memory.dense + memory.cache + memory.experts <= held
-    assert memory.dense + memory.cache + memory.experts >= held - tables
+    tables = 6 * SMALL.num_experts * 4  # of slots, and their numbers
+    planned = memory.dense + memory.cache + memory.experts + memory.ring
+    assert held - tables <= planned <= held
+    assert (memory.ring > 0) == (gpu_experts < 16)
     assert memory.cpu_experts == pytest.approx(in_ram, rel=0.01)
     plan = make_plan(SMALL, config, machine=Machine(None, 64 * GIB), cache_tokens=2048)
     assert plan.bytes_in("VRAM") == memory.on_device
@@ -64,14 +65,15 @@ def test_the_plan_is_what_is_allocated(expert_format, dense_format, cache_dtype,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_bytes_of_every_family(family):
     model = ModelConfig.from_hf(hf_config(family))
-    with LLM.synthetic(model, device="simulated", gpu_experts=0, **OPTIONS) as llm:
+    options = {**OPTIONS, "device": "simulated", "gpu_experts": 0, "stream_prefill_tokens": 0}
+    with LLM.synthetic(model, **options) as llm:
         held = sum(tensor.nbytes for tensor in device_tensors(llm.engine.runner))
         memory = GpuMemory.of(model, llm.config, vram_bytes=GIB, cache_tokens=2048)
     assert memory.dense + memory.cache == held
 
 
 def test_a_budget_is_filled_and_not_exceeded():
-    config = EngineConfig(model="x", **OPTIONS)
+    config = EngineConfig(model="x", stream_prefill_tokens=0, **OPTIONS)
     empty = GpuMemory.of(SMALL, replace(config, gpu_experts=0), vram_bytes=0, cache_tokens=2048)
     one = GpuMemory.of(
         SMALL, replace(config, gpu_experts=1), vram_bytes=0, cache_tokens=2048
@@ -89,6 +91,32 @@ def test_a_budget_is_filled_and_not_exceeded():
     assert more.cpu_experts == 0
 
 
+def test_the_ring_is_there_where_experts_are_in_ram():
+    def memory(**options) -> GpuMemory:
+        config = EngineConfig(model="x", **{**OPTIONS, **options})
+        return GpuMemory.of(SMALL, config, vram_bytes=budget, cache_tokens=2048)
+
+    budget = 0
+    without, one = memory(gpu_experts=0, stream_prefill_tokens=0), memory(gpu_experts=1).experts
+    ring = memory(gpu_experts=0).ring
+    assert memory(gpu_experts=0).on_device == without.on_device + ring
+    assert memory(gpu_experts=0).pinned > without.pinned
+    assert memory(gpu_experts=0, expert_format="fp32").ring == 0
+    assert memory(gpu_experts=0, expert_format="fp32", stream_prefill_tokens=9).ring > 0
+    for count in (0, 5, 15):
+        budget = without.on_device + ring + count * one
+        if budget < without.on_device + 16 * one:
+            assert memory().placement.num_resident == count
+            assert memory().on_device == budget
+    # Where the last expert fits, nothing streams, and its memory is free.
+    budget = without.on_device + 16 * one
+    assert memory().placement.num_resident == 16
+    assert memory().ring == 0
+    budget -= 1
+    assert memory().placement.num_resident == max(0, (16 * one - 1 - ring) // one)
+    assert memory().ring == ring
+
+
 def test_layers_get_alike_and_others_go_on_where_one_is_too_large():
     assert counts_that_fit([10, 10, 10], 4, 75) == [3, 2, 2]
     assert counts_that_fit([10, 30], 4, 75) == [4, 1]
@@ -99,7 +127,8 @@ def test_layers_get_alike_and_others_go_on_where_one_is_too_large():
 
 
 def test_vram_that_half_of_the_experts_fit_into():
-    config = EngineConfig(model="x", device="simulated", **OPTIONS)
+    options = {**OPTIONS, "device": "simulated", "stream_prefill_tokens": 0}
+    config = EngineConfig(model="x", **options)
     empty = GpuMemory.of(
         SMALL, replace(config, gpu_experts=0), vram_bytes=0, cache_tokens=2048
     ).on_device
@@ -107,7 +136,7 @@ def test_vram_that_half_of_the_experts_fit_into():
         SMALL, replace(config, gpu_experts=8), vram_bytes=0, cache_tokens=2048
     ).on_device
     assert empty < half
-    with LLM.synthetic(SMALL, device="simulated", vram_gib=half / GIB, **OPTIONS) as llm:
+    with LLM.synthetic(SMALL, vram_gib=half / GIB, **options) as llm:
         assert _resident(llm) == [4, 4]
 
 

@@ -232,7 +232,7 @@ def test_fields_that_say_nothing_about_the_answer_are_taken(ask):
 def test_prompt_progress_and_signs_of_life_are_sent(tool_tokenizer, ask_app):
     backend = ScriptedBackend(["</think>\n\nhi"], tool_tokenizer, delay_s=0.12)
     done = iter((4, 8, 12, 12, 12))
-    backend.progress = lambda _: (next(done, 12), 99)
+    backend.progress = lambda _: (next(done, 12), 99, 4)
     ask = ask_app(asgi_app(backend, keep_alive_s=0.05))
     quiet = ask(PATH, {"messages": MESSAGES, "stream": True})
     assert quiet.text.count(": keep-alive\n\n") >= 1
@@ -241,6 +241,8 @@ def test_prompt_progress_and_signs_of_life_are_sent(tool_tokenizer, ask_app):
     told = ask(
         PATH, {"messages": MESSAGES, "stream": True, "return_progress": True, "max_tokens": 1}
     )
-    steps = [c["prompt_progress"]["processed"] for c in told.events if "prompt_progress" in c]
+    found = [c["prompt_progress"] for c in told.events if "prompt_progress" in c]
+    assert all(progress["cache"] == 4 for progress in found)
+    steps = [progress["processed"] for progress in found]
     assert steps
     assert steps == sorted(set(steps))

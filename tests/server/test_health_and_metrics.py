@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from moejet.server.backend import ModelCard
+from moejet.server.generation import Totals
 from moejet.server.health import assess, health_router, is_ready
 from moejet.server.metrics import ServerMetrics, metrics_router
 
@@ -24,6 +25,10 @@ WELL = {
     "free_blocks": 30,
     "total_blocks": 40,
     "generated_tokens_per_s": 12.5,
+    "cached_blocks": 25,
+    "disk_blocks": 60,
+    "memory_bytes_per_s": 5e10,
+    "bandwidth_fraction": 0.75,
 }
 
 
@@ -37,6 +42,10 @@ class Backend:
             "cached_tokens": 40,
             "generated_tokens": 7,
             "expert_bytes": 9,
+            "decode_bytes": 1000,
+            "decode_seconds": 0.125,
+            "disk_tokens": 10,
+            "cache_evictions": 3,
             "worker_restarts": 2,
             "finished_samples": {"stop": 4, "error": 1},
             "queue_time_s": {"buckets": [[0.5, 1], [math.inf, 3]], "count": 3, "sum": 2.5},
@@ -97,7 +106,8 @@ def test_metrics():
     metrics.first_token(0.3)
     metrics.inter_token(0.02)
     metrics.inter_token(0.03)
-    metrics.finished("stop", 100, 7, 40, 1.2)
+    totals = Totals(100, 40, 7, 2, queue_s=0.1, prefill_s=0.4, decode_s=0.6, longest=4)
+    metrics.finished("stop", totals, 1.2)
     metrics.rejected("queue_full")
     metrics.cancelled("decode")
     app = FastAPI()
@@ -133,6 +143,19 @@ def test_metrics():
         ("moejet:inter_token_latency_seconds_count",): 2,
         ("moejet:e2e_request_latency_seconds_sum",): 1.2,
         ("moejet:request_prompt_tokens_sum",): 100,
+        ("moejet:request_generation_tokens_sum",): 7,
+        ("moejet:request_prefill_time_seconds_sum",): 0.4,
+        ("moejet:request_decode_time_seconds_sum",): 0.6,
+        ("moejet:request_time_per_output_token_seconds_sum",): pytest.approx(0.2),
+        ("moejet:prefix_cache_blocks", "ram"): 25,
+        ("moejet:prefix_cache_blocks", "disk"): 60,
+        ("moejet:prefix_cache_tier_hits_total", "ram"): 30,
+        ("moejet:prefix_cache_tier_hits_total", "disk"): 10,
+        ("moejet:prefix_cache_evictions_total", "ram"): 3,
+        ("moejet:memory_read_bytes_per_second",): 5e10,
+        ("moejet:memory_bandwidth_fraction",): 0.75,
+        ("moejet:decode_weight_bytes_total",): 1000,
+        ("moejet:decode_seconds_total",): 0.125,
     }
     assert {key: found.get(key) for key in expected} == expected
     assert found["moejet:process_resident_memory_bytes", "server"] > 1 << 20

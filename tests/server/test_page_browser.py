@@ -1,12 +1,11 @@
 """The chat page in a browser: what a person does there, and what hostile model output must not be able to do.
 
 Needs Playwright and a Chromium: its own, or the system's. A stand-in speaks the API, so that every case of a stream can
-be brought about; the last test talks to the real server.
+be brought about; see test_page_and_server.py for the real server.
 """
 
 import asyncio
 import json
-import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -16,15 +15,15 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi")
-pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api", reason="needs pip install 'moejet[browser]'")
 
 import uvicorn
 from fastapi import FastAPI, Request
-from playwright import sync_api
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from moejet.server.config import ServerConfig
-from moejet.server.page import PAGE_PATHS, page_router
+from moejet.server.page import page_router
+from moejet.testing.page_visit import Visit, open_browser
 
 pytestmark = pytest.mark.slow
 
@@ -148,7 +147,7 @@ class StandIn:
                 thought = f"step {num_reasoning} "
                 yield chunk(i, {"reasoning_content": thought, "reasoning": thought})
             num_reasoning += 1
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.03)
         answers = [_answer(text, i, len(self.bodies)) for i in range(n)]
         for words in zip(*(a.split(" ") for a in answers), strict=True):
             for i, word in enumerate(words):
@@ -163,7 +162,7 @@ class StandIn:
             yield chunk(i, {}, "stop")
         usage = {
             "prompt_tokens": 12,
-            "completion_tokens": n * (num_reasoning + num_content),
+            "completion_tokens": n * (num_reasoning + num_content) * (10 if n > 1 else 1),
             "completion_tokens_details": {"reasoning_tokens": n * num_reasoning},
         }
         timings = {"predicted_per_second": 123.4}
@@ -204,72 +203,11 @@ def _serve(app: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        path = playwright.chromium.executable_path
-        system = shutil.which("chromium") or shutil.which("google-chrome")
-        if not Path(path).exists() and system is None:
-            pytest.skip("there is no Chromium: playwright install chromium")
-        chosen = None if Path(path).exists() else system
-        browser = playwright.chromium.launch(executable_path=chosen, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page in a window of its own, with everything it asks for and complains about."""
-
-    def __init__(self, browser: Any, url: str, **options: Any):
-        self.url = url
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        self.context = browser.new_context(**options)
-        self.context.add_init_script(
-            "addEventListener('securitypolicyviolation', (e) => "
-            "console.error('policy: ' + e.violatedDirective + ' ' + e.blockedURI + ' ' + e.sample))"
-        )
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(8000)
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("console", self._on_console)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(url)
-        self.page.wait_for_selector("#model:not(:empty), dialog[open]")
-
-    def _on_console(self, message: Any) -> None:
-        # The browser itself reports every status of 400 and above.
-        if message.type in ("error", "warning") and "status of" not in message.text:
-            self.complaints.append(message.text)
-
-    def ask(self, text: str, *, is_waited_for: bool = True) -> None:
-        self.page.fill("#input", text)
-        self.page.press("#input", "Enter")
-        if is_waited_for:
-            self.wait()
-
-    def wait(self) -> None:
-        self.page.wait_for_selector("#send:visible")
-
-    def texts(self, selector: str) -> list[str]:
-        return [t.strip() for t in self.page.locator(selector).all_inner_texts()]
-
-    def wait_for_answer(self, num_chars: int) -> None:
-        # Not wait_for_function, which evaluates text in the page: the policy forbids that.
-        deadline = time.monotonic() + 8
-        while len("".join(self.texts(".answer"))) < num_chars:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def place_of_answer(self) -> list[str]:
-        """Such as ‹2/3›."""
-        return ["".join(text.split()) for text in self.texts(".assistant .switcher")]
-
-    def click(self, text: str, *, inside: str = "body") -> None:
-        self.page.locator(inside).get_by_role("button", name=text, exact=True).click()
-
-    def check(self) -> None:
-        foreign = [u for u in self.requests if not u.startswith((self.url, "data:", "blob:"))]
-        assert foreign == []
-        assert self.complaints == []
+    try:
+        with open_browser() as browser:
+            yield browser
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -378,6 +316,8 @@ def test_parallel_answers_stand_side_by_side_until_one_is_picked(
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert "seed" not in body
     assert visit.texts(".group .answer") == [f"Answer 1.{i} to: choose" for i in range(3)]
+    # What the server counts for all of them together, divided by the pieces that came of each.
+    assert [t.split(" · ")[0] for t in visit.texts(".group .stats")] == ["about 120 tokens"] * 3
     tops = [b["y"] for b in (e.bounding_box() for e in visit.page.locator(".group .message").all())]
     assert len(set(tops)) == 1
     visit.page.locator(".group .message").nth(1).get_by_role("button", name="Use this one").click()
@@ -403,9 +343,7 @@ def test_errors_show_the_servers_message_and_can_be_retried(
 
 
 def test_error_of_several_answers_is_shown_once(visit: Visit) -> None:
-    visit.page.click("#open-settings")
-    visit.page.fill("input[name=n]", "2")
-    visit.click("Done")
+    visit.set_options(n=2)
     visit.ask("overload")
     assert len(visit.texts(".message.assistant")) == 1
     visit.click("Retry")
@@ -595,30 +533,3 @@ def test_events_are_read_however_they_are_divided(visit: Visit) -> None:
         },
     )
     assert [json.loads(events) for events in read] == [['{"a": "é€"}', "one\ntwo", "last"]]
-
-
-def test_conversation_with_the_real_server(browser: Any) -> None:
-    pytest.importorskip("moejet.server.app")
-    from moejet import AsyncLLM
-    from moejet.server import asgi_app
-
-    app = asgi_app(AsyncLLM(), public_paths=PAGE_PATHS)
-    if not any(getattr(route, "path", None) == "/" for route in app.routes):
-        app.include_router(page_router(ServerConfig()))
-    for url in _serve(app):
-        visit = Visit(browser, url)
-        visit.page.click("#open-settings")
-        visit.page.fill("input[name=max_tokens]", "200")
-        visit.click("Done")
-        visit.ask("What is 17 + 25?")
-        assert visit.page.locator(".note.error").count() == 0, visit.texts(".note")
-        assert "tokens/s" in visit.texts(".stats")[0]
-        assert "token" in visit.texts(".thinking summary")[0]
-        visit.click("Regenerate")
-        visit.wait()
-        assert visit.place_of_answer() == ["‹2/2›"]
-        visit.page.reload()
-        visit.page.wait_for_selector(".assistant")
-        assert visit.texts(".bubble") == ["What is 17 + 25?"]
-        visit.check()
-        visit.context.close()

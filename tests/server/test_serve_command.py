@@ -95,6 +95,11 @@ def test_options_are_checked_before_the_model_is_loaded(tmp_path, capsys, monkey
             (("--api-key-file", str(empty)), "holds no key"),
             (("--api-key-file", str(tmp_path / "none")), "No such file"),
             (("--hots", "x"), "did you mean --host?"),
+            (("--drain-timeout", "inf"), "--drain-timeout=inf must be between 0 and"),
+            (("--drain-timeout", "-1"), "--drain-timeout=-1 must be between 0 and"),
+            (("--header-timeout", "nan"), "header_timeout_s=nan must be above 0"),
+            (("--max-restarts", "-1"), "--max-restarts=-1 must be 0 or more"),
+            (("--host", "no.such.host.invalid", "--insecure"), "is no address of this machine"),
         ):
             assert main(["serve", *arguments]) in (1, 2), arguments
             printed = capsys.readouterr()
@@ -140,6 +145,74 @@ def test_sigterm_lets_running_requests_finish(tmp_path):
         assert not Path(f"/proc/{pid}").exists()
 
 
+LONG = {**QUESTION, "stream": True, "max_tokens": 4000, "ignore_eos": True}
+
+
+@pytest.mark.parametrize(
+    ("signals", "arguments", "code"),
+    [
+        ((signal.SIGTERM,), ("--drain-timeout", "0.5"), 0),
+        ((signal.SIGINT, signal.SIGINT), (), 130),
+    ],
+    ids=["the time is over", "Ctrl-C twice"],
+)
+def test_streams_that_are_ended_say_so(signals, arguments, code):
+    with Serving("--no-access-log", *arguments) as server:
+        lines = []
+        with httpx.stream(
+            "POST", f"{server.url}/v1/chat/completions", json=LONG, timeout=30
+        ) as stream:
+            for line in stream.iter_lines():
+                lines.append(line)
+                if len(lines) in (4, 40)[: len(signals)]:
+                    begin = time.monotonic()
+                    server.process.send_signal(signals[len(lines) > 4])
+        assert lines[-2:] == ["data: [DONE]", ""]
+        error = json.loads(lines[-4][6:])["error"]
+        assert error["code"] == "closing"
+        assert "is being shut down: this answer ends here" in error["message"]
+        log = server.process.communicate(timeout=30)[1]
+        assert time.monotonic() - begin < 20
+        assert server.process.returncode == code
+        assert "ending the running requests" in log
+        assert "Traceback" not in log
+
+
+def test_start_up_and_help(capsys):
+    with Serving() as server:
+        page = httpx.get(server.url)
+        assert page.headers["content-type"].startswith("text/html")
+        code, log = server.end()
+    assert code == 0
+    assert "a page to talk to it is there, too; Ctrl-C ends the server" in log
+    assert main(["serve", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "moejet serve [options] [MODEL]",
+        "--port N default 8000; 0: any free one",
+        "--max-restarts N",
+        "--bandwidth GB/S",
+        "--header-timeout SECONDS",
+        "--drain-timeout SECONDS for running requests when the server is told to end (default 60)",
+        "MOEJET_API_KEY=secret moejet serve org/name --host 0.0.0.0",
+    ):
+        assert words in text, words
+
+
+def test_a_client_that_leaves_in_mid_request_is_no_error():
+    with Serving() as server:
+        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+                b'Content-Type: application/json\r\n\r\n{"prompt":'
+            )
+            time.sleep(0.2)
+        time.sleep(0.2)
+        log = server.end()[1]
+    assert "POST /v1/completions 499" in log
+    assert "Traceback" not in log
+
+
 def test_the_engine_killed_in_mid_stream():
     with Serving("--no-access-log") as server:
         body = {**QUESTION, "stream": True, "max_tokens": 1500, "ignore_eos": True}
@@ -183,7 +256,10 @@ def test_one_process_and_slow_headers():
         assert not Path(
             f"/proc/{server.process.pid}/task/{server.process.pid}/children"
         ).read_text()
-        assert server.end()[0] == 0
+        # It obeys also when nobody is there any more to read what it says about that.
+        server.process.stderr.close()
+        server.process.terminate()
+        assert server.process.wait(20) == 0
 
 
 def test_connections_without_a_request_are_closed():

@@ -54,7 +54,7 @@ send(frames.Loading(1, 2), frames.Loaded(100, 50, SamplingParams(), None))
 health = {"alive": True, "state": "running", "running": 1}
 if load.model == "stuck":
     health |= {"state": "stuck", "alive": False, "step_running_s": 5.0}
-send(frames.Status(health, {"steps": 5, "queue": {"buckets": [[1.0, 2]]}}, {"p": (3, 9)}))
+send(frames.Status(health, {"steps": 5, "queue": {"buckets": [[1.0, 2]]}}, {"p": (3, 9, 2)}))
 def delta(number, text, **more):
     return frames.Delta(number, StreamDelta("r", 0, text, "", text, (1,), **more))
 while True:
@@ -143,7 +143,7 @@ def test_requests_calls_and_numbers():
         with pytest.raises(QueueFullError, match=r"full; try again in 3 s$") as full:
             await backend.start(job("full"))
         assert full.value.retry_after_s == 3.0
-        assert backend.progress("p") == (3, 9)
+        assert backend.progress("p") == (3, 9, 2)
         assert backend.progress("q") is None
         assert backend.health()["running"] == 1
         assert backend.counters()["steps"] == 5
@@ -229,9 +229,19 @@ def test_it_gives_up_and_says_why(tmp_path):
         with pytest.raises(EngineDeadError):
             await read(stream)
         await until(lambda: backend.health()["state"] == "dead")
-        with pytest.raises(EngineDeadError, match=r"exit code 7.*restart the server"):
+        with pytest.raises(EngineDeadError, match=r"exit code 7.*SIGUSR1 or restart"):
             await backend.start(job())
         assert "exit code 7" in backend.health()["error"]
+        assert "SIGUSR1" in backend.health()["error"]
+        # Another attempt fails as well, and as often; after the third one it has what it needs.
+        assert backend.retry()
+        await until(lambda: backend.health()["state"] == "restarting")
+        await until(lambda: backend.health()["state"] == "dead")
+        (tmp_path / "marker").unlink()
+        assert backend.retry()
+        await until(lambda: backend.health()["state"] == "running")
+        assert await read(await backend.start(job())) == "abc"
+        assert not backend.retry()
         await backend.close()
 
     asyncio.run(main())

@@ -152,6 +152,13 @@ def add_device_options(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="routed experts, of all layers together, that live on the GPU (default: as many as fit)",
     )
+    group.add_argument(
+        "--stream-prefill-tokens",
+        type=tokens_or_auto,
+        metavar="N",
+        help="prompts of so many tokens a step or more copy experts from RAM to the GPU; 0: never "
+        "(default auto: where that is faster)",
+    )
 
 
 def counts(text: str) -> list[int]:
@@ -163,6 +170,15 @@ def counts(text: str) -> list[int]:
     if min(values) < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,512")
     return values
+
+
+def tokens_or_auto(text: str) -> int | str:
+    """argparse type: a number of tokens, or auto."""
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 'auto' or a number of tokens")
+    return int(text)
 
 
 def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -193,6 +209,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "device",
         "vram_gib",
         "gpu_experts",
+        "stream_prefill_tokens",
         "revision",
     )
     return {n: v for n in names if (v := getattr(args, n, None)) is not None}

@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +29,11 @@ examples:
   moejet serve ./DeepSeek-V3 --port 8080
   MOEJET_API_KEY=secret moejet serve org/name --host 0.0.0.0
 """
-_ENGINE_LIMITS = ("max_queued_requests", "max_queued_tokens", "step_timeout_s")
+_ENGINE_LIMITS = ("max_queued_requests", "max_queued_tokens", "step_timeout_s", "memory_gbps")
 _MAX_CONNECTIONS = 4096
+_MAX_DRAIN_S = 1e6
 _CLOSE_S = 30.0
+_WRITE_S, _HASTY_WRITE_S = 5.0, 0.5  # for the last events of streams that are ended
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +132,21 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="for running requests when the server is told to end (default %(default)g)",
     )
     group.add_argument(
+        "--header-timeout",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="for a request's headers; a connection without them is closed then (default %(default)g)",
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=int,
+        default=7,
+        metavar="N",
+        help="times in a row that the engine's process is started again after it has died; then it takes SIGUSR1 "
+        "(default %(default)s)",
+    )
+    group.add_argument(
         "--no-worker", action="store_true", help="run the engine in the server's own process"
     )
 
@@ -153,6 +170,14 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="a step that takes longer counts as hung (default 600)",
     )
     group.add_argument(
+        "--bandwidth",
+        dest="memory_gbps",
+        type=float,
+        metavar="GB/S",
+        help="with which memory can be read, for the share of it in /metrics (default: measured at the start, in a "
+        "second, for weights of a GiB or more; 0: not wanted)",
+    )
+    group.add_argument(
         "--deterministic",
         action="store_const",
         const=True,
@@ -164,8 +189,12 @@ def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     _check_packages()
     config = _config(args)
-    if not args.drain_timeout >= 0:
-        raise ValueError(f"--drain-timeout={args.drain_timeout:g} must be 0 or more seconds")
+    if not 0 <= args.drain_timeout <= _MAX_DRAIN_S:
+        raise ValueError(
+            f"--drain-timeout={args.drain_timeout:g} must be between 0 and {_MAX_DRAIN_S:g} seconds"
+        )
+    if args.max_restarts < 0:
+        raise ValueError(f"--max-restarts={args.max_restarts} must be 0 or more")
     if args.no_access_log:
         logging.getLogger("moejet.server.access").setLevel(logging.WARNING)
     elif logging.getLogger().level > logging.INFO:
@@ -199,6 +228,7 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
         cors_origins=tuple(args.cors_origin),
         allowed_hosts=hosts,
         reasoning_field=args.reasoning_field,
+        header_timeout_s=args.header_timeout,
         log_prompts=args.log_prompts,
         strategies=not args.no_strategies,
         max_strategy_samples=args.max_strategy_samples,
@@ -294,10 +324,10 @@ async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.
             server_header=False,
             limit_concurrency=_MAX_CONNECTIONS,
             h11_max_incomplete_event_size=config.max_header_bytes,
-            timeout_graceful_shutdown=max(1, round(args.drain_timeout)),
+            timeout_graceful_shutdown=round(args.drain_timeout + _WRITE_S),
         )
     )
-    stopped = _on_signals(server)
+    stopped, hastened = _on_signals(server)
     # _serve and not serve, which would take the signals for itself and end the process by them.
     serving = asyncio.create_task(server._serve([sock]))
     waiting = asyncio.create_task(stopped.wait())
@@ -306,7 +336,7 @@ async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.
     try:
         if not loading.done():
             loading.cancel()
-            return 130 if server.force_exit else 0
+            return 130 if hastened.is_set() else 0
         backend = loading.result()
     except LoadError as error:
         return fail(str(error), error.exit_code)
@@ -314,34 +344,75 @@ async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.
         app = asgi_app(backend, config)
         async with app.router.lifespan_context(app), _closing(backend):
             gate.app = app
+            _retry_on_signal(backend)
             print(f"{backend.card.name} is served at {_url(config, sock)}", flush=True)
+            _tell("a page to talk to it is there, too; Ctrl-C ends the server")
+            ending = asyncio.create_task(
+                _end(server, backend, stopped, hastened, args.drain_timeout)
+            )
             await serving
-        return 0
+            ending.cancel()
+        return 130 if hastened.is_set() else 0
     finally:
         server.should_exit = True
         await asyncio.wait((loading, serving))
         waiting.cancel()
 
 
-def _on_signals(server: Any) -> asyncio.Event:
-    """The first SIGTERM or SIGINT lets running requests finish, the second ends them."""
-    stopped = asyncio.Event()
+def _on_signals(server: Any) -> tuple[asyncio.Event, asyncio.Event]:
+    """Set by the first SIGTERM or SIGINT, after which nothing new is taken, and by the second."""
+    stopped, hastened = asyncio.Event(), asyncio.Event()
 
     def stop() -> None:
-        if stopped.is_set():
-            server.force_exit = True
-        else:
-            note("finishing the running requests; once more ends them")
         server.should_exit = True
+        if stopped.is_set():
+            hastened.set()
+            return
         stopped.set()
+        _tell("finishing the running requests; once more ends them")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
-    return stopped
+    return stopped, hastened
+
+
+def _tell(text: str) -> None:
+    """A note to whoever started the server, if that still listens."""
+    with suppress(OSError):
+        note(text)
+
+
+async def _end(
+    server: Any,
+    backend: "Backend",
+    stopped: asyncio.Event,
+    hastened: asyncio.Event,
+    drain_timeout_s: float,
+) -> None:
+    """Ends what still runs when its time is over; every stream gets an event that says so."""
+    await stopped.wait()
+    with suppress(TimeoutError):
+        await asyncio.wait_for(hastened.wait(), drain_timeout_s)
+    _tell("ending the running requests")
+    closing = asyncio.create_task(backend.close())
+    await asyncio.sleep(_WRITE_S if not hastened.is_set() else _HASTY_WRITE_S)
+    server.force_exit = True  # for clients that do not read
+    await closing
+
+
+def _retry_on_signal(backend: "Backend") -> None:
+    """SIGUSR1 starts an engine that has been given up, or waits for its next start."""
+
+    def retry() -> None:
+        is_due = getattr(backend, "retry", lambda: False)()
+        _tell("starting the engine" if is_due else "the engine runs: SIGUSR1 changes nothing")
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, retry)
 
 
 async def _load(args: argparse.Namespace, config: "ServerConfig") -> "Backend":
     from moejet.server.backend import LocalBackend
+    from moejet.server.restarts import RestartPolicy
     from moejet.server.supervisor import RemoteBackend, WorkerOptions
 
     engine = options.engine_options(args)
@@ -361,6 +432,7 @@ async def _load(args: argparse.Namespace, config: "ServerConfig") -> "Backend":
         return await RemoteBackend.open(
             WorkerOptions(args.model, {**engine, "show_progress": False}, limits),
             name=config.model_name,
+            restarts=RestartPolicy(args.max_restarts + 1),
             on_loading=lambda share: line.update(f"loading {bar(share)}"),
         )
     finally:

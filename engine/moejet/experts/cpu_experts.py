@@ -17,6 +17,7 @@ from moejet.config import env_num_threads, env_numa_nodes
 from moejet.extension import load_extension, report_placement, resolve_isa
 from moejet.ops.experts import moe_experts
 from moejet.ops.linear import fp8_bytes, packing_arguments
+from moejet.weights.packed_layout import PackedLayout
 from moejet.weights.stored import StoredWeight
 
 if TYPE_CHECKING:
@@ -194,6 +195,31 @@ class CpuExperts:
         """(gate [I, D], up [I, D], down [D, I]) in fp32: the values the kernels compute with."""
         gate, up, down = self.weights.dequantize(expert)
         return from_numpy(gate), from_numpy(up), from_numpy(down)
+
+    @property
+    def packed_layout(self) -> PackedLayout:
+        """Where matrices lie among an expert's packed bytes."""
+        made = self.weights
+        return PackedLayout(
+            made.hidden_size,
+            made.intermediate_size,
+            self.format,
+            self.down_format,
+            num_nodes=len(made.buffers()),
+        )
+
+    def packed_slices(self, first: int, end: int | None = None) -> list[Tensor]:
+        """The packed bytes of expert `first`, or of `first` to `end`, as they lie in memory, which is not copied.
+
+        uint8, one tensor per memory node with its slices of these experts one after another. `fill_random` and
+        `set_projection` change them; they keep the weights alive.
+        """
+        count = (first + 1 if end is None else end) - first
+        slices = []
+        for memory in self.weights.buffers():
+            each = memory.size // self.weights.num_experts
+            slices.append(from_numpy(memory)[first * each : (first + count) * each])
+        return slices
 
     def state(self, prefix: str) -> dict[str, Tensor | CpuExperts]:
         """What holds the weights once they are loaded, by name."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moejet.experts.bridge import CpuBridge
 from moejet.experts.cpu_experts import CpuExperts
+from moejet.experts.expert_ring import ExpertRing
 from moejet.experts.resident_experts import ResidentExperts
 from moejet.weights.stored import StoredWeight
 
@@ -20,7 +21,8 @@ class HybridExperts:
     """cpu: those in RAM, by their ids among all; None if there are none · resident: those on the GPU, or None.
 
     `submit` and `collect` enqueue work on the device's stream. What is called between them runs there while the CPU
-    computes its share.
+    computes its share. In a step that streams (`ExpertRing.step`), the GPU computes them all, and what is called
+    between runs while experts in RAM are copied.
     """
 
     def __init__(self, cpu: CpuExperts | None, resident: ResidentExperts | None):
@@ -28,6 +30,9 @@ class HybridExperts:
         self.cpu, self.resident = cpu, resident
         self._bridge: CpuBridge | None = None
         self._layer = -1
+        self._ring: ExpertRing | None = None
+        self._ring_layer = -1
+        self._asked: tuple[Tensor, Tensor, Tensor] | None = None
         self._routed: Tensor | None = None
         self._cpu_ids: Tensor | None = None
         if cpu is not None and resident is not None:
@@ -40,12 +45,30 @@ class HybridExperts:
     def pool(self) -> ThreadPool | None:
         return None if self.cpu is None else self.cpu.pool
 
+    @property
+    def in_ram(self) -> list[int]:
+        """The ids of the experts that live there, ascending."""
+        total = 0 if self.cpu is None else self.cpu.weights.num_experts
+        there = {} if self.resident is None else self.resident.slots
+        return [expert for expert in range(total) if expert not in there]
+
     def attach(self, bridge: CpuBridge, layer: int) -> None:
         """The way to the CPU; layer: the number of these experts there."""
         self._bridge, self._layer = bridge, layer
 
+    def attach_ring(self, ring: ExpertRing, layer: int) -> None:
+        """The ring that experts in RAM stream through; layer: the number of these experts there."""
+        self._ring, self._ring_layer = ring, layer
+
     def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """x [T, D] · topk_ids [T, K] int32, -1 skips · topk_weights [T, K] fp32."""
+        self._asked = None  # of a step that failed in between
+        if self._ring is not None and self._ring.is_active:
+            self._asked = (x, topk_ids, topk_weights)
+            self._routed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+            if self.resident is not None:
+                self.resident.forward(*self._asked, into=self._routed)
+            return
         if self.cpu is not None:
             assert self._bridge is not None
             ids = topk_ids if self._cpu_ids is None else self._cpu_ids[topk_ids.long()]
@@ -56,6 +79,12 @@ class HybridExperts:
     def collect(self) -> Tensor:
         """The weighted sum of each token's experts [T, D] in x's dtype, a new tensor."""
         resident, self._routed = self._routed, None
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            assert self._ring is not None
+            assert resident is not None
+            self._ring.add(self._ring_layer, *asked, resident)
+            return resident.to(asked[0].dtype)
         if self.cpu is None:
             assert resident is not None
             return resident
@@ -84,9 +113,7 @@ class HybridExperts:
         if self.resident is not None:
             self.resident.fill_random(seed)
         if self.cpu is not None:
-            resident = {} if self.resident is None else self.resident.slots
-            total = self.cpu.weights.num_experts
-            self.cpu.fill_random(seed, [e for e in range(total) if e not in resident])
+            self.cpu.fill_random(seed, self.in_ram)
 
     def state(self, prefix: str) -> dict[str, Any]:
         """What holds the weights once they are loaded, by name."""

@@ -15,7 +15,7 @@ from moejet.weights.stored import StoredWeight
 
 def resident_bytes(hidden_size: int, intermediate_size: int, format: str, down_format: str) -> int:
     """Of one expert on the GPU."""
-    gate_up, down = _slots(1, hidden_size, intermediate_size, format, down_format, "meta")
+    gate_up, down = expert_slots(1, hidden_size, intermediate_size, format, down_format, "meta")
     return gate_up.nbytes + down.nbytes
 
 
@@ -41,7 +41,7 @@ class ResidentExperts:
         table = torch.full((num_experts,), -1, dtype=torch.int32)
         table[list(experts)] = torch.arange(len(experts), dtype=torch.int32)
         self.slot_of_expert = table.to(device)
-        self.gate_up, self.down = _slots(
+        self.gate_up, self.down = expert_slots(
             len(experts), hidden_size, intermediate_size, format, down_format, device
         )
 
@@ -67,9 +67,12 @@ class ResidentExperts:
                 values = torch.empty(shape, device=device).normal_(generator=generator)
                 quantise_into(matrix, StoredWeight.plain(values / shape[-1] ** 0.5))
 
-    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's resident experts, in x's dtype."""
-        return gpu_experts(x, topk_ids, topk_weights, self.slot_of_expert, self.gate_up, self.down)
+    def forward(
+        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, into: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of each token's resident experts, in x's dtype, or added to `into` [T, D] fp32."""
+        arguments = (x, topk_ids, topk_weights, self.slot_of_expert, self.gate_up, self.down)
+        return gpu_experts(*arguments, into=into)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """What holds the weights once they are loaded, by name."""
@@ -82,7 +85,7 @@ class ResidentExperts:
         }
 
 
-def _slots(
+def expert_slots(
     num: int,
     hidden_size: int,
     intermediate_size: int,
@@ -90,6 +93,7 @@ def _slots(
     down_format: str,
     device: torch.device | str,
 ) -> tuple[GpuWeights, GpuWeights]:
+    """Memory for `num` experts: (gate_up, down), in the GPU's formats for those of `CpuExperts`."""
     inner = (intermediate_size, hidden_size)
     gate_up = gpu_format(format, rows=inner[0], cols=inner[1])
     down = gpu_format(down_format, rows=inner[1], cols=inner[0])

@@ -22,6 +22,7 @@ def gpu_experts(
     down: GpuWeights,
     *,
     out_dtype: torch.dtype | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of each token's resident experts; zero for a token that has none.
 
@@ -29,15 +30,18 @@ def gpu_experts(
       x [T, D] bf16, fp16 or fp32, rows may be apart · topk_ids [T, K] int32 or int64, -1 skips ·
       topk_weights [T, K] fp32 · slot_of_expert [E] int32 on the same device, -1: not resident ·
       gate_up (S, 2, I, D) and down (S, D, I), in formats of their own
-    Returns [T, D] in out_dtype (default: x's). Sums are fp32, the inner activations are rounded to x's dtype.
+    Returns [T, D] in out_dtype (default: x's), or adds to `into` [T, D] fp32, contiguous, and returns that. Sums are
+    fp32, the inner activations are rounded to x's dtype.
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     arguments = (x, topk_ids, topk_weights, slot_of_expert, gate_up, down)
     if not x.is_cuda or use_reference():
+        if into is not None:
+            return into.add_(gpu_experts_ref(*arguments, out_dtype=torch.float32))
         return gpu_experts_ref(*arguments, out_dtype=out_dtype)
     from moejet.kernels.moe_experts import moe_experts
 
-    return moe_experts(*arguments, out_dtype=out_dtype)
+    return moe_experts(*arguments, out_dtype=out_dtype, into=into)
 
 
 def gpu_experts_ref(

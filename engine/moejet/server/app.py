@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from moejet.server.backend import Backend, LocalBackend
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from moejet.llm import LLM
 
 _PROMPT_THREADS = 2
+_CLIENT_LEFT = 499  # as nginx calls it
 PUBLIC_PATHS = ("/health", "/ready")
 
 Model = TypeVar("Model", bound=ApiModel)
@@ -157,6 +159,7 @@ def asgi_app(
         lifespan=lifespan,
         exception_handlers={
             ApiError: _answer_error,
+            ClientDisconnect: _answer_nobody,
             HTTPException: _answer_http_error,
             ValueError: _answer_error,
             Exception: _answer_error,
@@ -205,6 +208,11 @@ def _server(
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     return error_response(error, dialect_of(request.url.path))
+
+
+async def _answer_nobody(_: Request, error: Exception) -> Response:
+    """The client left before its request was complete; the status is for the log."""
+    return Response(status_code=_CLIENT_LEFT)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

@@ -64,8 +64,11 @@ class Backend(Protocol):
     async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
         """Log-probability of every token after the first given those before it, beside the num_top likeliest ones."""
 
-    def progress(self, request_id: str) -> tuple[int, int] | None:
-        """(tokens of the prompt that are computed, tokens of the prompt), None while that is not known."""
+    def progress(self, request_id: str) -> tuple[int, int, int] | None:
+        """(tokens of the prompt that are in the cache, all of them, those that were there before).
+
+        None while that is not known.
+        """
 
     async def end_thinking(self, request_id: str) -> bool:
         """Makes a request answer now; False if there is none of that id that thinks."""
@@ -115,7 +118,7 @@ class LocalBackend:
     async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
         return await self._llm.score_top(token_ids, num_top)
 
-    def progress(self, request_id: str) -> tuple[int, int] | None:
+    def progress(self, request_id: str) -> tuple[int, int, int] | None:
         return self._llm.progress(request_id)
 
     async def end_thinking(self, request_id: str) -> bool:

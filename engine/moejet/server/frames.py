@@ -175,7 +175,7 @@ class Status(_Frame):
 
     health: dict[str, Any]
     counters: dict[str, Any]
-    progress: dict[str, tuple[int, int]]
+    progress: dict[str, tuple[int, int, int]]
 
 
 class Died(_Frame):

@@ -40,9 +40,7 @@ class Observer(Protocol):
     def finished(
         self,
         reason: str,
-        prompt_tokens: int,
-        completion_tokens: int,
-        cached_tokens: int,
+        totals: Totals,
         seconds: float,
     ) -> None: ...
 
@@ -85,9 +83,10 @@ class ChoiceEnd:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How much of the prompt is computed, in tokens, and for how long that has been going on."""
+    """How much of the prompt is there, in tokens, those that were there before included, and since when."""
 
     total: int
+    cached: int
     processed: int
     seconds: float
 
@@ -108,7 +107,7 @@ class Silence:
 class Totals:
     """Token counts and seconds of all prompts together; the seconds are those of the slowest.
 
-    outcome: of a strategy, whose branches are all counted
+    longest: tokens of the longest sample · outcome: of a strategy, whose branches are all counted
     """
 
     prompt_tokens: int
@@ -118,6 +117,7 @@ class Totals:
     queue_s: float
     prefill_s: float
     decode_s: float
+    longest: int = 0
     outcome: Outcome | None = None
 
     @classmethod
@@ -131,6 +131,7 @@ class Totals:
             queue_s=max((t.queue_s for t in times), default=0.0),
             prefill_s=max((t.prefill_s for t in times), default=0.0),
             decode_s=max((t.decode_s for t in times), default=0.0),
+            longest=max((len(s.token_ids) for o in outputs for s in o.outputs), default=0),
         )
 
 
@@ -233,9 +234,7 @@ class Generation:
         totals = self.totals()
         self._observer.finished(
             self.outputs[0].outputs[0].finish_reason if self.outputs else "stop",
-            totals.prompt_tokens,
-            totals.completion_tokens,
-            totals.cached_tokens,
+            totals,
             time.perf_counter() - self._started_s,
         )
 
@@ -281,10 +280,11 @@ class Generation:
         if self.plan.wants_progress and not self._has_tokens:
             found = [self._backend.progress(job.request_id) for job in self.plan.jobs]
             processed = sum(p[0] for p in found if p is not None)
+            cached = sum(p[2] for p in found if p is not None)
             if processed != self._num_processed:
                 self._num_processed, self._sign_s = processed, now
                 seconds = now - self._started_s
-                return Progress(self.plan.num_prompt_tokens, processed, seconds)
+                return Progress(self.plan.num_prompt_tokens, cached, processed, seconds)
         if now - self._sign_s < self._keep_alive_s:
             return None
         self._sign_s = now

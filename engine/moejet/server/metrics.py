@@ -6,9 +6,11 @@ what happens in the engine is read from its backend when somebody asks.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
@@ -27,6 +29,7 @@ from moejet.server.health import assess
 
 if TYPE_CHECKING:
     from moejet.server.backend import Backend
+    from moejet.server.generation import Totals
 
 _PREFIX = "moejet:"
 _FIRST_TOKEN_S = (
@@ -56,6 +59,9 @@ _ENGINE_COUNTERS = {
     "decode_tokens_computed": ("decode_tokens", "Positions of answers computed"),
     "expert_loads": ("expert_loads", "Routed experts read from memory, over layers and steps"),
     "expert_bytes_loaded": ("expert_bytes", "Bytes of routed experts read from memory"),
+    "decode_steps": ("decode_steps", "Steps that computed no position of a prompt"),
+    "decode_seconds": ("decode_seconds", "Seconds of the forward passes of those steps"),
+    "decode_weight_bytes": ("decode_bytes", "Bytes of weights that those steps read from memory"),
     "step_errors": ("step_errors", "Requests ended by a step that failed"),
     "step_timeouts": ("step_timeouts", "Steps that took longer than allowed"),
     "engine_requests_accepted": ("accepted_requests", "Requests taken into the engine's queue"),
@@ -65,6 +71,10 @@ _ENGINE_COUNTERS = {
 _ENGINE_GAUGES = {
     "num_requests_running": ("running", "Samples being computed"),
     "num_requests_waiting": ("queued_requests", "Requests that wait for their first step"),
+    "num_requests": (
+        "requests",
+        "Requests that have not ended, those that are being read included",
+    ),
     "num_tokens_waiting": ("queued_tokens", "Prompt tokens of waiting requests"),
     "generation_tokens_per_second": ("generated_tokens_per_s", "Over about the last 20 s"),
     "prompt_tokens_per_second": ("prompt_tokens_per_s", "Over about the last 20 s"),
@@ -99,6 +109,17 @@ class ServerMetrics:
         self._seconds = self._histogram(
             "e2e_request_latency_seconds", "From the request to its last token", _REQUEST_S
         )
+        self._prefill_s = self._histogram(
+            "request_prefill_time_seconds", "From the first step to the first token", _REQUEST_S
+        )
+        self._decode_s = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last", _REQUEST_S
+        )
+        self._per_token_s = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Seconds of decoding per token after the first, of each request",
+            _TOKEN_S,
+        )
         self._prompt_tokens = self._histogram(
             "request_prompt_tokens", "Tokens of a request's prompt", _TOKENS
         )
@@ -111,24 +132,22 @@ class ServerMetrics:
         self._started.labels(self._label, dialect).inc()
 
     def first_token(self, seconds: float) -> None:
-        self._first_token.labels(self._label).observe(seconds)
+        self._first_token.observe(seconds)
 
     def inter_token(self, seconds: float) -> None:
-        self._inter_token.labels(self._label).observe(seconds)
+        self._inter_token.observe(seconds)
 
-    def finished(
-        self,
-        reason: str,
-        prompt_tokens: int,
-        completion_tokens: int,
-        cached_tokens: int,
-        seconds: float,
-    ) -> None:
-        """cached_tokens are the engine's to count."""
+    def finished(self, reason: str, totals: Totals, seconds: float) -> None:
+        """Cached tokens and the time in the queue are the engine's to count."""
         self._finished.labels(self._label, reason).inc()
-        self._prompt_tokens.labels(self._label).observe(prompt_tokens)
-        self._answer_tokens.labels(self._label).observe(completion_tokens)
-        self._seconds.labels(self._label).observe(seconds)
+        self._prompt_tokens.observe(totals.prompt_tokens)
+        self._answer_tokens.observe(totals.completion_tokens)
+        self._seconds.observe(seconds)
+        self._prefill_s.observe(totals.prefill_s)
+        self._decode_s.observe(totals.decode_s)
+        if totals.longest > 1:
+            per_token_s = totals.decode_s / (totals.longest - 1)
+            self._per_token_s.observe(per_token_s)
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(self._label, reason).inc()
@@ -144,9 +163,11 @@ class ServerMetrics:
         return Counter(_PREFIX + name, text, ("model_name", *labels), registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(
+        """Of this model: one is observed per token, and looking its label up would cost as much as counting."""
+        family = Histogram(
             _PREFIX + name, text, ("model_name",), buckets=buckets, registry=self.registry
         )
+        return family.labels(self._label)
 
 
 class _EngineCollector(Collector):
@@ -167,6 +188,8 @@ class _EngineCollector(Collector):
         total = health.get("total_blocks", 0)
         used = 1.0 - health.get("free_blocks", 0) / total if total else 0.0
         yield self._family(GaugeMetricFamily, "kv_cache_usage_perc", "1 means full", used)
+        yield from self._bandwidth(health)
+        yield from self._tiers(counters, health)
         is_up = assess(health)[0] == "ok"
         yield self._family(GaugeMetricFamily, "engine_up", "1 while /health says ok", is_up)
         yield from self._samples(counters.get("finished_samples", {}))
@@ -184,6 +207,47 @@ class _EngineCollector(Collector):
         family = kind(_PREFIX + name, text, labels=["model_name"])
         family.add_metric(self._label, float(value))
         return family
+
+    def _bandwidth(self, health: dict[str, Any]) -> Iterator[Metric]:
+        """Only where the memory's rate is known."""
+        for name, source, text in (
+            ("memory_read_bytes_per_second", "memory_bytes_per_s", "Most that memory can be read"),
+            (
+                "memory_bandwidth_fraction",
+                "bandwidth_fraction",
+                "Weight bytes per second of decoding over what memory can be read with, over about 20 s of it",
+            ),
+        ):
+            if (value := health.get(source)) is not None:
+                yield self._family(GaugeMetricFamily, name, text, value)
+
+    def _tiers(self, counters: dict[str, Any], health: dict[str, Any]) -> Iterator[Metric]:
+        """Of the prefix cache: memory, and the disk if there is one."""
+        blocks = GaugeMetricFamily(
+            _PREFIX + "prefix_cache_blocks",
+            "Blocks of tokens that could be found",
+            labels=["model_name", "tier"],
+        )
+        hits = CounterMetricFamily(
+            _PREFIX + "prefix_cache_tier_hits",
+            "Tokens of prompts found in each tier",
+            labels=["model_name", "tier"],
+        )
+        evictions = CounterMetricFamily(
+            _PREFIX + "prefix_cache_evictions",
+            "Blocks that had to make room for others",
+            labels=["model_name", "tier"],
+        )
+        from_disk = counters.get("disk_tokens", 0)
+        found = {"ram": (health.get("cached_blocks", 0), "cache_evictions")}
+        if (on_disk := health.get("disk_blocks")) is not None:
+            found["disk"] = (on_disk, "disk_evictions")
+        for tier, (num_blocks, source) in found.items():
+            tokens = from_disk if tier == "disk" else counters.get("cached_tokens", 0) - from_disk
+            blocks.add_metric([*self._label, tier], num_blocks)
+            hits.add_metric([*self._label, tier], tokens)
+            evictions.add_metric([*self._label, tier], counters.get(source, 0))
+        yield from (blocks, hits, evictions)
 
     def _samples(self, finished: dict[str, int]) -> Iterator[Metric]:
         family = CounterMetricFamily(
@@ -210,15 +274,25 @@ class _EngineCollector(Collector):
         family = GaugeMetricFamily(
             _PREFIX + "process_resident_memory_bytes",
             "Memory of the server's process and of the engine's",
-            labels=["process"],
+            labels=["model_name", "process"],
+        )
+        files = GaugeMetricFamily(
+            _PREFIX + "process_open_fds",
+            "Files and connections of both",
+            labels=["model_name", "process"],
         )
         for name, pid in (("server", os.getpid()), ("engine", worker_pid)):
             if pid is not None and (size := resident_bytes(pid)) is not None:
-                family.add_metric([name], size)
-        yield family
-        yield GaugeMetricFamily(
-            _PREFIX + "process_start_time_seconds", "Since the epoch", self._started_s
-        )
+                family.add_metric([*self._label, name], size)
+            if pid is not None and (count := open_files(pid)) is not None:
+                files.add_metric([*self._label, name], count)
+        yield from (family, files)
+        with suppress(RuntimeError):  # not called by the server's event loop
+            num_tasks = len(asyncio.all_tasks())
+            text = "Tasks of the server's event loop"
+            yield self._family(GaugeMetricFamily, "event_loop_tasks", text, num_tasks)
+        text = "Since the epoch"
+        yield self._family(GaugeMetricFamily, "process_start_time_seconds", text, self._started_s)
 
 
 def resident_bytes(pid: int) -> int | None:
@@ -227,6 +301,14 @@ def resident_bytes(pid: int) -> int | None:
         with open(f"/proc/{pid}/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError, ValueError):
+        return None
+
+
+def open_files(pid: int) -> int | None:
+    """File descriptors of a process; None if that cannot be seen."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
         return None
 
 

@@ -163,13 +163,7 @@ class StrategyGeneration:
     def _tell_observer(self, seconds: float) -> None:
         totals = self.totals()
         self._observer.first_token(seconds)  # of those that the client gets
-        self._observer.finished(
-            self._reason,
-            totals.prompt_tokens,
-            totals.completion_tokens,
-            totals.cached_tokens,
-            seconds,
-        )
+        self._observer.finished(self._reason, totals, seconds)
 
 
 def finish_reason(chosen: Candidate) -> FinishReason:

@@ -2,7 +2,8 @@
 
 This process holds no weights and loads neither torch nor the kernels. When the engine's process ends, by a signal or by
 its own decision, the requests that ran in it fail with an error that says why, and it is started again
-(`moejet.server.restarts`); until it has loaded, new requests are refused with EngineDeadError.
+(`moejet.server.restarts`); until it has loaded, new requests are refused with EngineDeadError. When that has failed too
+often, it waits for somebody who has removed the cause and calls `RemoteBackend.retry`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _STEP_TIMEOUT_S = 600.0  # where the engine has its default
 _STUCK_STEPS = 2.0  # times the limit of a step that hangs: it is killed
 _STOP_WAIT_S = 15.0  # for threads and memory, after the last request
 _SECRETS = ("MOEJET_API_KEY",)
+_ADVICE = "remove the cause, then send the server SIGUSR1 or restart it"
 
 State = Literal["loading", "running", "restarting", "dead", "closed"]
 
@@ -81,6 +83,7 @@ class RemoteBackend:
         self._hung_up: asyncio.Future[Exception | None] = self.loop.create_future()
         self._loaded: asyncio.Future[frames.Loaded] = self.loop.create_future()
         self._supervision: asyncio.Task[None] | None = None
+        self._retry = asyncio.Event()
         self._state: State = "loading"
         self._cause: str | None = None
         self._last_words: str | None = None  # of the process that runs now
@@ -165,7 +168,7 @@ class RemoteBackend:
     async def end_thinking(self, request_id: str) -> bool:
         return await self._call(lambda number: frames.EndThinking(number, request_id)) is True
 
-    def progress(self, request_id: str) -> tuple[int, int] | None:
+    def progress(self, request_id: str) -> tuple[int, int, int] | None:
         return None if self._status is None else self._status.progress.get(request_id)
 
     def health(self) -> dict[str, Any]:
@@ -179,7 +182,7 @@ class RemoteBackend:
             health |= {"alive": False, "state": "unresponsive"}
         elif not health:
             health |= {"alive": True, "state": "running"}
-        health["error"] = self._cause if self._state != "running" else health.get("error")
+        health["error"] = self._trouble() if self._state != "running" else health.get("error")
         return {
             **health,
             "restarts": self._num_restarts,
@@ -198,6 +201,10 @@ class RemoteBackend:
         if self._state == "closed":
             return
         was_running, self._state = self._state == "running", "closed"
+        if not drain:  # they need not wait for a step to end
+            self._fail_all(
+                lambda: EngineClosedError("the server is being shut down: this answer ends here")
+            )
         if self._supervision is not None:
             self._supervision.cancel()
             await asyncio.wait((self._supervision,))
@@ -212,6 +219,13 @@ class RemoteBackend:
                     await asyncio.wait_for(self._process.wait(), _EXIT_WAIT_S)
         await self._end_process()
         self._fail_all(lambda: EngineClosedError("the server was closed"))
+
+    def retry(self) -> bool:
+        """Starts the process now if it has ended, whether that was given up or is due later; False if it runs."""
+        if self._state not in ("dead", "restarting"):
+            return False
+        self._retry.set()
+        return True
 
     def send(self, frame: object) -> None:
         """To the process, if there is one."""
@@ -230,9 +244,14 @@ class RemoteBackend:
             raise self._dead_error()
 
     def _dead_error(self) -> EngineDeadError:
-        if self._state == "dead":
-            return EngineDeadError(f"{self._cause}; it was tried often enough: restart the server")
-        return EngineDeadError(f"{self._cause}; it is being started again: try later")
+        later = "" if self._state == "dead" else "; it is being started again: try later"
+        return EngineDeadError(f"{self._trouble()}{later}")
+
+    def _trouble(self) -> str | None:
+        """Why there is no engine, and what it takes if it does not come back by itself."""
+        if self._state != "dead":
+            return self._cause
+        return f"{self._cause}; it was tried often enough: {_ADVICE}"
 
     async def _call(self, make: Callable[[int], object]) -> bool | list[TokenLogprobs]:
         self._check_running()
@@ -282,27 +301,31 @@ class RemoteBackend:
             await self._until_ended()
             self._cause = await self._describe_end()
             logger.error("%s", self._cause)
-            delay_s = await self._lose()
-            while delay_s is not None:
-                await asyncio.sleep(delay_s)
-                try:
-                    loaded = await self._start()
-                    if loaded != self._first:
-                        raise LoadError(
-                            "the files of the model have changed: restart the server", 1
-                        )
-                    break
-                except (LoadError, OSError) as error:
-                    self._cause = f"the engine could not be started again: {error}"
-                    logger.error("%s", self._cause)
-                    delay_s = await self._lose()
-            else:
-                self._state = "dead"
-                logger.critical("%s; giving up: restart the server", self._cause)
-                return
+            while not await self._restart(await self._lose()):
+                logger.error("%s", self._cause)
             self._state = "running"
+            self._retry.clear()
             self._num_restarts += 1
             logger.warning("the engine runs again")
+
+    async def _restart(self, delay_s: float | None) -> bool:
+        """Starts a new process after that time, None: when somebody asks for it. False if it does not load."""
+        if delay_s is None:
+            self._state = "dead"
+            logger.critical("%s; giving up: %s", self._cause, _ADVICE)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._retry.wait(), delay_s)
+        if self._retry.is_set():
+            self._retry.clear()
+            self._restarts.succeeded()  # all of them are to be had again
+        self._state = "restarting"
+        try:
+            if await self._start() != self._first:
+                raise LoadError("the files of the model have changed: restart the server", 1)
+        except (LoadError, OSError) as error:
+            self._cause = f"the engine could not be started again: {error}"
+            return False
+        return True
 
     async def _until_ended(self) -> None:
         """Returns when the process has hung up, or is to be killed because it does not get on."""

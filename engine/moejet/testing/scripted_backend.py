@@ -176,7 +176,7 @@ class ScriptedBackend:
     async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
         return [TokenLogprobs(token_id, -1.0) for token_id in token_ids[1:]]
 
-    def progress(self, request_id: str) -> tuple[int, int] | None:
+    def progress(self, request_id: str) -> tuple[int, int, int] | None:
         return None
 
     async def end_thinking(self, request_id: str) -> bool:

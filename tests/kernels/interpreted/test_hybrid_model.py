@@ -17,11 +17,12 @@ OPTIONS = {
     "cache_dtype": "fp32",
     "max_context": 64,
     "isa": "avx2",
+    "stream_prefill_tokens": 12,
 }
 
 
 def _logits(path) -> list[torch.Tensor]:
-    """Of a prompt beside a single token, and of a decode batch that is padded."""
+    """Of a prompt beside a single token, whose experts stream, and of a decode batch that is padded."""
     made = []
     with LLM(path, **OPTIONS) as llm:
         runner, size = llm.engine.runner, llm.config.block_size
@@ -35,6 +36,7 @@ def _logits(path) -> list[torch.Tensor]:
                 batch = Batch.build(requests, lens, block_size=size)
                 batch.logits_indices = torch.arange(sum(lens))
                 made.append(runner.execute(batch))
+                assert runner.transfers().chunks == 1
                 for request, num in zip(requests, lens, strict=True):
                     request.num_computed_tokens += num
         greedy = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)

@@ -56,6 +56,22 @@ def test_in_fp32_with_two_formats():
     check(torch.randn(3, DIM), *routing(3), *weights("int4_g32", "int8"))
 
 
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_adds_to_what_is_there(tokens):
+    gate_up, down = weights("int8")
+    x, (ids, mix) = torch.randn(tokens, DIM).half(), routing(tokens)
+    ids[0] = torch.tensor([1, 4])  # not here: what is there stays, whatever it is
+    before = torch.randn(tokens, DIM)
+    before[0] = float("nan")
+    into = before.clone()
+    arguments = (x, ids, mix, SLOT_OF_EXPERT, gate_up, down)
+    assert moe_experts(*arguments, out_dtype=x.dtype, into=into) is into
+    expected = gpu_experts_ref(*arguments, out_dtype=torch.float64)[1:]
+    got = (into.double() - before.double())[1:]
+    assert (got - expected).norm() <= TOLERANCE[x.dtype] * expected.norm() + 1e-6
+    assert into[0].isnan().all()
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 33])
 def test_experts_elsewhere_count_for_nothing(tokens):
     gate_up, down = weights("int8")

@@ -138,7 +138,7 @@ class App {
 
   follow() {
     if (this.isFollowing) scroller.scrollTop = scroller.scrollHeight;
-    byId('to-end').hidden = this.isFollowing;
+    byId('to-end').hidden = this.isFollowing || isAtEnd();
   }
 
   notify(text, action = null) {
@@ -352,6 +352,8 @@ class App {
   }
 }
 
+const isAtEnd = () => scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - 60;
+
 function fitInput() {
   input.style.height = 'auto';
   input.style.height = `${Math.min(input.scrollHeight + 2, window.innerHeight * 0.4)}px`;
@@ -412,7 +414,7 @@ function setUp(app) {
     target.value = '';
   });
   scroller.addEventListener('scroll', () => {
-    app.isFollowing = scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - 60;
+    app.isFollowing = isAtEnd();
     byId('to-end').hidden = app.isFollowing;
   });
   window.addEventListener('pagehide', () => app.saveAll());

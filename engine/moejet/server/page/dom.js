@@ -46,6 +46,7 @@ export function copyButton(label, getText) {
 }
 
 export function seconds(value) {
+  if (value < 0.0995) return `${Math.max(1, Math.round(value * 1e3))} ms`;
   if (value < 9.95) return `${value.toFixed(1)} s`;
   if (value < 60) return `${Math.round(value)} s`;
   const whole = Math.round(value);

@@ -63,7 +63,7 @@ export class UserView {
       'form',
       { className: 'edit', onsubmit: save },
       area,
-      el('div', { className: 'row' }, el('span', { className: 'spring' }), button('Cancel', close), el('button', { className: 'primary', textContent: 'Send' })),
+      el('div', { className: 'row' }, el('span', { className: 'spring' }), button('Cancel', close), el('button', { className: 'primary small', textContent: 'Send' })),
     );
     area.addEventListener('keydown', (event) => {
       if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) save(event);
@@ -205,7 +205,8 @@ export class AssistantView {
 function waitingText(node) {
   const progress = node.progress;
   if (!progress) return 'Waiting for the model…';
-  return `Reading the prompt: ${progress.processed.toLocaleString('en')} of ${count(progress.total, 'token')}`;
+  const cached = progress.cache ? `, ${progress.cache.toLocaleString('en')} of them known already` : '';
+  return `Reading the prompt: ${progress.processed.toLocaleString('en')} of ${count(progress.total, 'token')}${cached}`;
 }
 
 function statsText({ state, stats }) {

@@ -79,6 +79,7 @@ export class Run {
       changed.add(node);
     }
     if (chunk.usage && this.nodes.length === 1) this.#count(this.nodes[0], chunk);
+    else if (chunk.usage) this.#share(chunk.usage);
     this.onChange([...changed]);
   }
 
@@ -118,6 +119,18 @@ export class Run {
     node.stats.reasoningTokens = usage.completion_tokens_details?.reasoning_tokens ?? node.stats.reasoningTokens;
     node.stats.cachedTokens = usage.prompt_tokens_details?.cached_tokens ?? 0;
     if (timings?.predicted_per_second > 0) node.stats.rate = timings.predicted_per_second;
+  }
+
+  /** Divides the tokens of several answers by the pieces in which each of them came, some of which held many. */
+  #share({ completion_tokens: total }) {
+    const sum = this.nodes.reduce((before, { stats }) => before + (stats.completionTokens ?? 0), 0);
+    if (!sum) return;
+    for (const [i, node] of this.nodes.entries()) {
+      for (const name of ['completionTokens', 'reasoningTokens']) {
+        if (node.stats[name]) node.stats[name] = Math.round((node.stats[name] * total) / sum);
+      }
+      this.#measure(node, this.#clocks[i]);
+    }
   }
 
   #tick() {

@@ -341,7 +341,7 @@ def progress(found: Progress) -> dict[str, Any]:
     return {
         "prompt_progress": {
             "total": found.total,
-            "cache": 0,
+            "cache": found.cached,
             "processed": found.processed,
             "time_ms": round(found.seconds * 1e3),
         }

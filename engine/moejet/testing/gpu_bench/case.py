@@ -37,6 +37,7 @@ KERNELS = (
     "rms_norm",
     "linear",
     "moe_experts",
+    "unpack_experts",
     "mla_decode",
     "mla_prefill",
     "gather_latent",
