@@ -84,12 +84,12 @@ def engine_usage(outcome: Outcome) -> dict[str, Any]:
 
 
 def plain(event: Progress | Result) -> Any:
-    """The same with nothing in it but what JSON and msgpack know."""
+    """The same with nothing in it but what JSON knows, so that it is the same in every process."""
     if isinstance(event, Progress):
         return replace(event, data=_builtins(event.data))
     return replace(event, details=_builtins(event.details))
 
 
 def _builtins(value: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = msgspec.to_builtins(value, str_keys=True, enc_hook=repr)
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(value, enc_hook=repr))
     return found
