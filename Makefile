@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f -not -path 'csrc/tests/*' 2>/dev/null)
 PROMPT ?= Start with 17, add 25, then multiply by 3.
 
-.PHONY: run test sanitize gpu-build gpu-check lint format bench install clean
+.PHONY: run test sanitize gpu-build gpu-check gpu-bench lint format bench install clean
 
 # Without --no-compile, pip would compile all 17,000 files, of which the tests import a tenth.
 install: $(VENV)/.installed
@@ -54,6 +54,11 @@ gpu-build:
 gpu-check: gpu-build
 	PYTHONPATH=engine $(GPU_PYTHON) -m pytest -m gpu --require gpu $(GPU_TESTS) $(PYTEST_ARGS)
 	PYTHONPATH=engine $(GPU_PYTHON) -m moejet bench gpu --json $(GPU_RESULTS)
+
+# Models on the GPU and the CPU together, end to end, in a quarter of an hour. What ended well before is not run again.
+GPU_HYBRID_RESULTS ?= bench/results/gpu_hybrid.jsonl
+gpu-bench: gpu-build
+	PYTHONPATH=engine $(GPU_PYTHON) bench/gpu_hybrid --results $(GPU_HYBRID_RESULTS) $(GPU_BENCH_ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

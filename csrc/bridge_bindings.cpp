@@ -201,6 +201,10 @@ void register_bridge(py::module_& m) {
           "fail_once",
           [](BoundBridge& self, int layer, int worker) { self.bridge().fail_once(layer, worker); },
           py::arg("layer"), py::arg("worker"))
+      .def(
+          "set_computing",
+          [](BoundBridge& self, bool computes) { self.bridge().set_computing(computes); },
+          py::arg("computes"))
       .def_property_readonly("num_layers",
                              [](BoundBridge& self) { return self.bridge().num_layers(); })
       .def_property_readonly("isa", &BoundBridge::isa);

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 namespace moejet {
@@ -12,6 +14,8 @@ constexpr CuResult kSuccess = 0;
 constexpr CuResult kNotReady = 600;
 constexpr unsigned kWaitEqual = 1;
 constexpr unsigned kWriteWithFence = 0;
+constexpr unsigned kNonBlocking = 1;
+constexpr unsigned kThreadLocalCapture = 1;
 
 }  // namespace
 
@@ -30,6 +34,14 @@ CudaDriver::CudaDriver(const std::string& library)
   require(library, "cuStreamSynchronize", &synchronize_);
   require(library, "cuMemHostGetDevicePointer_v2", &device_pointer_);
   require(library, "cuGetErrorName", &error_name_);
+  const bool found[] = {find("cuStreamCreate", &create_stream_),
+                        find("cuStreamDestroy_v2", &destroy_stream_),
+                        find("cuStreamBeginCapture_v2", &begin_capture_),
+                        find("cuStreamEndCapture", &end_capture_),
+                        find("cuGraphInstantiateWithFlags", &instantiate_),
+                        find("cuGraphDestroy", &destroy_graph_),
+                        find("cuGraphExecDestroy", &destroy_exec_)};
+  can_capture_ = std::all_of(std::begin(found), std::end(found), [](bool f) { return f; });
 }
 
 template <class Function>
@@ -61,6 +73,29 @@ CuResult CudaDriver::try_write_value(CuStream stream, CuDevicePtr address, uint3
 
 CuResult CudaDriver::try_wait_value(CuStream stream, CuDevicePtr address, uint32_t value) const {
   return wait_value_(stream, address, value, kWaitEqual);
+}
+
+CuResult CudaDriver::try_capture(CuDevicePtr address) const {
+  if (!can_capture_) return kSuccess;
+  CuStream stream = nullptr;
+  CuResult result = create_stream_(&stream, kNonBlocking);
+  if (result != kSuccess) return result;
+  result = begin_capture_(stream, kThreadLocalCapture);
+  if (result == kSuccess) {
+    CuGraph graph = nullptr;
+    result = try_write_value(stream, address, 1);
+    if (result == kSuccess) result = try_wait_value(stream, address, 1);
+    const CuResult ended = end_capture_(stream, &graph);
+    if (result == kSuccess) result = ended;
+    if (result == kSuccess) {
+      CuGraphExec exec = nullptr;
+      result = instantiate_(&exec, graph, 0);
+      if (result == kSuccess) destroy_exec_(exec);
+    }
+    if (graph != nullptr) destroy_graph_(graph);
+  }
+  destroy_stream_(stream);
+  return result;
 }
 
 void CudaDriver::launch_host_function(CuStream stream, void (*function)(void*),

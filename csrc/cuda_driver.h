@@ -11,6 +11,8 @@ namespace moejet {
 using CuStream = void*;
 using CuDevicePtr = unsigned long long;
 using CuResult = int;
+using CuGraph = void*;
+using CuGraphExec = void*;
 
 class CudaDriver {
  public:
@@ -22,6 +24,9 @@ class CudaDriver {
   // Enqueue *address = value, or a wait until *address == value. Return the driver's error.
   CuResult try_write_value(CuStream stream, CuDevicePtr address, uint32_t value) const;
   CuResult try_wait_value(CuStream stream, CuDevicePtr address, uint32_t value) const;
+  // Captures a write and a wait on a stream of its own and makes a graph of them, which does not
+  // run. Returns the driver's first error; none where the driver has not all that this takes.
+  CuResult try_capture(CuDevicePtr address) const;
   // Enqueues function(argument), which must not call CUDA. Throws std::runtime_error.
   void launch_host_function(CuStream stream, void (*function)(void*), void* argument) const;
   // Whether the stream has nothing left to do. Throws std::runtime_error if it has failed.
@@ -49,6 +54,15 @@ class CudaDriver {
   CuResult (*synchronize_)(CuStream) = nullptr;
   CuResult (*device_pointer_)(CuDevicePtr*, void*, unsigned) = nullptr;
   CuResult (*error_name_)(CuResult, const char**) = nullptr;
+  // For try_capture.
+  CuResult (*create_stream_)(CuStream*, unsigned) = nullptr;
+  CuResult (*destroy_stream_)(CuStream) = nullptr;
+  CuResult (*begin_capture_)(CuStream, unsigned) = nullptr;
+  CuResult (*end_capture_)(CuStream, CuGraph*) = nullptr;
+  CuResult (*instantiate_)(CuGraphExec*, CuGraph, unsigned long long) = nullptr;
+  CuResult (*destroy_graph_)(CuGraph) = nullptr;
+  CuResult (*destroy_exec_)(CuGraphExec) = nullptr;
+  bool can_capture_ = false;
 };
 
 }  // namespace moejet

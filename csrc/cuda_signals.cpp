@@ -41,7 +41,9 @@ std::string CudaSignals::try_memory_operations(CuStream stream) const {
     }
     std::this_thread::yield();
   }
-  return __atomic_load_n(flag, __ATOMIC_ACQUIRE) == 1 ? "" : "the write did not arrive";
+  if (__atomic_load_n(flag, __ATOMIC_ACQUIRE) != 1) return "the write did not arrive";
+  result = driver_.try_capture(address(flag));
+  return result == 0 ? "" : "in a graph: " + driver_.error_name(result);
 }
 
 CuDevicePtr CudaSignals::address(uint32_t* flag) const {

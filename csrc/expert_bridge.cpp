@@ -217,7 +217,7 @@ void ExpertBridge::serve(int layer, int64_t num_tokens) {
   Layer& served = layers_[static_cast<size_t>(layer)];
   int64_t distinct = 0;
   try {
-    distinct = count_experts(layer, num_tokens);
+    if (computes_) distinct = count_experts(layer, num_tokens);
     if (distinct > 0 || served.failing_worker >= 0) {
       compute(&served, num_tokens);
     } else {
@@ -229,6 +229,7 @@ void ExpertBridge::serve(int layer, int64_t num_tokens) {
     throw std::runtime_error("layer " + std::to_string(layer) + ": " + error.what());
   }
   store(finished_flag(layer), 1);
+  if (!computes_) return;
   const std::lock_guard<std::mutex> counting(counters_mutex_);
   ++counters_.layers;
   counters_.steps += layer == num_layers() - 1;

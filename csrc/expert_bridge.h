@@ -118,6 +118,10 @@ class ExpertBridge {
 
   BridgeCounters counters() const;
 
+  // Whether layers are computed (as at first) or answered at once, with zeros: what a step takes
+  // then is the stream's share of it. Answers are not counted as layers. Not during a step.
+  void set_computing(bool computes) { computes_ = computes; }
+
   // For tests: the worker throws when it next computes this layer.
   void fail_once(int layer, int worker);
 
@@ -149,6 +153,7 @@ class ExpertBridge {
   const pid_t pid_;
   std::vector<Layer> layers_;
   int64_t num_calls_ = 0;
+  bool computes_ = true;
   std::mutex caller_mutex_;
   std::string failure_;  // of the last step; empty: ready. Under caller_mutex_
   mutable std::mutex counters_mutex_;

@@ -217,6 +217,7 @@ def test_policies_and_penalties_apply(llm):
         ({"until": ""}, "until holds ''"),
         ({"until": [None]}, "until holds None"),
         ({"params": SamplingParams(n=2)}, "n=2.*fork"),
+        ({"params": SamplingParams(cache_salt="x")}, "cache_salt='x' does not apply"),
         ({"params": SamplingParams(stop="a")}, "stop=.*until"),
         ({"params": SamplingParams(logprobs=1)}, "logprobs=1"),
         ({"params": SamplingParams(stop_token_ids=(10**6,))}, "1000000"),

@@ -303,6 +303,10 @@ def _bushy() -> dict:
         (lambda: Grammar.json_schema({"const": {1, 2}}), "cannot be written"),
         (lambda: Grammar.json_schema({"const": float("nan")}), "cannot be written"),
         (lambda: Grammar.json_schema({"enum": ["x" * 1000] * 1000}), "characters"),
+        (
+            lambda: Grammar.json_schema({"properties": {str(i): {} for i in range(2001)}}),
+            "2001 mem",
+        ),
         (lambda: Grammar.regex(""), "pattern=''"),
         (lambda: Grammar.regex("a" * 10**6), "characters"),
         (lambda: Grammar.regex("(a{1000}){1000}"), "1000000 times"),

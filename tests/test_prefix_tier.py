@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,18 @@ def test_a_new_start_reads_what_the_last_one_computed(
         assert run(llm, longer)[1] == 208
     with LLM(model, **OPTIONS, cache_dtype=dtype, prefix_caching=False) as llm:
         assert torch.equal(logits(llm, ids)[0], cold)
+
+
+def test_salts_separate_what_is_on_disk(model: Path, disk: dict[str, object]) -> None:
+    ids = prompt(0)
+    mine, other = (replace(GREEDY, cache_salt=salt) for salt in ("mine", "other"))
+    with LLM(model, **disk) as llm:
+        first, cached = run(llm, ids, mine)
+        assert cached == 0
+        assert run(llm, ids, mine)[1] == 192
+    with LLM(model, **disk) as llm:
+        for params, expected in ((other, 0), (GREEDY, 0), (mine, 192), (other, 192)):
+            assert run(llm, ids, params) == (first, expected)
 
 
 _CHILD = textwrap.dedent(

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moejet.block_pool import BlockPool, extend_hashes
+from moejet.block_pool import BlockPool, extend_hashes, salted
 from moejet.cache_blocks import CacheBlocks
 from moejet.prefix_store import PrefixStore
 from moejet.prefix_tier import PrefixTier
@@ -298,6 +299,34 @@ def test_roots_separate_caches():
         _drive(scheduler, cache, until=lambda r=request: r.num_computed_tokens >= 20)
         assert request.num_cached_tokens == expected
         scheduler.finish(request, "stop")
+
+
+def test_salts_separate_caches():
+    tokens = tuple(range(20))
+    for root in (b"", b"root"):
+        pool, cache = BlockPool(64, 4), None
+        salts = (None, "a", "b", "a", None, "b", "ab")
+        for salt, expected in zip(salts, (0, 0, 0, 16, 16, 16, 0), strict=True):
+            scheduler = Scheduler(pool, max_batch_tokens=99, max_num_requests=8, root=root)
+            request = _request("r", 0, limit=22, tokens=tokens)
+            request.params = replace(request.params, cache_salt=salt)
+            scheduler.add(request)
+            cache = cache or Cache(scheduler)
+            _drive(scheduler, cache, until=lambda r=request: r.num_computed_tokens >= 20)
+            assert request.num_cached_tokens == expected, (root, salt)
+            scheduler.finish(request, "stop")
+    # What is root and what is salt cannot be taken for each other.
+    pairs = ((b"a", "bc"), (b"ab", "c"), (b"abc", None), (b"bc", "a"))
+    assert len({salted(root, salt) for root, salt in pairs}) == len(pairs)
+
+
+def test_requests_of_other_salts_do_not_wait_for_each_others_prompts():
+    scheduler = _scheduler(num_blocks=64, budget=100)
+    requests = [_request(str(i), 0, limit=44, tokens=(*range(40), i)) for i in range(3)]
+    for request, salt in zip(requests, ("a", "b", "a"), strict=True):
+        request.params = replace(request.params, cache_salt=salt)
+        scheduler.add(request)
+    assert scheduler.schedule().requests == requests[:2]
 
 
 def test_forks_share_everything_and_copy_what_they_write():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RawTokenizer
 
+from moejet.chat_template import ChatTemplate
 from moejet.testing.byte_tokenizer import CHAT_TEMPLATE, write_tokenizer
 from moejet.tokenizer import IncrementalDecoder, Tokenizer
 from moejet.weights import TINY_REASONER, resolve_model
@@ -422,6 +423,38 @@ def test_hostile_and_broken_templates(tmp_path: Path, template: str) -> None:
         Tokenizer.from_path(tmp_path).apply_chat_template(
             [{"role": "user", "content": "x"}], chat_template=template
         )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in x %}{% for b in x %}{% for c in x %}{{ a }}{% endfor %}{% endfor %}{% endfor %}",
+        "{% for a in x recursive %}{% for b in x %}{{ loop(x) }}{% endfor %}{% endfor %}",
+        "{{ 'a' * 10000000000 }}",
+        "{{ 10000000 * [1] }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ 9 ** 99999999 }}",
+    ],
+)
+def test_endless_and_huge_templates(
+    tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moejet.chat_template._MAX_SECONDS", 0.2)
+    with pytest.raises(ValueError, match="chat template refused"):
+        ChatTemplate(template).render([{"role": "user", "content": "x"}], x="y" * 3000)
+
+
+def test_loops_know_their_place() -> None:
+    template = (
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
+        "{% for k, v in m | items %}{{ k }}{% endfor %} {% endfor %}"
+        "{% for n in none_such %}{% else %}none{% endfor %}{{ '%s!' % 'a' }}{{ '-' * 3 }}{{ 2 ** 5 }}"
+    )
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    expected = "1/2Falserolecontent 2/2Truerolecontent nonea!---32"
+    assert ChatTemplate(template).render(messages) == expected
 
 
 def test_objects_do_not_reach_the_template(tmp_path: Path) -> None:

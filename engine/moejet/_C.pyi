@@ -463,6 +463,9 @@ class ExpertBridge:
     def fail_once(self, layer: int, worker: int) -> None:
         """For tests: the worker throws when it next computes this layer."""
 
+    def set_computing(self, computes: bool) -> None:
+        """False: layers are answered at once with zeros and not counted, to time the stream's share alone."""
+
     @property
     def num_layers(self) -> int: ...
     @property

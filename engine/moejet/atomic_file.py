@@ -57,15 +57,19 @@ def is_being_written(path: Path) -> bool:
     return False
 
 
-def reserve(fd: int, num_bytes: int, *, keep_free: int = 0) -> None:
+def reserve(fd: int, num_bytes: int, *, keep_free: int = 0, holes: int = 0) -> None:
     """Takes the room at once, so that a full disk shows now and not in the middle.
 
-    keep_free: bytes of the disk that must stay free. Raises OSError(ENOSPC).
+    keep_free: bytes of the disk that must stay free · holes: bytes that will not be written; with any, the file only
+    gets its length. Raises OSError(ENOSPC).
     """
     disk = os.fstatvfs(fd)
-    if disk.f_bavail * disk.f_frsize < num_bytes + keep_free:
+    if disk.f_bavail * disk.f_frsize < num_bytes - holes + keep_free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.posix_fallocate(fd, 0, num_bytes)
+    if holes:
+        os.ftruncate(fd, num_bytes)
+    else:
+        os.posix_fallocate(fd, 0, num_bytes)
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -180,6 +180,16 @@ class BlockStore(Protocol):
         """Makes a read more likely that was not worth it."""
 
 
+def salted(root: bytes, salt: str | None) -> bytes:
+    """Where the chains of hashes of those begin who share a salt; None: of those without one."""
+    if salt is None:
+        return root
+    data = salt.encode("utf-8", "surrogatepass")
+    # The salt comes first and has a length, so that no other root and salt give the same bytes.
+    prefix = len(data).to_bytes(8, "little") + data
+    return hashlib.blake2b(prefix + root, digest_size=DIGEST_BYTES, person=b"cache salt").digest()
+
+
 def extend_hashes(
     hashes: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int
 ) -> list[bytes]:

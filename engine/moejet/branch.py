@@ -416,6 +416,7 @@ def _check(engine: Engine, branch: Branch, max_tokens: int | None, params: Sampl
         ("n", 1, "fork the branch"),
         ("stop", (), "use until="),
         ("logprobs", None, "read branch.statistics"),
+        ("cache_salt", None, "they are shared by their forks alone"),
     ):
         if (value := getattr(params, name)) != default:
             raise ValueError(f"{name}={value!r} does not apply to branches: {remedy}")

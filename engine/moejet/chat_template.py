@@ -1,4 +1,4 @@
-"""Chat templates: Jinja from the checkpoint, so foreign code, rendered in Jinja's sandbox.
+"""Chat templates: Jinja from the checkpoint, so foreign code, rendered in Jinja's sandbox with an end to its loops.
 
 What a template can call and see follows the conventions that transformers set and published templates rely on:
 `raise_exception`, `strftime_now`, `tojson` without HTML escapes, break and continue, `{% generation %}` blocks, blocks
@@ -8,7 +8,10 @@ trimmed of their newline. Messages reach it as plain JSON types only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -18,12 +21,16 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 import jinja2.utils
 
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _OF_EVERY_CALL = frozenset(("messages", "add_generation_prompt", "tools", "documents"))
 # Python errors that a template's own expressions can raise.
+_MAX_SECONDS = 5.0  # of the processor, for one conversation
+_MAX_REPEATED = 1 << 20  # characters or items that one operator may make of fewer
+_until_s: ContextVar[float] = ContextVar("until_s")  # on the clock of time.thread_time
 _EXPRESSION_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
@@ -63,6 +70,7 @@ class ChatTemplate:
         """
         conversation = [_plain_message(m) for m in check_messages(messages)]
         known = {"tools": None, "documents": None}
+        _until_s.set(time.thread_time() + _MAX_SECONDS)
         try:
             return self._template.render(
                 {**known, **_plain(variables)},
@@ -172,10 +180,55 @@ class _Namespace(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
 
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox keeps a template from reaching Python, but not from working for ever."""
+
+    intercepted_binops = frozenset("*%") | {"**"}
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        if operator == "*":
+            _check_repeated(left, right)
+            _check_repeated(right, left)
+        elif operator == "%" and isinstance(left, str):
+            widths = [int(digits) for digits in re.findall(r"[0-9]{1,18}", left)]
+            stars = "*" in left
+            if stars or sum(widths) > _MAX_REPEATED:
+                raise jinja2.exceptions.SecurityError("a format's width is too large")
+        elif operator == "**" and isinstance(right, int) and abs(right) > 1000:
+            raise jinja2.exceptions.SecurityError("an exponent is too large")
+        return super().call_binop(context, operator, left, right)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(jinja2.nodes.For):
+            loop.iter = jinja2.nodes.Filter(
+                loop.iter, "timed", [], [], None, None, lineno=loop.lineno
+            )
+        return tree
+
+
+def _check_repeated(value: Any, times: Any) -> None:
+    is_sized = isinstance(value, str | list | tuple)
+    if is_sized and isinstance(times, int) and len(value) * times > _MAX_REPEATED:
+        raise jinja2.exceptions.SecurityError("something is repeated too often")
+
+
+def _timed(items: Iterable[Any]) -> Iterator[Any]:
+    """What a loop goes through, until the conversation's time is up."""
+    until_s = _until_s.get()
+    for item in items:
+        if time.thread_time() > until_s:
+            raise jinja2.exceptions.SecurityError(f"it runs for more than {_MAX_SECONDS:g} s")
+        yield item
+
+
 def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
+    environment.filters["timed"] = _timed
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -55,6 +55,8 @@ ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 # Their kernels compute a row the same way whatever the number of rows.
 INVARIANT_ISAS = ISAS[:3]
 
+_LARGEST_SIZE = 1 << 24
+_LARGEST = {"num_hidden_layers": 1000, "num_experts": 100_000, "max_position_embeddings": 1 << 31}
 _ROUTERS = {("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoid", "noaux_tc")}
 
 
@@ -188,6 +190,9 @@ class ModelConfig:
 def _require_positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name}={value!r} must be a positive integer")
+    # What a damaged file claims shall not be worked through.
+    if value > (largest := _LARGEST.get(name, _LARGEST_SIZE)):
+        raise ValueError(f"{name}={value} is more than any model has ({largest} is allowed)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 ACTIVATIONS = {"cuda": torch.bfloat16, "cpu": torch.float32}
 # Of a simulated device, where vram_gib does not say.
 _SIMULATED_BYTES = 64 * GIB
+# What is free changes a little from start to start. Placements, and with them the packed cache, had better not.
+_BUDGET_STEP = 256 << 20
 
 
 def choose_device(config: EngineConfig, model_config: ModelConfig) -> str:
@@ -81,12 +84,14 @@ def _obstacle(config: EngineConfig, model_config: ModelConfig, device: str) -> s
 
 
 def vram_budget(config: EngineConfig, device: str) -> int:
-    """Bytes of GPU memory that may be used: vram_gib, else all that is free."""
+    """Bytes of GPU memory that may be used: vram_gib, else all that is free, in steps of 256 MiB."""
     if device == "simulated":
         return _SIMULATED_BYTES if config.vram_gib is None else round(config.vram_gib * GIB)
+    gc.collect()
+    torch.cuda.empty_cache()  # what a model that is closed has left to torch's allocator is free too
     free, total = torch.cuda.mem_get_info()
     if config.vram_gib is None:
-        return free
+        return int(free - free % _BUDGET_STEP)
     budget = round(config.vram_gib * GIB)
     if budget > total:
         raise ValueError(
@@ -146,6 +151,7 @@ def create_gpu_runner(
     except BaseException:
         close()
         raise
+    runner.memory, runner.vram_bytes = memory, budget
     logger.info(
         "%s: %d of %d routed experts there, %.2f GiB of %.2f planned",
         device,

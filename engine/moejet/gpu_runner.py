@@ -28,8 +28,9 @@ from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
 from moejet.experts.bridge import CpuBridge
 from moejet.experts.expert_ring import ExpertRing, Transfers
 from moejet.experts.hybrid_experts import HybridExperts
+from moejet.experts.placement import Placement
 from moejet.experts.stream_threshold import stream_threshold
-from moejet.gpu_memory import key_chunk
+from moejet.gpu_memory import GpuMemory, key_chunk
 from moejet.latent_layout import row_elements
 from moejet.layers.gpu import GpuDenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
@@ -109,6 +110,11 @@ class GpuRunner:
         self._config, self._dtype = config, dense.dtype
         self._stream_tokens: int | None = None  # from which on a step streams; None: it does not
         self.native_seconds = 0.0
+        # Entered around what a step launches: for measurements, see `hybrid_timing`.
+        self.clock: Callable[[], AbstractContextManager[object]] = nullcontext
+        # What the plan says, and what it may use.
+        self.memory: GpuMemory | None = None
+        self.vram_bytes = 0
         row = row_elements(
             model_config.kv_lora_rank, model_config.qk_rope_head_dim, config.cache_dtype
         )
@@ -123,7 +129,7 @@ class GpuRunner:
         self._key_chunk = key_chunk(model_config)
         self._sizes = padded_sizes(min(config.max_num_requests, config.max_batch_tokens))
         self._steps: dict[int, _DecodeStep] = {}
-        self._uses_graphs = dense.device.type == "cuda" and use_graphs() and not use_reference()
+        self.uses_graphs = dense.device.type == "cuda" and use_graphs() and not use_reference()
         self._graph_memory: Any = None  # that all graphs share
 
     def weights_loaded(self) -> None:
@@ -153,12 +159,19 @@ class GpuRunner:
 
     def close(self) -> None:
         """Releases bridge and ring, once the device is done with them, and the graphs: none is replayed any more."""
-        if self.bridge is not None:
-            self.bridge.close()
-        self._synchronize()
-        if self.ring is not None:
-            self.ring.close()
-        self._steps.clear()
+        with self.on_device():
+            if self.bridge is not None:
+                self.bridge.close()
+            self._synchronize()
+            if self.ring is not None:
+                self.ring.close()
+            self._steps.clear()
+
+    @property
+    def placement(self) -> Placement:
+        """Where the routed experts live."""
+        assert self.memory is not None
+        return self.memory.placement
 
     def transfers(self) -> Transfers:
         """What has been copied of experts so far; any thread may ask, and nothing waits."""
@@ -213,7 +226,7 @@ class GpuRunner:
         """Runs a step to its end; if it fails, what it left on the stream is let through."""
         start = time.perf_counter()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.on_device():
                 result = step()
                 self._synchronize()
             return result
@@ -226,6 +239,19 @@ class GpuRunner:
             raise
         finally:
             self.native_seconds += time.perf_counter() - start
+
+    def padded(self, num_requests: int) -> int:
+        """Rows of a decode step for so many requests."""
+        return next(size for size in self._sizes if size >= num_requests)
+
+    def input_bytes(self, num_requests: int) -> int:
+        """What a decode step for so many requests moves to the device before it begins; 0 before the first one."""
+        step = self._steps.get(self.padded(num_requests))
+        return 0 if step is None else step.inputs.staging.nbytes
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """The calling thread may have another current device than the one that loaded the model."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -246,8 +272,13 @@ class GpuRunner:
             max_context=self._max_context,
             max_key_chunk=self._key_chunk,
         )
-        with self._streaming(batch.num_tokens):
-            hidden = self.model.forward(there, self.latent_cache)
+        with self.clock():
+            with self._streaming(batch.num_tokens):
+                hidden = self.model.forward(there, self.latent_cache)
+            return self._results(there, hidden, choice)
+
+    def _results(self, there: DeviceBatch, hidden: Tensor, choice: _Choice | None) -> Tensor:
+        """Of the rows that are wanted, on the CPU: logits, or the tokens of the choice."""
         assert there.logits_indices is not None
         wanted = there.logits_indices
         if choice is not None:
@@ -279,7 +310,7 @@ class GpuRunner:
     def _decode(self, batch: Batch, choice: _Choice | None) -> Tensor:
         """A decode batch: logits of all its rows, or their tokens, of which only those of the choice mean anything."""
         self._copy_blocks(batch)
-        size = next(size for size in self._sizes if size >= batch.num_tokens)
+        size = self.padded(batch.num_tokens)
         step = self._steps.get(size)
         if step is None:
             inputs = PaddedBatch(
@@ -299,11 +330,13 @@ class GpuRunner:
         step.inputs.staging.upload()
         captured = step.graphs.get(kind)
         if captured is None:
-            result = self._launch(step.inputs, kind).cpu()
-            if self._uses_graphs:
+            with self.clock():
+                result = self._launch(step.inputs, kind).cpu()
+            if self.uses_graphs:
                 self._try_capture(step, kind)
             return result[: batch.num_tokens]
-        captured.graph.replay()
+        with self.clock():
+            captured.graph.replay()
         if self.bridge is not None:
             self.bridge.run_step(size)
         self._synchronize()
@@ -323,7 +356,7 @@ class GpuRunner:
         try:
             step.graphs[kind] = self._capture(step.inputs, kind)
         except RuntimeError as error:
-            self._uses_graphs = False
+            self.uses_graphs = False
             logger.warning(
                 "steps cannot be captured as graphs (%s): they are launched operation by operation, which is slower",
                 error,

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LENGTH = 1 << 18  # characters of a grammar
 MAX_DEPTH = 64  # of a schema
+MAX_MEMBERS = 2000  # of one object in a schema; llguidance's time grows with their square
 MAX_CHOICES = 4096
 MAX_REPETITIONS = 20_000  # in nested {m,n} of regular expressions, multiplied
 _MAX_CACHED = 64
@@ -116,6 +117,7 @@ class Grammar:
 def _check_depth(schema: object) -> None:
     level = [schema]
     for _ in range(MAX_DEPTH):
+        check_members(level)
         level = [
             child
             for node in level
@@ -128,6 +130,15 @@ def _check_depth(schema: object) -> None:
         if len(level) > _MAX_PARTS:
             raise ValueError(f"schema has more than {_MAX_PARTS} parts on one level")
     raise ValueError(f"schema is nested deeper than {MAX_DEPTH} levels")
+
+
+def check_members(nodes: Sequence[object], where: str = "schema") -> None:
+    """Raises ValueError if one of a schema's parts is too large to compile in time."""
+    largest = max((len(node) for node in nodes if isinstance(node, Mapping)), default=0)
+    if largest > MAX_MEMBERS:
+        raise ValueError(
+            f"{where} has an object of {largest} members, and {MAX_MEMBERS} are allowed"
+        )
 
 
 def _repetitions(text: str) -> int:

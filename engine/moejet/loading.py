@@ -19,6 +19,7 @@ from moejet.engine import Engine
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.extension import resolve_isa
 from moejet.gpu_loading import choose_device, create_gpu_runner, vram_budget
+from moejet.gpu_runner import GpuRunner
 from moejet.json_file import read_json_object
 from moejet.layers.linear import DenseWeights
 from moejet.model_cost import ModelCost
@@ -32,10 +33,12 @@ from moejet.tokenizer import Tokenizer
 from moejet.weights import Checkpoint, load_weights, resolve_model
 from moejet.weights.gguf_model import GgufCheckpoint
 from moejet.weights.gguf_tokenizer import gguf_tokenizer
+from moejet.weights.gpu_weights import GPU_LAYOUT_VERSION
 from moejet.weights.packed_cache import (
     MIN_BYTES as MIN_CACHED_BYTES,
 )
 from moejet.weights.packed_cache import (
+    PLACEMENT,
     BackgroundWriter,
     CacheFile,
     PartlyFilled,
@@ -47,6 +50,8 @@ from moejet.weights.packed_cache import (
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CACHE_TOKENS = 8192
+# Random weights that are on a GPU at a time: there is little room beside a model that fills it.
+_DRAWN_VALUES = 1 << 25
 
 
 def load_engine(config: EngineConfig) -> Engine:
@@ -71,17 +76,22 @@ def load_engine(config: EngineConfig) -> Engine:
     engine = _create_engine(config, model_config, tokenizer)
     try:
         num_nodes = len(engine.runner.pool.memory_nodes)
-        key = cache_key(path, config, model_config, num_nodes) | _device_key(config)
+        key = cache_key(path, config, model_config, num_nodes)
         file = _cache_file(engine, path, key)
         is_loaded = file is not None and _load_cached(engine, file)
-        if is_loaded is None:
-            engine.close()
-            engine = _create_engine(config, model_config, tokenizer)
-            gc.collect()  # what is mapped goes with the old one
+    except BaseException:
+        engine.close()
+        raise
+    if is_loaded is None:
+        engine.close()
+        del engine
+        gc.collect()  # what is mapped, and a GPU's memory, go with it
+        engine = _create_engine(config, model_config, tokenizer)
+    try:
         if not is_loaded:
-            _load(engine, path, checkpoint, file)
+            _load(engine, path, checkpoint, _cache_file(engine, path, key))
         engine.runner.weights_loaded()
-        attach_prefixes(engine, key)
+        attach_prefixes(engine, key | _device_key(config))
     except BaseException:
         engine.close()
         raise
@@ -138,18 +148,22 @@ def _load(
 
 
 def _cache_file(engine: Engine, path: Path, key: dict[str, Any]) -> CacheFile | None:
-    """Where the packed weights of this engine are kept, None if they are not."""
+    """Where the packed weights of this engine are kept, None if they are not. key: of `cache_key`."""
     config, directory = engine.config, cache_directory()
     if config.packed_cache == "off" or directory is None:
-        return None
-    if config.device != "cpu":
-        # What lives on a GPU changes with the memory that is free, and has another layout.
-        logger.info("packed weights are not cached with device=%r", config.device)
         return None
     cost = ModelCost.of(engine.model_config, config)
     if config.packed_cache == "auto" and cost.weight_bytes < MIN_CACHED_BYTES:
         return None
-    return CacheFile(directory, config.model, key, path)
+    unused = 0
+    if isinstance(engine.runner, GpuRunner):
+        placement = engine.runner.placement
+        key = key | _device_key(config) | {"gpu_layout": GPU_LAYOUT_VERSION}
+        key[PLACEMENT] = [list(experts) for experts in placement.resident]
+        # Layers all of whose experts live on the GPU have no memory for them here.
+        some = [len(r) for r in placement.resident if len(r) < placement.num_experts]
+        unused = round(sum(some) * cost.expert_bytes)
+    return CacheFile(directory, config.model, key, path, unused_bytes=unused)
 
 
 def _device_key(config: EngineConfig) -> dict[str, Any]:
@@ -163,7 +177,8 @@ def build_engine(config: EngineConfig, model_config: ModelConfig) -> Engine:
     config = replace(config, device=choose_device(config, model_config))
     engine = _create_engine(config, model_config, None)
     model = engine.runner.model
-    generator = torch.Generator().manual_seed(config.seed or 0)
+    device = engine.runner.latent_cache.device  # a GPU draws a hundred times as fast
+    generator = torch.Generator(device).manual_seed(config.seed or 0)
     for name, spec in model.tensor_specs().items():
         if ".experts." not in name:
             spec.load(_random_weight(name, spec.shape, generator))
@@ -311,7 +326,12 @@ def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator
     fan_in = 1 if name.endswith("embed_tokens.weight") else shape[-1]
     limit = math.sqrt(3.0 / fan_in)
     values = torch.empty(shape, dtype=torch.bfloat16)
-    return values.uniform_(-limit, limit, generator=generator)
+    if generator.device.type == "cpu":
+        return values.uniform_(-limit, limit, generator=generator)
+    for part in torch.split(values.view(-1), _DRAWN_VALUES):
+        drawn = torch.empty(part.shape, dtype=part.dtype, device=generator.device)
+        part.copy_(drawn.uniform_(-limit, limit, generator=generator))
+    return values
 
 
 def _read_default_params(path: Path) -> SamplingParams:

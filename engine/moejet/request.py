@@ -23,6 +23,7 @@ else:
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 20
 MAX_N = 64
+MAX_SALT_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class SamplingParams:
     policy makes a `moejet.policy.TokenPolicy` for each sample; several are asked in their order.
     grammar: what the answer must look like (`Grammar`).
     statistics=True: see `moejet.statistics`.
+    cache_salt: cached prefixes are found by requests of the same salt only, so that nobody can tell by the time to
+    the first token what others have asked.
     """
 
     temperature: float = 1.0
@@ -61,6 +64,7 @@ class SamplingParams:
     policy: Policies = None
     grammar: Grammar | None = None
     statistics: bool = False
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, 100.0)
@@ -102,6 +106,8 @@ class SamplingParams:
         for name in ("ignore_eos", "stop_in_reasoning", "statistics"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.cache_salt is not None:
+            _check_salt(self.cache_salt)
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, None)
         for token_id, bias in (self.logit_bias or {}).items():
@@ -135,6 +141,11 @@ def _check_int(name: str, value: Any, low: int, high: int | None, hint: str = ""
     if bad or (high is not None and value > high):
         bounds = f"of at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name}={value!r} must be an integer {bounds}{hint and f' ({hint})'}")
+
+
+def _check_salt(salt: Any) -> None:
+    if not isinstance(salt, str) or not 1 <= len(salt) <= MAX_SALT_CHARS:
+        raise ValueError(f"cache_salt must be a text of 1 to {MAX_SALT_CHARS} characters, or None")
 
 
 def _as_strings(stop: Any) -> tuple[str, ...]:

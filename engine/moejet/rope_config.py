@@ -21,6 +21,13 @@ class RopeConfig:
     attention_factor: float | None = None
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise ValueError(f"rope_{name}={value!r} must be a finite number")
+        if self.theta <= 0:
+            raise ValueError(f"rope_theta={self.theta!r} must be above 0")
+
     @property
     def cos_sin_scale(self) -> float:
         """Factor on cos and sin: mscale(factor, mscale) / mscale(factor, mscale_all_dim)."""

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moejet.batch import Batch
-from moejet.block_pool import BlockPool, BlockStore, extend_hashes
+from moejet.block_pool import BlockPool, BlockStore, extend_hashes, salted
 from moejet.request import FinishReason, Request, RequestState
 from moejet.step_plan import StepPlan, tokens_missing, turn
 
@@ -40,7 +40,7 @@ class Scheduler:
 
     max_mixed_tokens: of a step's tokens, how many may be prompts while other requests decode; they wait for the whole
     step · max_scored_tokens: how many may be of prompts that are scored, whose logits are all there at once
-    root: what the hash of a first block starts from; None switches prefix reuse off
+    root: what the hash of a first block starts from, with a request's own salt; None switches prefix reuse off
     store: may be set before the first request
     """
 
@@ -259,9 +259,9 @@ class Scheduler:
         """
         if self.root is None or request.scores is not None:
             return []
-        return extend_hashes(
-            request.block_hashes, self.root, request.token_ids, self.pool.block_size
-        )
+        hashes = request.block_hashes
+        root = self.root if hashes else salted(self.root, request.params.cache_salt)
+        return extend_hashes(hashes, root, request.token_ids, self.pool.block_size)
 
     def _offer(self, request: Request) -> None:
         """Names to the store the full blocks that it has not heard of from this request."""

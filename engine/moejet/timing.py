@@ -23,20 +23,20 @@ _OVERHEAD_STEPS = 16
 
 def time_prefill(engine: Engine, num_tokens: int, depth: int) -> float:
     """Seconds to compute num_tokens of prompt behind `depth` tokens."""
-    with _requests(engine, num_tokens, depth, batch=1) as requests:
+    with scratch_requests(engine, num_tokens, depth, batch=1) as requests:
         start = time.perf_counter()
         while requests[0].num_computed_tokens < depth + num_tokens:
             left = depth + num_tokens - requests[0].num_computed_tokens
-            _step(engine, requests, min(engine.config.max_batch_tokens, left))
+            compute_tokens(engine, requests, min(engine.config.max_batch_tokens, left))
         return time.perf_counter() - start
 
 
 def time_decode(engine: Engine, num_tokens: int, depth: int, batch: int) -> float:
     """Seconds to decode num_tokens one after another in each of `batch` sequences, all together."""
-    with _requests(engine, num_tokens, depth, batch) as requests:
+    with scratch_requests(engine, num_tokens, depth, batch) as requests:
         start = time.perf_counter()
         for _ in range(num_tokens):
-            _step(engine, requests, 1)
+            compute_tokens(engine, requests, 1)
         return time.perf_counter() - start
 
 
@@ -61,7 +61,9 @@ def step_overhead(engine: Engine, batch: int) -> float:
 
 
 @contextmanager
-def _requests(engine: Engine, num_tokens: int, depth: int, batch: int) -> Iterator[list[Request]]:
+def scratch_requests(
+    engine: Engine, num_tokens: int, depth: int, batch: int
+) -> Iterator[list[Request]]:
     """`batch` requests of random tokens outside the schedule, `depth` of them in the cache already."""
     generator = torch.Generator().manual_seed(0)
     vocab = engine.model_config.vocab_size
@@ -91,7 +93,7 @@ def fill_latents(latent_cache: torch.Tensor, blocks: list[int], rank: int, rope:
         layer[blocks] = values
 
 
-def _step(engine: Engine, requests: list[Request], num_tokens: int) -> None:
+def compute_tokens(engine: Engine, requests: list[Request], num_tokens: int) -> None:
     """Computes the next num_tokens of each request, with the logits of its last one."""
     size = engine.config.block_size
     batch = Batch.build(requests, [num_tokens] * len(requests), block_size=size)

@@ -17,10 +17,11 @@
 namespace {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kNotReady = 600, kIllegalAddress = 700,
-              kNotSupported = 801;
+              kNotSupported = 801, kCaptureUnsupported = 900, kCaptureInvalidated = 901;
 constexpr unsigned long long kDeviceOffset = 1ull << 44;
 
-std::atomic<bool> memory_operations{true}, writes_arrive{true};
+std::atomic<bool> memory_operations{true}, writes_arrive{true}, graphs_take_them{true};
+std::atomic<int> num_streams{0};
 
 uint32_t* host(unsigned long long address) {
   return reinterpret_cast<uint32_t*>(address - kDeviceOffset);
@@ -70,6 +71,13 @@ struct Stream {
     }
   }
 
+  // Whether a memory operation must not be enqueued now; it spoils what is being captured.
+  bool refuses() {
+    if (!is_capturing || graphs_take_them) return false;
+    is_spoilt = true;
+    return true;
+  }
+
   int query() {
     std::lock_guard<std::mutex> lock(mutex);
     return error != 0 ? error.load() : operations.empty() && !is_running ? kSuccess : kNotReady;
@@ -80,7 +88,7 @@ struct Stream {
   std::mutex mutex;
   std::condition_variable changed;
   std::deque<Operation> operations;
-  bool is_capturing = false, is_running = false;
+  bool is_capturing = false, is_running = false, is_spoilt = false;
   Operations captured;
   std::deque<Operations> graphs;
   std::atomic<bool> stop{false};
@@ -99,6 +107,7 @@ EXPORT int cuStreamWriteValue32_v2(void* stream, unsigned long long address, uin
                                    unsigned flags) {
   if (!memory_operations) return kNotSupported;
   if (flags != 0 || address < kDeviceOffset) return kInvalidValue;
+  if (stream_of(stream)->refuses()) return kCaptureUnsupported;
   stream_of(stream)->add([=] {
     if (writes_arrive) __atomic_store_n(host(address), value, __ATOMIC_RELEASE);
     return true;
@@ -110,6 +119,7 @@ EXPORT int cuStreamWaitValue32_v2(void* stream, unsigned long long address, uint
                                   unsigned flags) {
   if (!memory_operations) return kNotSupported;
   if (flags != 1 || address < kDeviceOffset) return kInvalidValue;
+  if (stream_of(stream)->refuses()) return kCaptureUnsupported;
   stream_of(stream)->add([=] { return __atomic_load_n(host(address), __ATOMIC_ACQUIRE) == value; });
   return kSuccess;
 }
@@ -136,13 +146,55 @@ EXPORT int cuMemHostGetDevicePointer_v2(unsigned long long* device, void* pointe
 }
 
 EXPORT int cuGetErrorName(int error, const char** name) {
-  *name = error == kIllegalAddress ? "CUDA_ERROR_ILLEGAL_ADDRESS"
-          : error == kNotSupported ? "CUDA_ERROR_NOT_SUPPORTED"
-                                   : nullptr;
+  *name = error == kIllegalAddress       ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+          : error == kNotSupported       ? "CUDA_ERROR_NOT_SUPPORTED"
+          : error == kCaptureUnsupported ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+                                         : nullptr;
   return *name ? kSuccess : kInvalidValue;
 }
 
+EXPORT int cuStreamCreate(void** stream, unsigned flags) {
+  if (flags != 1) return kInvalidValue;
+  ++num_streams;
+  *stream = new Stream(0, 0);
+  return kSuccess;
+}
+
+EXPORT int cuStreamDestroy_v2(void* stream) {
+  --num_streams;
+  delete stream_of(stream);
+  return kSuccess;
+}
+
+EXPORT int cuStreamBeginCapture_v2(void* stream, unsigned mode) {
+  if (mode != 1) return kInvalidValue;
+  stream_of(stream)->is_capturing = true;
+  return kSuccess;
+}
+
+EXPORT int cuStreamEndCapture(void* stream, void** graph) {
+  Stream* capturing = stream_of(stream);
+  capturing->is_capturing = false;
+  if (capturing->is_spoilt) return kCaptureInvalidated;
+  capturing->graphs.push_back(std::exchange(capturing->captured, {}));
+  *graph = &capturing->graphs.back();
+  return kSuccess;
+}
+
+EXPORT int cuGraphInstantiateWithFlags(void** exec, void* graph, unsigned long long flags) {
+  if (flags != 0) return kInvalidValue;
+  *exec = graph;
+  return kSuccess;
+}
+
+EXPORT int cuGraphDestroy(void*) { return kSuccess; }
+EXPORT int cuGraphExecDestroy(void*) { return kSuccess; }
+
 // What the tests call.
+
+EXPORT void fake_support_memory_operations_in_graphs(bool support) { graphs_take_them = support; }
+// Streams that were created by the driver's own function and not destroyed.
+EXPORT int fake_num_streams() { return num_streams; }
 
 EXPORT void fake_support_memory_operations(bool support) { memory_operations = support; }
 EXPORT void fake_let_writes_arrive(bool arrive) { writes_arrive = arrive; }

@@ -188,3 +188,20 @@ def test_nothing_is_left_behind(layers: list[CpuExperts], fake_driver: str) -> N
     work(200)
     assert resident_bytes() - before < 1 << 20
     assert len(os.listdir("/proc/self/task")) == threads
+
+
+def test_answers_at_once_without_computing(
+    layers: list[CpuExperts], make_stream: MakeStream
+) -> None:
+    """To time the stream's share: zeros, which the last layer leaves, and nothing is counted."""
+    stream = make_stream()
+    step, expected = make_step(layers, stream)
+    assert torch.equal(step.run(), expected)
+    counted = step.bridge.counters()
+    with step.bridge.answering_at_once():
+        assert not step.run().any()
+    after = step.bridge.counters()
+    for name in ("steps", "layers", "layer_s", "distinct_experts", "weight_bytes"):
+        assert after[name] == counted[name]
+    assert torch.equal(step.run(), expected)
+    assert step.bridge.counters()["layers"] == counted["layers"] + LAYERS

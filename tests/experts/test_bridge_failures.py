@@ -231,7 +231,15 @@ def test_memory_operations_that_do_not_work(layers: list[CpuExperts], fake_drive
         stream.library.fake_let_writes_arrive(False)
         make_bridge(layers, stream)
         assert "within 2 s" in stream.signals.reason
+        stream.library.fake_let_writes_arrive(True)
+        stream.library.fake_support_memory_operations_in_graphs(False)
+        step, expected = make_step(layers, stream)
+        assert stream.signals.mode == "host_functions"
+        assert stream.signals.reason == "in a graph: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED (900)"
+        assert torch.equal(step.run(), expected)
+        assert stream.library.fake_num_streams() == 0  # but for those of the test
     finally:
+        stream.library.fake_support_memory_operations_in_graphs(True)
         stream.library.fake_let_writes_arrive(True)
         stream.library.fake_support_memory_operations(True)
         stream.close()

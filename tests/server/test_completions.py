@@ -96,6 +96,14 @@ def test_tokens_and_texts_are_translated(ask, llm):
     assert ask("/detokenize", {"tokens": [10**6]}).status == 400
 
 
+def test_the_tokenizer_is_described(ask, llm):
+    info = ask("/tokenizer_info").json
+    tokenizer = llm.tokenizer
+    assert info["eos_token"] == tokenizer.special_tokens["eos_token"]
+    assert info["chat_template"] == tokenizer.chat_template
+    assert (info["vocab_size"], info["model_max_length"]) == (tokenizer.vocab_size, llm.max_context)
+
+
 def test_the_model_is_described(ask, llm):
     models = ask("/v1/models").json
     assert [m["id"] for m in models["data"]] == ["tiny-reasoner"]

@@ -1,6 +1,7 @@
 """The engine in its own process, with the tiny reasoner: the same answers, and an orderly end in every case."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from moejet import AsyncLLM, EngineDeadError, SamplingParams
+from moejet import LLM, AsyncLLM, EngineDeadError, SamplingParams
 from moejet.grammar import Grammar
 from moejet.policy import TokenPolicy
 from moejet.server import frames, supervisor
 from moejet.server.backend import Job, LocalBackend
 from moejet.server.supervisor import LoadError, RemoteBackend, WorkerOptions
+from moejet.testing.checkpoints import tiny_checkpoint
 
 OPTIONS = {"num_threads": 1, "deterministic": True}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -168,8 +170,33 @@ def test_load_errors_are_those_of_the_command_line(tmp_path):
     asyncio.run(main())
 
 
+def _listening(pid: int) -> set[str]:
+    """Addresses and paths at which a process waits for others."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = os.readlink(entry)
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    found = set()
+    for name, inode, is_waiting in (("tcp", 9, 3), ("tcp6", 9, 3), ("unix", 6, 3)):
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
+            parts = line.split()
+            waits = parts[is_waiting] == ("00010000" if name == "unix" else "0A")
+            if waits and parts[inode] in inodes:
+                found.add(f"{name} {parts[1]}")
+    return found
+
+
+def test_listeners_would_be_seen():
+    with socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX) as named:
+        named.bind("\0moejet-test-listening")
+        named.listen()
+        assert {one.split()[0] for one in _listening(os.getpid())} == {"tcp", "unix"}
+
+
 @pytest.mark.parametrize("thread", [False, True])
-def test_the_engine_ends_with_the_server(thread):
+def test_the_engine_listens_nowhere_and_ends_with_the_server(thread):
     code = """
         import asyncio, threading, time
         from moejet.server.supervisor import RemoteBackend, WorkerOptions
@@ -188,6 +215,7 @@ def test_the_engine_ends_with_the_server(thread):
         try:
             pid = int(server.stdout.readline())
             assert is_alive(pid)
+            assert _listening(pid) == set()
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             assert b"OMP_WAIT_POLICY=passive" in environment
         finally:
@@ -225,3 +253,33 @@ def test_the_servers_process_loads_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=60)
+
+
+def test_a_mapped_weight_file_that_is_cut_short_ends_requests_and_not_the_server(tmp_path):
+    model = tiny_checkpoint(tmp_path / "model", "deepseek_v3")
+    cache = tmp_path / "cache"
+    options = {**OPTIONS, "packed_cache": "on"}
+
+    async def main() -> None:
+        backend = await RemoteBackend.open(WorkerOptions(str(model), options, {}), name="m")
+        job = Job("before", [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=4))
+        before = await whole(backend, job)
+        [file] = cache.rglob("*.packed")
+        os.truncate(file, 4096)
+        with pytest.raises(EngineDeadError, match=r"SIGBUS.*mapped"):
+            await whole(backend, replace(job, request_id="after"))
+        assert not backend.health()["alive"]
+        await until(lambda: backend.health()["state"] == "running", 60)
+        again = await whole(backend, replace(job, request_id="again"))
+        assert again.outputs == before.outputs
+        await backend.close()
+
+    previous = os.environ.get("MOEJET_CACHE")
+    os.environ["MOEJET_CACHE"] = str(cache)
+    try:
+        LLM(model, **options).close()  # packs the weights; the next one maps them
+        asyncio.run(main())
+    finally:
+        os.environ.pop("MOEJET_CACHE")
+        if previous is not None:
+            os.environ["MOEJET_CACHE"] = previous

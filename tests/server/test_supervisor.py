@@ -310,6 +310,7 @@ def test_frames_keep_what_they_carry():
         logit_bias={7: -1.5},
         seed=-(2**63),
         grammar=Grammar.choice(["a", "b"]),
+        cache_salt="sältz",
         max_thinking_tokens=5,
     )
     frame = frames.Start(3, Job("r", [1, 2, 3], params, "text", -2))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moejet import _C
+from moejet.ops import gpu_matrices
 from moejet.weights.gpu_weights import GPU_FORMATS, GpuWeights, dequantize, from_stored, quantize
 from moejet.weights.stored import StoredWeight
 
@@ -139,3 +140,48 @@ def test_shapes_without_a_format_are_refused():
         quantize(torch.randn(4, 48), "int4_g32")
     with pytest.raises(ValueError, match="q4_k"):
         quantize(torch.randn(4, 48), "q4_k")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "format"),
+    [(e, f) for f in GPU_FORMATS for e in ("plain", "fp8", "int4")],
+)
+def test_large_weights_are_quantised_some_rows_at_a_time(encoding, format, monkeypatch):
+    torch.manual_seed(0)
+    rows, cols = 300, 160
+    if encoding == "plain":
+        weight = StoredWeight.plain(torch.randn(rows, cols).bfloat16())
+    elif encoding == "fp8":
+        codes = torch.randn(rows, cols).to(torch.float8_e4m3fn).view(torch.uint8)
+        weight = StoredWeight((rows, cols), codes, "fp8", torch.rand(3, 2) + 0.5)
+    else:
+        codes = torch.randint(0, 256, (rows, cols // 2), dtype=torch.uint8)
+        scale = (torch.rand(rows, cols // 32) + 0.5).bfloat16()
+        weight = StoredWeight((rows, cols), codes, "int4", scale)
+    expected = from_stored(weight, format)
+    pieces = []
+    real = gpu_matrices.gpu_weights_of
+    monkeypatch.setattr(
+        gpu_matrices, "gpu_weights_of", lambda w, f: (pieces.append(w.shape), real(w, f))[1]
+    )
+    monkeypatch.setattr(gpu_matrices, "_CHUNK", 128 * cols)
+    target = GpuWeights.empty(format, (rows, cols))
+    target.codes.view(torch.uint8).fill_(255)
+    gpu_matrices.quantise_into(target, weight)
+    assert pieces == [(128, cols), (128, cols), (44, cols)]
+    assert torch.equal(dequantize(target), dequantize(expected))
+    assert torch.equal(target.codes, expected.codes)
+
+
+@pytest.mark.parametrize("format", GPU_FORMATS)
+def test_random_weights_have_the_size_of_trained_ones(format):
+    weights = GpuWeights.empty(format, (2, 256, 512))
+    weights.codes.view(torch.uint8).fill_(255)
+    weights.fill_random(torch.Generator().manual_seed(3))
+    values = dequantize(weights)
+    assert torch.isfinite(values).all()
+    assert float(values.std()) == pytest.approx(512**-0.5, rel=0.05)
+    assert abs(float(values.mean())) < 0.15 * 512**-0.5
+    again = GpuWeights.empty(format, (2, 256, 512))
+    again.fill_random(torch.Generator().manual_seed(3))
+    assert torch.equal(again.codes, weights.codes)

@@ -10,6 +10,11 @@ that they hit on average; "of read" compares that with plain reads of memory. "T
 matrix products, attention included; "of peak" compares them with the ceiling of the arithmetic of
 the expert kernels. Both ceilings are measured before and after each test. "overhead" is the time
 per generated token that an engine step spends outside the forward pass, sampling included.
+
+With a GPU a second table says where a step's time goes: "GPU" is the span of a step on the GPU's stream, "alone" the
+same while the CPU answers at once, "CPU" the time in expert kernels with its share of the step and of memory reads,
+"overlap" the part of it in which the GPU does not wait, "hand-over" the cost of a layer that computes nothing, then the
+bytes over the bus and the experts asked for that were found on the GPU.
 """
 
 import argparse
@@ -22,8 +27,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moejet.cli import options
+from moejet.cli.bench_hybrid import HybridBench, write_report
 from moejet.cli.environment import describe_environment, summary
-from moejet.cli.table import Column, Row, percent, write_table
+from moejet.cli.table import Column, Row, keep, percent, write_table
 from moejet.cli.terminal import note
 from moejet.config import DENSE_FORMATS, EXPERT_FORMATS
 from moejet.presets import PRESETS
@@ -177,13 +183,22 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
                 meter.read()
                 subject = _describe_model(args, llm)
                 common = {"bench": "model", **environment, **subject}
-                yield from measure(llm, tests, args.r, common, meter)
+                hybrid = None if llm.config.device == "cpu" else HybridBench(llm)
+                yield from measure(llm, tests, args.r, common, meter, hybrid)
 
 
 def measure(
-    llm: "LLM", tests: list[Case], repetitions: int, common: Row, meter: "Meter"
+    llm: "LLM",
+    tests: list[Case],
+    repetitions: int,
+    common: Row,
+    meter: "Meter",
+    hybrid: HybridBench | None = None,
 ) -> Iterator[Row]:
-    """One row per test: `common` and the test's figures. The first run of a test is a warm-up."""
+    """One row per test: `common` and the test's figures. The first run of a test is a warm-up.
+
+    hybrid: for a model on a GPU, whose steps are looked into.
+    """
     from moejet.ceilings import arithmetic_of, bounding_ceiling
 
     isa = common["isa"]
@@ -201,6 +216,7 @@ def measure(
         before = ceilings()
         samples_s = [_run(llm, test) for _ in range(repetitions)]
         read_gbps, peak = map(_larger, before, ceilings())
+        steps = None if hybrid is None else hybrid.figures(test, repetitions, read_gbps)
         yield {
             **common,
             "test": test.name,
@@ -210,6 +226,7 @@ def measure(
             **derive(llm.cost, test, samples_s, read_gbps, peak),
             "ceiling": bound,
             "overhead_ms": 1e3 * overhead_s[test.batch] if test.kind == "tg" else None,
+            "hybrid": steps,
         }
 
 
@@ -312,12 +329,14 @@ def _rate(row: Row) -> str:
 
 def _write_md(rows: Iterator[Row]) -> None:
     """Rows as they are measured; what was measured where comes after the table."""
-    row = write_table(_COLUMNS, rows)
+    kept: list[Row] = []
+    row = write_table(_COLUMNS, keep(rows, kept))
     if row is not None:
         peak = (
             f" · {row['ceiling']} {row['ceiling_tflops']:.2f} T/s" if row["ceiling_tflops"] else ""
         )
         note(f"memory reads {row['read_gbps']:.1f} GB/s{peak} · {summary(row)}")
+    write_report(kept)
 
 
 def _write_csv(rows: Iterator[Row]) -> None:

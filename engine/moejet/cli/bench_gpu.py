@@ -15,7 +15,7 @@ from typing import Any
 
 from moejet.cli import options
 from moejet.cli.environment import describe_environment, summary
-from moejet.cli.table import Column, Row, percent, write_table
+from moejet.cli.table import Column, Row, keep, percent, write_table
 from moejet.cli.terminal import note
 
 
@@ -61,7 +61,7 @@ def execute(args: argparse.Namespace) -> int:
             if args.json:
                 rows = _write_lines(stack.enter_context(open(args.json, "a")), rows)
             kept: list[Row] = []
-            write_table(_COLUMNS, _kept(rows, kept))
+            write_table(_COLUMNS, keep(rows, kept))
             wrong = sum(row["ms_p50"] is None for row in kept)
             note(summary(environment))
     if wrong:
@@ -78,12 +78,6 @@ def _limit_memory(vram_gib: float) -> None:
             f"--vram {vram_gib} must be above 0 and at most the {total / 2**30:.1f} GiB of this GPU"
         )
     torch.cuda.set_per_process_memory_fraction(vram_gib * 2**30 / total)
-
-
-def _kept(rows: Iterator[Row], kept: list[Row]) -> Iterator[Row]:
-    for row in rows:
-        kept.append(row)
-        yield row
 
 
 def _write_lines(out: Any, rows: Iterator[Row]) -> Iterator[Row]:

@@ -76,7 +76,7 @@ def _entries(directory: Path) -> list[dict[str, Any]]:
         entry = {
             "file": str(file),
             "model": file.stem,
-            "gib": stat.st_size / 2**30,
+            "gib": stat.st_blocks * 512 / 2**30,
             "used": stat.st_mtime,
             "format": "",
             "problem": "",

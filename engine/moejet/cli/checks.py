@@ -1,12 +1,8 @@
 """The checks of `moejet doctor`, one function per section of its report."""
 
-import importlib.util
-import json
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,7 +12,8 @@ from typing import Any, Literal
 
 import moejet
 from moejet import topology
-from moejet.cli.selftest import TOLERANCE
+from moejet.cli.check_gpu import check_gpu
+from moejet.cli.selftest import TOLERANCE, lines_of
 from moejet.config import env_max_isa, env_num_threads, use_reference
 
 Status = Literal["ok", "info", "warning", "error"]
@@ -66,7 +63,7 @@ def examine(root: Path = topology.ROOT) -> Report:
         _check_cpu,
         _check_memory,
         _check_kernels,
-        _check_gpu,
+        check_gpu,
         _check_disk,
         _check_environment,
     )
@@ -272,61 +269,7 @@ def _check_kernels(report: Report, root: Path) -> None:
 
 def run_selftest() -> tuple[list[dict[str, Any]], str]:
     """The JSON lines of the self-test and what went wrong ("" if nothing did)."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, *SELFTEST]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env=environment, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [], _first_line(error)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode < 0:
-        return lines, f"killed by {signal.Signals(-done.returncode).name}"
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        return lines, last[0]
-    return lines, ""
-
-
-def _check_gpu(report: Report, root: Path) -> None:
-    gpus: list[dict[str, Any]] = []
-    driver = _nvidia_smi()
-    torch_cuda = None
-    if (torch := sys.modules.get("torch")) is not None:  # imported by _check_software
-        torch_cuda = torch.version.cuda
-        if torch.cuda.is_available():
-            for index in range(torch.cuda.device_count()):
-                device = torch.cuda.get_device_properties(index)
-                gpus.append(
-                    {
-                        "name": device.name,
-                        "compute_capability": f"{device.major}.{device.minor}",
-                        "memory_bytes": device.total_memory,
-                    }
-                )
-    for gpu in gpus:
-        value = f"{gpu['name']}, SM {gpu['compute_capability']}, {_gib(gpu['memory_bytes'])}"
-        report.add("gpu", "device", value)
-    if not gpus:
-        reason = f"nvidia-smi sees {driver}, torch does not" if driver else "none found"
-        report.add("gpu", "device", f"{reason} (models run on the CPU)")
-    elif importlib.util.find_spec("triton") is None:
-        remedy = "install it for GPU kernels: python -m pip install triton"
-        report.add("gpu", "triton", "missing: models run on the CPU", "warning", remedy)
-    report.facts["gpu"] = {"devices": gpus, "torch_cuda": torch_cuda, "nvidia_smi": driver}
-
-
-def _nvidia_smi() -> str | None:
-    """Names and driver version as nvidia-smi reports them, or None without a working one."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None  # no driver: the same as no GPU
-    return "; ".join(done.stdout.split("\n")).strip("; ") or None
+    return lines_of(SELFTEST)
 
 
 def _check_disk(report: Report, root: Path) -> None:

@@ -6,11 +6,12 @@ Exit code 0: it fits; 1: it does not.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 from moejet.cli import options
 from moejet.cli.terminal import style
-from moejet.config import EngineConfig, ModelConfig
+from moejet.config import DEVICES, EngineConfig, ModelConfig
 from moejet.plan import GIB, Machine, Plan, make_plan
 
 _DEPTHS = (0, 4096, 32768)
@@ -27,10 +28,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ram", type=_gib, metavar="GIB", help="plan for this much RAM")
     parser.add_argument(
+        "--device",
+        choices=DEVICES[:3],
+        default="auto",
+        help="without --vram: plan for this machine's GPU and what is free of it, or for the CPU alone (default auto: "
+        "the GPU if models would run on it)",
+    )
+    parser.add_argument(
         "--vram",
         type=_gib,
         metavar="GIB",
-        help="plan for a GPU with this much memory to use (default: for the CPU alone)",
+        help="plan for a GPU with this much memory to use, here or elsewhere",
     )
     parser.add_argument(
         "--gpu-experts",
@@ -59,13 +67,14 @@ def execute(args: argparse.Namespace) -> int:
     from moejet.loading import plan_cache
     from moejet.weights.resolve import resolve_config
 
-    if args.gpu_experts is not None and args.vram is None:
-        raise ValueError(f"--gpu-experts {args.gpu_experts} needs a GPU: give its memory as --vram")
     given = options.engine_options(args)
     config = EngineConfig.create(model=args.model, **given)
     model_config = resolve_config(args.model, args.revision)
     _, num_blocks = plan_cache(config, model_config)
-    machine = _machine(args, config, model_config)
+    gpu = _gpu(args, config, model_config)
+    if config.gpu_experts is not None and gpu is None:
+        raise ValueError(f"--gpu-experts {args.gpu_experts} needs a GPU: give its memory as --vram")
+    machine = _machine(args, config, model_config, None if gpu is None else gpu[1])
     plan = make_plan(
         model_config,
         config,
@@ -73,16 +82,55 @@ def execute(args: argparse.Namespace) -> int:
         cache_tokens=num_blocks * config.block_size,
         depths=[d for d in _DEPTHS if d < model_config.max_position_embeddings],
     )
-    print(json.dumps(plan.as_dict(), indent=2) if args.json else render(plan))
+    name = None if gpu is None else gpu[0]
+    if args.json:
+        print(json.dumps(plan.as_dict() | {"gpu": name}, indent=2))
+    else:
+        print(render(plan, describe_device(plan, model_config, name)))
     return 0 if plan.fits else 1
 
 
-def render(plan: Plan) -> str:
-    """The plan for people."""
+def _gpu(
+    args: argparse.Namespace, config: EngineConfig, model_config: ModelConfig
+) -> tuple[str, int] | None:
+    """Name and bytes to use of the GPU that is planned for; None for the CPU alone."""
+    if args.vram is not None:
+        return "a GPU", args.vram
+    from moejet.gpu_loading import choose_device, vram_budget
+
+    # How many experts live there is checked by the plan.
+    asked = replace(config.for_model(model_config), gpu_experts=None)
+    if choose_device(asked, model_config) != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.get_device_name(), vram_budget(asked, "cuda")
+
+
+def describe_device(plan: Plan, model_config: ModelConfig, gpu: str | None) -> str:
+    """Where a step would be computed, in one line."""
+    experts = model_config.num_moe_layers * model_config.num_experts
+    if gpu is None or plan.machine.vram_bytes is None:
+        return "device: the CPU alone"
+    budget = f"{gpu}, {plan.machine.vram_bytes / GIB:.1f} GiB to use"
+    if plan.gpu_experts == experts:
+        return f"device: {budget}, with all routed experts; nothing is left to the CPU"
+    if plan.gpu_experts == 0:
+        return f"device: {budget}; all {experts} routed experts on the CPU"
+    share = plan.gpu_experts / experts
+    return (
+        f"device: {budget}, with {plan.gpu_experts} of {experts} routed experts ({share:.0%}); the CPU computes the "
+        "others at the same time"
+    )
+
+
+def render(plan: Plan, device: str) -> str:
+    """The plan for people. device: the line that says where it runs."""
     lines = [
         style(plan.model, "bold", sys.stdout)
         + f": experts {plan.expert_format}, other weights {plan.dense_format}, cache for "
-        f"{plan.cache_tokens} tokens"
+        f"{plan.cache_tokens} tokens",
+        device,
     ]
     for place, available in (("VRAM", plan.machine.vram_bytes), ("RAM", plan.machine.ram_bytes)):
         parts = [part for part in plan.parts if part.place == place]
@@ -106,7 +154,9 @@ def render(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _machine(args: argparse.Namespace, config: EngineConfig, model_config: ModelConfig) -> Machine:
+def _machine(
+    args: argparse.Namespace, config: EngineConfig, model_config: ModelConfig, vram: int | None
+) -> Machine:
     from moejet import topology
 
     ram = topology.available_bytes() if args.ram is None else args.ram
@@ -115,7 +165,7 @@ def _machine(args: argparse.Namespace, config: EngineConfig, model_config: Model
         measured = measure(config.for_model(model_config))
         read = read or measured["read"]
         expert, attention = measured["experts"], measured["attention"]
-    return Machine(ram, args.vram, read, expert, attention)
+    return Machine(ram, vram, read, expert, attention)
 
 
 def measure(config: EngineConfig) -> dict[str, Any]:

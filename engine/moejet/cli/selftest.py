@@ -6,6 +6,11 @@ instruction, a broken extension) would end the process that looks.
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 96, 80, 4, 2
@@ -54,6 +59,35 @@ def relative_error(isa: str, weight_format: str, num_tokens: int, arithmetic: st
         return float(np.linalg.norm(out.numpy() - truth) / np.linalg.norm(truth))
     finally:
         pool.close()
+
+
+def lines_of(arguments: Sequence[str], timeout_s: float = 120) -> tuple[list[dict[str, Any]], str]:
+    """Runs Python in a process; the JSON lines that it printed and what went wrong ("" if nothing did)."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    printed, problem = "", ""
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout or b""
+        printed = said if isinstance(said, str) else said.decode(errors="replace")
+        problem = f"still running after {timeout_s:.0f} s"
+    except OSError as error:
+        problem = str(error).strip().splitlines()[0]
+    else:
+        printed = done.stdout
+        if done.returncode < 0:
+            problem = f"killed by {signal.Signals(-done.returncode).name}"
+        elif done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+            problem = last[0]
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")], problem
 
 
 def main() -> None:

@@ -102,6 +102,11 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         help="name under which clients address this server (repeatable; default: localhost and addresses)",
     )
     group.add_argument(
+        "--share-cache",
+        action="store_true",
+        help="let clients with different keys find each other's cached prefixes, which shows by their time",
+    )
+    group.add_argument(
         "--no-access-log", action="store_true", help="do not log a line per request on stderr"
     )
     group.add_argument(
@@ -230,6 +235,7 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
         reasoning_field=args.reasoning_field,
         header_timeout_s=args.header_timeout,
         log_prompts=args.log_prompts,
+        share_cache=args.share_cache,
         strategies=not args.no_strategies,
         max_strategy_samples=args.max_strategy_samples,
         effort_strategies=args.effort_strategies,

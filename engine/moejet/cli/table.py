@@ -1,7 +1,7 @@
 """Markdown tables that grow while their rows are measured."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 Row = dict[str, Any]
@@ -18,6 +18,13 @@ def write_table(columns: list[Column], rows: Iterable[Row]) -> Row | None:
             print(_line(["-" * width for _, width, _ in columns]))
         print(_line([text(row).ljust(width) for _, width, text in columns]), flush=True)
     return row
+
+
+def keep(rows: Iterable[Row], kept: list[Row]) -> Iterator[Row]:
+    """The same rows, which `kept` has afterwards."""
+    for row in rows:
+        kept.append(row)
+        yield row
 
 
 def percent(fraction: float | None) -> str:

@@ -29,7 +29,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -118,6 +119,11 @@ class CudaStream:
         return str(self._attached.mode)
 
     @property
+    def reason(self) -> str:
+        """Why memory operations are not used although they were wanted; empty if they are."""
+        return str(self._attached.reason)
+
+    @property
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
@@ -200,6 +206,7 @@ class CpuBridge:
                 )
         self.stream = stream
         self.timeout_s = timeout_s
+        self.dtype, self.num_layers = dtype, len(layers)
         self._pending: dict[int, int] = {}
         hidden = first.weights.hidden_size
 
@@ -315,6 +322,17 @@ class CpuBridge:
         self._check_open()
         self._pending.clear()
         self._native.reset(timeout_s, **self.stream.state(stream))
+
+    @contextmanager
+    def answering_at_once(self) -> Iterator[None]:
+        """Meanwhile the CPU computes nothing and answers with zeros: what steps take then is the GPU's share."""
+        self._check_open()
+        self._native.set_computing(False)
+        try:
+            yield
+        finally:
+            if not self._is_closed:
+                self._native.set_computing(True)
 
     def counters(self) -> dict[str, Any]:
         """So far: steps; layers, distinct_experts, weight_bytes computed; wait_s for the GPU, layer_s by layer.

@@ -62,10 +62,8 @@ class ResidentExperts:
         """Random weights of plausible size, the same for the same seed."""
         generator = torch.Generator(self.slot_of_expert.device).manual_seed(seed)
         for slot in range(len(self.slots)):
-            for matrix in (*(self.gate_up[slot][i] for i in (0, 1)), self.down[slot]):
-                shape, device = matrix.shape, matrix.codes.device
-                values = torch.empty(shape, device=device).normal_(generator=generator)
-                quantise_into(matrix, StoredWeight.plain(values / shape[-1] ** 0.5))
+            self.gate_up[slot].fill_random(generator)
+            self.down[slot].fill_random(generator)
 
     def forward(
         self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, into: Tensor | None = None

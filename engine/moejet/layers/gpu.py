@@ -22,7 +22,7 @@ from moejet.ops.mla_decode import mla_decode
 from moejet.ops.mla_prefill import mla_prefill
 from moejet.ops.mla_prepare import mla_prepare
 from moejet.ops.silu_mul import silu_mul
-from moejet.weights.packed_cache import Packed
+from moejet.weights.packed_state import Packed
 from moejet.weights.spec import TensorSpec
 
 

@@ -18,7 +18,7 @@ from moejet.ops.fused_add_rms_norm import fused_add_rms_norm
 from moejet.ops.gpu_matrices import GpuMatrices
 from moejet.ops.linear import PackedMatrices, linear
 from moejet.ops.rms_norm import rms_norm
-from moejet.weights.packed_cache import Packed
+from moejet.weights.packed_state import Packed
 from moejet.weights.spec import TensorSpec
 from moejet.weights.stored import StoredWeight
 

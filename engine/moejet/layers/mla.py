@@ -15,7 +15,7 @@ from moejet.layers.linear import Dense, Linear, RMSNorm
 from moejet.ops.mla_attention import mla_attention
 from moejet.ops.rope import apply_rope
 from moejet.ops.store_latent import store_latent
-from moejet.weights.packed_cache import Packed
+from moejet.weights.packed_state import Packed
 from moejet.weights.spec import TensorSpec
 from moejet.weights.stored import StoredWeight
 

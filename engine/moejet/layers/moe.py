@@ -14,7 +14,7 @@ from moejet.experts.hybrid_experts import HybridExperts
 from moejet.layers.linear import Dense
 from moejet.ops.router_logits import router_logits
 from moejet.ops.router_topk import router_topk
-from moejet.weights.packed_cache import Packed
+from moejet.weights.packed_state import Packed
 from moejet.weights.spec import TensorSpec
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from moejet.layers.gpu import GpuGatedMLP
 from moejet.layers.linear import Dense, Embedding, GatedMLP, Linear, RMSNorm
 from moejet.layers.moe import MoE
 from moejet.ops.rope import rope_table
-from moejet.weights.packed_cache import Packed
+from moejet.weights.packed_state import Packed
 from moejet.weights.spec import TensorSpec
 from moejet.weights.stored import StoredWeight
 

@@ -24,14 +24,23 @@ def gpu_format(format: str, *, rows: int, cols: int, num: int = 1) -> str:
     return format if format in GPU_FORMATS and divides and not spans else "int8"
 
 
+# Values of a weight that are on the device, not quantised yet, at a time: little, beside what the model takes of it.
+_CHUNK = 1 << 24
+
+
 def quantise_into(target: GpuWeights, weight: StoredWeight) -> None:
-    """Sets one matrix from a checkpoint's weight, which is quantised on the target's device."""
+    """Sets one matrix from a checkpoint's weight, which is quantised on the target's device, some rows at a time."""
     device = target.codes.device
     if weight.encoding == "gguf":
         weight = StoredWeight.plain(weight.dequantize())
-    scale = None if weight.scale is None else weight.scale.to(device)
-    weight = replace(weight, data=weight.data.to(device), scale=scale)
-    target.copy_(gpu_weights_of(weight, target.format))
+    assert tuple(weight.shape) == target.shape, f"{weight.shape=} {target.shape=}"
+    rows, cols = target.shape
+    step = max(1, _CHUNK // (cols * FP8_BLOCK)) * FP8_BLOCK
+    for first in range(0, rows, step):
+        part = weight.rows(first, min(step, rows - first))
+        scale = None if part.scale is None else part.scale.to(device)
+        part = replace(part, data=part.data.to(device), scale=scale)
+        target.rows(first, part.shape[0]).copy_(gpu_weights_of(part, target.format))
 
 
 class GpuMatrices:

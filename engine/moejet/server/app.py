@@ -32,7 +32,8 @@ from moejet.server.openapi import describe
 from moejet.server.page import PAGE_PATHS, page_router
 from moejet.server.prompts import PromptMaker
 from moejet.server.protocol.answers import Renderer, collect, stream
-from moejet.server.protocol.common import ApiModel, Context, parse
+from moejet.server.protocol.common import Context
+from moejet.server.protocol.fields import ApiModel, parse
 from moejet.server.routes import add_routes
 from moejet.server.sse import WorkResponse, error_response
 from moejet.server.strategy_generation import StrategyGeneration
@@ -53,7 +54,7 @@ Result = TypeVar("Result")
 
 @dataclass(slots=True)
 class Server:
-    """What the endpoints share."""
+    """What the endpoints share. threads: end with this object, so that an application may be started again."""
 
     backend: Backend
     config: ServerConfig
@@ -90,7 +91,8 @@ class Server:
             prepared = await self.prepared(prepare)
             if before is not None:
                 await before(prepared)
-            plan, renderer = plan_of(prepared), make_renderer(prepared)
+            salt = request.scope.get("state", {}).get("cache_salt")
+            plan, renderer = plan_of(prepared).salted(salt), make_renderer(prepared)
             generation = self._generation(plan)
             running.append(generation)
             await generation.start()
@@ -149,7 +151,6 @@ def asgi_app(
         yield
         if owned is not None:
             await owned.close(drain=False)
-        server.threads.shutdown(wait=False)
 
     app = FastAPI(
         title="moejet",

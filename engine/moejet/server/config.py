@@ -25,6 +25,8 @@ class ServerConfig:
     reasoning_field: under which name thinking is returned; clients disagree, so both is the default
     trust_request_template: accept a chat template in a request (never do so for strangers)
     log_prompts: write prompts and answers to the log
+    share_cache: let prefixes computed for one of several api_keys be found by the others; the time to the first token
+    tells them then what others have asked
     strategies: whether requests may be answered by strategies · max_strategy_samples: that one may ask for
     effort_strategies: whether reasoning_effort "high" and above stands for a strategy where none is named
     """
@@ -49,6 +51,7 @@ class ServerConfig:
     reasoning_field: ReasoningField = "both"
     trust_request_template: bool = False
     log_prompts: bool = False
+    share_cache: bool = False
     strategies: bool = True
     max_strategy_samples: int = 64
     effort_strategies: bool = False

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from moejet.reasoning.result import Progress as StrategyProgress
@@ -157,6 +157,19 @@ class Plan:
     solve: SolveJob | None = None
     returns_candidates: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def salted(self, salt: str | None) -> Plan:
+        """The same among the cached prefixes of whoever has this salt, a request's own one included."""
+        if salt is None:
+            return self
+        jobs = [
+            replace(
+                job,
+                params=replace(job.params, cache_salt=f"{salt}/{job.params.cache_salt or ''}"),
+            )
+            for job in self.jobs
+        ]
+        return replace(self, jobs=jobs)
 
     @property
     def num_prompt_tokens(self) -> int:

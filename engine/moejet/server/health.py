@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse
 
+from moejet.server.openapi import answers
+
 if TYPE_CHECKING:
     from moejet.server.backend import Backend
 
@@ -47,11 +49,8 @@ def is_ready(health: dict[str, Any], stall_s: float = STALL_S) -> tuple[bool, st
 def health_router(backend: Backend, stall_s: float = STALL_S) -> APIRouter:
     """GET /health and /ready: 200, or 503 with the reason. They need no key and say nothing of requests."""
     router = APIRouter(tags=["health"])
-    responses: dict[int | str, dict[str, Any]] = {
-        503: {"description": "Not now; the body says why"}
-    }
 
-    @router.get("/health", responses=responses)
+    @router.get("/health", responses=_responses("Health"))
     async def health() -> JSONResponse:
         """Whether the engine works: its steps advance."""
         found = backend.health()
@@ -59,7 +58,7 @@ def health_router(backend: Backend, stall_s: float = STALL_S) -> APIRouter:
         body = {"status": status, "error": reason, **{n: found.get(n) for n in _SHOWN}}
         return _response(status == "ok", body)
 
-    @router.get("/ready", responses=responses)
+    @router.get("/ready", responses=_responses("Ready"))
     async def ready() -> JSONResponse:
         """Whether a request would be accepted now."""
         can_accept, reason = is_ready(backend.health(), stall_s)
@@ -73,6 +72,12 @@ _SHOWN = (
     *("step_running_s", "last_step_age_s", "generated_tokens_per_s", "prompt_tokens_per_s"),
     *("restarts", "last_failure"),
 )
+
+
+def _responses(name: str) -> dict[int | str, dict[str, Any]]:
+    found = answers(name, has_body=False)
+    not_now = {**found[200], "description": "not now; the body says why"}
+    return {200: found[200], 403: found[403], 431: found[431], 503: not_now}
 
 
 def _response(is_well: bool, body: dict[str, Any]) -> JSONResponse:

@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from moejet.server.health import assess
+from moejet.server.openapi import answers
 
 if TYPE_CHECKING:
     from moejet.server.backend import Backend
@@ -316,9 +317,8 @@ def metrics_router(metrics: ServerMetrics) -> APIRouter:
     """GET /metrics; it needs a key where the server has any."""
     router = APIRouter(tags=["metrics"])
 
-    content: dict[int | str, dict[str, Any]] = {
-        200: {"description": "Prometheus' text format", "content": {"text/plain": {}}}
-    }
+    content = answers("Error", has_body=False)
+    content[200] = {"description": "Prometheus' text format", "content": {"text/plain": {}}}
 
     @router.get("/metrics", response_class=Response, responses=content)
     async def render() -> Response:

@@ -88,13 +88,15 @@ class Guard:
             if is_foreign and _is_preflight(scope, headers):
                 await _answer_preflight(guarded_send)
                 return
-            self._check_key(path, headers)
+            key_salt = self._check_key(path, headers)
             self._check_length(headers)
         except ApiError as error:
             await error_response(error, dialect_of(path))(scope, receive, guarded_send)
         else:
             limited = _LimitedBody(receive, self._config)
-            scope.setdefault("state", {})["request_id"] = request_id
+            state = scope.setdefault("state", {})
+            state["request_id"] = request_id
+            state["cache_salt"] = key_salt
             await self._app(scope, limited, guarded_send)
         finally:
             seconds = time.perf_counter() - begin
@@ -139,9 +141,10 @@ class Guard:
     def _is_own_origin(self, origin: str, headers: Headers) -> bool:
         return urlsplit(origin).netloc.lower() == headers.get("host", "").lower() != ""
 
-    def _check_key(self, path: str, headers: Headers) -> None:
+    def _check_key(self, path: str, headers: Headers) -> str | None:
+        """Raises ApiError without a valid key. Returns what sets its cached prefixes apart from those of other keys."""
         if not self._digests or path in self._public or path.startswith(self._public_prefixes):
-            return
+            return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = headers.get("x-api-key", "")
@@ -154,6 +157,10 @@ class Guard:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+        if self._config.share_cache or len(self._digests) < 2:
+            return None
+        # Not the digest itself, which is as good as the key for whoever compares digests.
+        return hashlib.sha256(b"cache salt" + given).hexdigest()
 
     def _check_length(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")

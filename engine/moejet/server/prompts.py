@@ -15,7 +15,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
-from moejet.server.errors import wrong
+from moejet.server.errors import ApiError, wrong
+from moejet.server.tool_calls import Tool
 from moejet.tokenizer import Tokenizer
 
 # Noncharacters, which no text in interchange may hold (Unicode 16, section 23.7).
@@ -81,10 +82,14 @@ class PromptMaker:
         """Refuses a text without tokenising it, which can take a minute, if it is too long however it is cut."""
         if self._max_token_chars is None or len(text) < self.max_context * self._max_token_chars:
             return
-        raise wrong(
-            f"the prompt has at least {len(text) // self._max_token_chars} tokens "
-            f"({len(text)} characters), and this model's context of {self.max_context} must hold "
-            "prompt and answer: shorten the prompt",
+        count = len(text) // self._max_token_chars
+        raise self._too_long(f"at least {count} tokens ({len(text)} characters)", field)
+
+    def _too_long(self, length: str, field: str) -> ApiError:
+        # Clients recognise it by OpenAI's words.
+        return wrong(
+            f"this model's maximum context length is {self.max_context} tokens, for prompt and "
+            f"answer, and the prompt has {length}: shorten it",
             field,
             "context_length_exceeded",
         )
@@ -101,12 +106,8 @@ class PromptMaker:
     def checked(self, token_ids: list[int]) -> list[int]:
         """Raises ApiError if a prompt leaves no room for an answer."""
         if len(token_ids) >= self.max_context:
-            raise wrong(
-                f"the prompt has {len(token_ids)} tokens, and this model's context of "
-                f"{self.max_context} must hold prompt and answer: shorten the prompt",
-                "messages" if self._tokenizer is not None else "prompt",
-                "context_length_exceeded",
-            )
+            field = "messages" if self._tokenizer is not None else "prompt"
+            raise self._too_long(f"{len(token_ids)} tokens", field)
         return token_ids
 
     @cached_property
@@ -138,7 +139,7 @@ class PromptMaker:
         ]
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tools=[{"type": "function", "function": {"name": "probe"}}]
+                messages, tools=[Tool("probe").for_template()]
             )
         except ValueError:
             return False

@@ -30,7 +30,13 @@ from moejet.server.protocol.messages import (
 )
 from moejet.server.protocol.responses import ResponsesPlan, ResponsesRequest, responses_plan
 from moejet.server.protocol.responses_answers import ResponsesRenderer
-from moejet.server.protocol.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from moejet.server.protocol.tokens import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
 from moejet.server.sse import JsonResponse
 
 if TYPE_CHECKING:
@@ -55,7 +61,7 @@ def _add_generation(app: FastAPI, server: Server) -> None:
     @app.post(
         "/v1/chat/completions",
         openapi_extra=body_of(ChatRequest),
-        responses=answers(is_streamed=True),
+        responses=answers("ChatCompletion", is_streamed=True),
     )
     async def chat_completions(request: Request) -> Response:
         body = await server.read(request, ChatRequest)
@@ -75,7 +81,7 @@ def _add_generation(app: FastAPI, server: Server) -> None:
     @app.post(
         "/v1/completions",
         openapi_extra=body_of(CompletionRequest),
-        responses=answers(is_streamed=True),
+        responses=answers("TextCompletion", is_streamed=True),
     )
     async def completions(request: Request) -> Response:
         body = await server.read(request, CompletionRequest)
@@ -95,7 +101,7 @@ def _add_generation(app: FastAPI, server: Server) -> None:
     @app.post(
         "/v1/responses",
         openapi_extra=body_of(ResponsesRequest),
-        responses=answers(is_streamed=True),
+        responses=answers("Response", is_streamed=True),
     )
     async def responses(request: Request) -> Response:
         body = await server.read(request, ResponsesRequest)
@@ -114,7 +120,7 @@ def _add_generation(app: FastAPI, server: Server) -> None:
     @app.post(
         "/v1/messages",
         openapi_extra=body_of(MessagesRequest),
-        responses=answers(is_streamed=True),
+        responses=answers("AnthropicMessage", error="AnthropicError", is_streamed=True),
     )
     async def messages(request: Request) -> Response:
         body = await server.read(request, MessagesRequest)
@@ -132,28 +138,32 @@ def _add_tokens(app: FastAPI, server: Server) -> None:
     @app.post(
         "/v1/messages/count_tokens",
         openapi_extra=body_of(CountTokensRequest),
-        responses=answers(),
+        responses=answers("TokenCount", error="AnthropicError"),
     )
     async def count(request: Request) -> Response:
         body = await server.read(request, CountTokensRequest)
         return JsonResponse(await server.prepared(count_tokens, body, context))
 
-    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers())
+    @app.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers("Tokens"))
     async def tokenize_text(request: Request) -> Response:
         body = await server.read(request, TokenizeRequest)
         return JsonResponse(await server.prepared(tokenize, body, context))
 
-    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers())
+    @app.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers("Text"))
     async def detokenize_ids(request: Request) -> Response:
         body = await server.read(request, DetokenizeRequest)
         return JsonResponse(await server.prepared(detokenize, body, context))
+
+    @app.get("/tokenizer_info", responses=answers("TokenizerInfo", has_body=False))
+    async def describe_tokenizer() -> Response:
+        return JsonResponse(tokenizer_info(context))
 
 
 def _add_information(app: FastAPI, server: Server) -> None:
     context = server.context
     created = int(time.time())
 
-    @app.get("/v1/models", responses=answers())
+    @app.get("/v1/models", responses=answers("Models", has_body=False))
     async def models() -> Response:
         card = _model(context, created)
         # The last three are Anthropic's; `models` is what Codex reads.
@@ -168,27 +178,29 @@ def _add_information(app: FastAPI, server: Server) -> None:
             }
         )
 
-    @app.get("/v1/models/{model_id:path}", responses=answers())
+    @app.get("/v1/models/{model_id:path}", responses=answers("Model", has_body=False))
     async def model(model_id: str) -> Response:
         context.check_model(model_id)
         return JsonResponse(_model(context, created))
 
-    @app.get("/version", responses=answers())
+    @app.get("/version", responses=answers("Version", has_body=False))
     async def version() -> Response:
         return JsonResponse({"version": moejet.__version__})
 
-    @app.get("/props", responses=answers())
+    @app.get("/props", responses=answers("Props", has_body=False))
     async def props() -> Response:
         return JsonResponse(_props(context))
 
 
 def _add_control(app: FastAPI, server: Server) -> None:
-    @app.post("/v1/requests/{request_id}/end_thinking", responses=answers())
+    @app.post(
+        "/v1/requests/{request_id}/end_thinking", responses=answers("Controlled", has_body=False)
+    )
     async def end_thinking(request_id: str) -> Response:
         """Makes a running request answer now."""
         return _controlled(request_id, await server.backend.end_thinking(request_id), "thinks")
 
-    @app.post("/v1/requests/{request_id}/abort", responses=answers())
+    @app.post("/v1/requests/{request_id}/abort", responses=answers("Controlled", has_body=False))
     async def abort(request_id: str) -> Response:
         """Ends a running request; its answer so far is returned with finish_reason "abort"."""
         is_ended = await server.backend.abort(request_id)

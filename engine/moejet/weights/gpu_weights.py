@@ -24,6 +24,8 @@ from torch import Tensor
 
 from moejet.weights.stored import FP8_BLOCK, INT4_GROUP, StoredWeight, dequantize_fp8
 
+# Raised when the same weights get other bytes in any of these formats.
+GPU_LAYOUT_VERSION = 1
 GPU_FORMATS = ("bf16", "fp16", "fp8", "int8", "int4_g32")
 _PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CODES = {**_PLAIN, "fp8": torch.uint8, "int8": torch.int8, "int4_g32": torch.uint8}
@@ -79,6 +81,38 @@ class GpuWeights:
         assert len(self.shape) > 2, f"{self.shape=}"
         scales = None if self.scales is None else self.scales[index]
         return GpuWeights(self.format, self.shape[1:], self.codes[index], scales)
+
+    def rows(self, first: int, count: int) -> GpuWeights:
+        """Some rows of one matrix, in the same memory; `first` a multiple of 128."""
+        assert len(self.shape) == 2, f"{self.shape=}"
+        assert first % FP8_BLOCK == 0, f"{first=}"
+        scales = self.scales
+        if scales is not None:
+            at = slice(first, first + count)
+            if self.format == "fp8":
+                at = slice(first // FP8_BLOCK, math.ceil((first + count) / FP8_BLOCK))
+            scales = scales[at]
+        codes = self.codes[first : first + count]
+        return GpuWeights(self.format, (codes.shape[0], self.shape[1]), codes, scales)
+
+    def fill_random(self, generator: torch.Generator) -> None:
+        """Codes and scales of matrices with variance 1 / K, without quantising anything: for benchmarks."""
+        deviation = self.shape[-1] ** -0.5
+        if self.format in _PLAIN:
+            self.codes.normal_(0.0, deviation, generator=generator)
+            return
+        assert self.scales is not None
+        if self.format == "fp8":
+            values = torch.empty(self.codes.shape, device=self.codes.device)
+            values.normal_(generator=generator)
+            self.codes.copy_(values.to(torch.float8_e4m3fn).view(torch.uint8))
+            self.scales.fill_(deviation)
+        elif self.format == "int8":
+            self.codes.random_(-127, 128, generator=generator)
+            self.scales.fill_(deviation * math.sqrt(3.0) / 127.0)
+        else:
+            self.codes.random_(generator=generator)
+            self.scales.fill_(deviation / math.sqrt(21.5))  # the mean square of codes -8 to 7
 
     def copy_(self, other: GpuWeights) -> None:
         """Takes over the values of another of the same format and shape, possibly from another device."""

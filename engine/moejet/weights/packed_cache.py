@@ -6,9 +6,10 @@ One file holds a model in the very bytes that the kernels read, framed as `frame
     data    blobs, each at a multiple of 65536
 
 The key says what the file was made from and for: sizes, times and samples of the source files, the model's
-configuration, formats, number of memory nodes, version of the packed layout. A file whose key differs in anything is
-not used. Files appear complete or not at all: they are written under a temporary name, synced, and renamed. Temporary
-files are locked while their writer lives; those of dead writers are swept.
+configuration, formats, number of memory nodes, version of the packed layout; with a GPU also where every expert lives
+and the version of the GPU's layout. A file whose key differs in anything is not used. Files appear complete or not at
+all: they are written under a temporary name, synced, and renamed. Temporary files are locked while their writer lives;
+those of dead writers are swept.
 
 Mapped pages are shared between processes and come from the page cache at the first touch. They are small pages where
 the kernel has no huge ones for files, which costs decoding about 4 %.
@@ -25,13 +26,13 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
+import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,6 +40,7 @@ from moejet import atomic_file, framed_file, topology
 from moejet.atomic_file import Abandoned, read_all, replace_atomically, reserve, write_all
 from moejet.config import EngineConfig, ModelConfig, env_cache_dir
 from moejet.extension import load_extension
+from moejet.weights.device_copies import DeviceCopies
 from moejet.weights.gguf import list_shards
 from moejet.weights.packed_header import (
     ALIGNMENT,
@@ -48,6 +50,15 @@ from moejet.weights.packed_header import (
     read_header,
     verify_blobs,
 )
+from moejet.weights.packed_state import (
+    Part,
+    State,
+    bytes_of,
+    checksum_of,
+    device_copies,
+    is_elsewhere,
+    parts_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +66,7 @@ SUFFIX = ".packed"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _WRITE_BYTES = 64 << 20
 _READ_AHEAD_BYTES = 2 << 20
+_HOLE_BYTES = 1 << 20  # of zeros, that are worth a hole
 # Weights that are read and packed in less time than a file is worth.
 MIN_BYTES = 256 << 20
 FREE_BYTES = 1 << 30  # of the disk, that stay free
@@ -64,31 +76,29 @@ class PartlyFilled(Exception):
     """A file could not be read to its end: what was mapped from it stays so as long as the state lives."""
 
 
-class Packed(Protocol):
-    """Weights in memory of their own: `PackedMatrices`, `CpuExperts`."""
-
-    @property
-    def weights(self) -> Any: ...
-
-    @property
-    def pool(self) -> Any: ...
-
-
-State = Mapping[str, "Tensor | Packed"]
+# Of the key: the experts of each layer that live on a GPU.
+PLACEMENT = "resident"
 
 
 class CacheFile:
     """The place of one model's packed weights in the cache directory; the file may not exist.
 
-    sources: where the weights come from, a directory or a file; None if from nowhere.
+    sources: where the weights come from, a directory or a file; None if from nowhere · unused_bytes: of packed weights
+    that nobody fills, because their experts live elsewhere; they become holes of the file.
     """
 
     def __init__(
-        self, directory: Path, model: str, key: dict[str, Any], sources: Path | None = None
+        self,
+        directory: Path,
+        model: str,
+        key: dict[str, Any],
+        sources: Path | None = None,
+        *,
+        unused_bytes: int = 0,
     ):
         digest = framed_file.fingerprint_of(key)
         slug = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-.") or "model"
-        self.model, self.key = model, key
+        self.model, self.key, self.unused_bytes = model, key, unused_bytes
         self.root, self.mount = "", ""
         if sources is not None:
             root = (sources.parent if sources.is_file() else sources).absolute()
@@ -114,7 +124,7 @@ class CacheFile:
             if header.key != self.key:
                 raise ValueError("it belongs to another model or version")
             blobs = {blob.name: blob for blob in header.blobs}
-            expected = {name: part.nbytes for name, part in _parts(state)}
+            expected = {name: part.nbytes for name, part in parts_of(state)}
             if {name: blob.nbytes for name, blob in blobs.items()} != expected:
                 raise ValueError("its parts are not those of the model")
             if verify:
@@ -156,29 +166,55 @@ class CacheFile:
             return False
         if num_bytes == 0:
             return False
+        self._remove_replaced()
         elapsed = time.perf_counter() - start
         logger.info("cached %.2f GiB in %s (%.1f s)", num_bytes / 2**30, self.path, elapsed)
         return True
 
     def _write(self, fd: int, state: State, stop: threading.Event | None) -> int:
         """The size of the file, or 0 if it was stopped."""
-        parts = list(_parts(state))
+        parts = list(parts_of(state))
         blobs = [Blob(name, 0, part.nbytes, "0" * 16) for name, part in parts]
         offset = framed_file.data_offset(self._header(blobs, 2**62), ALIGNMENT)
         for i, blob in enumerate(blobs):
             blobs[i] = dataclasses.replace(blob, offset=offset)
             offset = framed_file.aligned(offset + blob.nbytes, ALIGNMENT)
-        reserve(fd, offset, keep_free=FREE_BYTES)
-        checksum = load_extension().checksum
+        reserve(fd, offset, keep_free=FREE_BYTES, holes=self.unused_bytes)
+        copies = device_copies(state)
         for i, (_, part) in enumerate(parts):
-            view = part.data
-            for begin in range(0, part.nbytes, _WRITE_BYTES):
+            at = blobs[i].offset
+            for piece in self._pieces(part, copies):
                 if stop is not None and stop.is_set():
                     return 0
-                write_all(fd, view[begin : begin + _WRITE_BYTES], blobs[i].offset + begin)
-            blobs[i] = dataclasses.replace(blobs[i], checksum=f"{checksum(part):016x}")
+                if not self.unused_bytes or np.frombuffer(piece, np.uint8).any():
+                    write_all(fd, piece, at)
+                at += len(piece)
+            blobs[i] = dataclasses.replace(blobs[i], checksum=checksum_of(fd, part, blobs[i]))
         framed_file.write_header(fd, MAGIC, self._header(blobs, offset))
         return offset
+
+    def _pieces(self, part: Part, copies: DeviceCopies | None) -> Iterator[memoryview]:
+        if isinstance(part, Tensor):
+            assert copies is not None
+            yield from copies.pieces(part)
+            return
+        step = _HOLE_BYTES if self.unused_bytes else _WRITE_BYTES
+        view = part.data
+        for begin in range(0, part.nbytes, step):
+            yield view[begin : begin + step]
+
+    def _remove_replaced(self) -> None:
+        """Removes files of the same weights for another placement of the experts: they change with free memory."""
+        if PLACEMENT not in self.key:
+            return
+        for file in cache_files(self.path.parent):
+            try:
+                with file.open("rb", buffering=0) as stream:
+                    key = read_header(stream.fileno()).key
+                if key != self.key and {**key, PLACEMENT: None} == {**self.key, PLACEMENT: None}:
+                    file.unlink(missing_ok=True)
+            except (ValueError, OSError):  # damaged, or removed by its owner
+                continue
 
     def _header(self, blobs: list[Blob], file_bytes: int) -> bytes:
         """JSON of the same length for the same names, however large offsets and sizes turn out."""
@@ -281,22 +317,16 @@ def cache_directory() -> Path | None:
     return env_cache_dir()
 
 
-def _parts(state: State) -> Iterable[tuple[str, NDArray[Any]]]:
-    """Name and bytes of every blob; packed weights have one for each memory node."""
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            yield name, value.view(-1).view(torch.uint8).numpy()
-            continue
-        for node, part in enumerate(value.weights.buffers()):
-            yield f"{name}/{node}", part
-
-
 def _fill(fd: int, state: State, blobs: dict[str, Blob]) -> None:
     # Pages of a file lie where they were first read; placed memory is read into, to lie with its workers.
     placed: dict[int, list[tuple[NDArray[Any], Blob]]] = {}
+    copies = device_copies(state)
     for name, value in state.items():
         if isinstance(value, Tensor):
-            _read_into(fd, value.view(-1).view(torch.uint8).numpy(), blobs[name])
+            if copies is not None and is_elsewhere(value):
+                _named(blobs[name], copies.read, fd, value, blobs[name].offset)
+            else:
+                _read_into(fd, bytes_of(value), blobs[name])
             continue
         weights = value.weights
         parts = weights.buffers()
@@ -336,8 +366,12 @@ def _read_placed(fd: int, placed: Mapping[int, list[tuple[NDArray[Any], Blob]]])
 
 
 def _read_into(fd: int, target: NDArray[Any], blob: Blob) -> None:
+    _named(blob, lambda: read_all(fd, target.data, blob.offset))
+
+
+def _named(blob: Blob, read: Callable[..., object], *arguments: object) -> None:
     try:
-        read_all(fd, target.data, blob.offset)
+        read(*arguments)
     except ValueError as error:
         raise ValueError(f"{blob.name}: {error}") from error
 
@@ -353,8 +387,11 @@ def _sample(file: Path, size: int) -> str:
 
 
 def _read_ahead(path: Path) -> None:
-    """Asks for all pages of a file, a piece at a time: the kernel cuts large requests short."""
+    """Asks for all pages of a file but its holes, a piece at a time: the kernel cuts large requests short."""
     with suppress(OSError), path.open("rb", buffering=0) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        for offset in range(0, size, _READ_AHEAD_BYTES):
-            os.posix_fadvise(stream.fileno(), offset, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        fd, end = stream.fileno(), 0
+        while True:  # until an OSError says that no data follow
+            begin = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, begin, os.SEEK_HOLE)
+            for offset in range(begin, end, _READ_AHEAD_BYTES):
+                os.posix_fadvise(fd, offset, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)

@@ -61,6 +61,19 @@ class StoredWeight:
             for part in parts
         ]
 
+    def rows(self, first: int, count: int) -> StoredWeight:
+        """Some rows of a matrix that is not of GGUF; `first` a multiple of 128."""
+        assert self.encoding != "gguf", "its blocks know no rows here"
+        assert len(self.shape) == 2, f"{self.shape=}"
+        scale = self.scale
+        if scale is not None:
+            at = slice(first, first + count)
+            if self.encoding == "fp8":
+                at = slice(first // FP8_BLOCK, math.ceil((first + count) / FP8_BLOCK))
+            scale = scale[at]
+        data = self.data[first : first + count]
+        return StoredWeight((len(data), self.shape[1]), data, self.encoding, scale)
+
     def dequantize(self) -> Tensor:
         """The values: plain tensors as they are, others in fp32."""
         if self.encoding == "plain":

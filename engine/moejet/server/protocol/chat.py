@@ -12,14 +12,12 @@ from moejet.server.backend import Job
 from moejet.server.errors import wrong
 from moejet.server.generation import Plan
 from moejet.server.protocol.common import (
-    HARMLESS,
     Context,
-    Part,
-    SamplingFields,
     response_grammar,
     sampling_params,
     structured_grammar,
 )
+from moejet.server.protocol.fields import HARMLESS, Count, NumLogprobs, Part, SamplingFields
 from moejet.server.protocol.strategies import StrategyFields, with_strategy
 from moejet.server.reasoning_controls import (
     REASONING_FIELDS,
@@ -83,10 +81,10 @@ class ChatRequest(SamplingFields, StrategyFields):
 
     model: str | None = None
     messages: list[Message]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: NumLogprobs | None = None
     response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None

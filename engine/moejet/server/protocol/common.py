@@ -1,13 +1,10 @@
-"""What the dialects share: fields, their checks, sampling parameters, log-probabilities and usage."""
+"""What the dialects share: sampling parameters, log-probabilities and usage."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from moejet.grammar import Grammar
 from moejet.reasoning.effort import effort_budgets
@@ -17,158 +14,11 @@ from moejet.server.config import ServerConfig
 from moejet.server.errors import ApiError, wrong
 from moejet.server.generation import Progress, Totals
 from moejet.server.prompts import PromptMaker
+from moejet.server.protocol.fields import MAX_SALT_CHARS, SamplingFields
 from moejet.server.short import short
 from moejet.server.strategies import engine_usage
 from moejet.server.tool_calls import ToolFormat
 from moejet.tokenizer import Tokenizer
-
-Check = Callable[[Any], bool]
-Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-
-
-def anything(_: Any) -> bool:
-    return True
-
-
-def one_of(*values: Any) -> Check:
-    return lambda value: value in values
-
-
-# Fields that say something about the request and nothing about its answer, with the values for which that holds.
-HARMLESS: dict[str, Check] = {
-    "user": anything,
-    "metadata": anything,
-    "service_tier": anything,
-    "safety_identifier": anything,
-    "prompt_cache_key": anything,
-    "prompt_cache_retention": anything,
-    "prediction": anything,
-    "store": one_of(False),
-    "logit_bias": one_of({}),
-    "best_of": one_of(1),
-    "min_tokens": one_of(0),
-    "modalities": one_of(["text"]),
-    "verbosity": one_of("medium"),
-    "skip_special_tokens": one_of(True),
-    "spaces_between_special_tokens": anything,
-    "add_generation_prompt": one_of(True),
-    "continue_final_message": one_of(False),
-    "use_beam_search": one_of(False),
-    "length_penalty": one_of(1, 1.0),
-    "detokenize": one_of(True),
-    "cache_prompt": one_of(True),
-    "id_slot": one_of(-1),
-    "timings_per_token": one_of(False),
-    "functions": one_of([]),
-    "function_call": one_of("auto", "none"),
-    "web_search_options": one_of(),
-}
-
-
-class ApiModel(BaseModel):
-    """Fields of a request. JSON types are taken as they are; fields that nobody declared are looked at one by one."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    harmless: ClassVar[Mapping[str, Check]] = HARMLESS
-    passed_on: ClassVar[frozenset[str]] = frozenset()  # fields that somebody else checks
-
-
-class Part(BaseModel):
-    """A part of a message's content."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    type: str
-    text: str | None = None
-
-
-Model = TypeVar("Model", bound=ApiModel)
-
-
-def parse(kind: type[Model], data: Any) -> Model:
-    """Checks a request's body. Raises ApiError naming the first field that is wrong or unknown."""
-    if not isinstance(data, dict):
-        raise wrong(f"the body must be a JSON object, not {_json_type(data)}")
-    try:
-        model = kind.model_validate(data)
-    except ValidationError as error:
-        raise _field_error(error, data) from None
-    except RecursionError:
-        raise wrong("the body is nested too deeply") from None
-    for name, value in (model.model_extra or {}).items():
-        if value is not None and name not in kind.passed_on:
-            _check_unknown(kind, name, value)
-    return model
-
-
-def _field_error(error: ValidationError, data: dict[str, Any]) -> ApiError:
-    first = error.errors(include_url=False)[0]
-    path = _field_path(first["loc"], data)
-    message = first["msg"].replace("Input should", "must")
-    if first["type"] == "missing":
-        return wrong(f"{path} is missing: {message.lower()}", path)
-    return wrong(f"{path}={short(first['input'])}: {message}", path or None)
-
-
-def _field_path(loc: tuple[int | str, ...], data: Any) -> str:
-    """'messages[0].content' of a location in which pydantic also names the types that it tried."""
-    path = ""
-    for i, key in enumerate(loc):
-        if isinstance(key, int) and isinstance(data, list) and key < len(data):
-            path, data = f"{path}[{key}]", data[key]
-        elif isinstance(data, dict) and (key in data or i == len(loc) - 1):
-            path, data = f"{path}.{key}" if path else str(key), data.get(key)
-    return path
-
-
-def _check_unknown(kind: type[ApiModel], name: str, value: Any) -> None:
-    check = kind.harmless.get(name)
-    if check is not None:
-        if check(value):
-            return
-        raise wrong(f"{name}={short(value)} is not supported here: leave it out", name)
-    known = [*kind.model_fields, *kind.passed_on, *kind.harmless]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-    raise wrong(f"unknown field {short(name)}: {hint}", name[:80], "unknown_field")
-
-
-def _json_type(value: Any) -> str:
-    names = {list: "an array", str: "a string", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # random padding, which nobody has to send
-    continuous_usage_stats: Literal[False] | None = None
-    include_progress: bool | None = None  # of a strategy
-
-
-class SamplingFields(ApiModel):
-    """Sampling, under the names that OpenAI, vLLM and llama.cpp agree on."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: Int64 | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    logit_bias: dict[str, float] | None = None
-    ignore_eos: bool | None = None
-    n: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    structured_outputs: dict[str, Any] | None = None
-    return_progress: bool | None = None
-    priority: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +96,17 @@ def sampling_params(
         "logprobs": logprobs,
         "grammar": grammar,
         "max_thinking_tokens": max_thinking_tokens,
+        "cache_salt": _salt(fields.cache_salt),
     }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(context.card.default_sampling, **chosen)
+
+
+def _salt(salt: str | None) -> str | None:
+    """vLLM's field: who sends another one shares no cached prefixes."""
+    if salt is not None and not 1 <= len(salt) <= MAX_SALT_CHARS:
+        raise wrong(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters", "cache_salt")
+    return salt
 
 
 def _ids(ids: list[int] | None) -> tuple[int, ...] | None:

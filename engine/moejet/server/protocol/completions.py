@@ -11,11 +11,8 @@ from moejet.server.errors import ApiError, wrong
 from moejet.server.generation import ChoiceEnd, Piece, Plan, Progress, StrategyStep, Totals
 from moejet.server.protocol.answers import Answer
 from moejet.server.protocol.common import (
-    HARMLESS,
     Context,
-    SamplingFields,
     finite,
-    one_of,
     progress,
     response_grammar,
     sampling_params,
@@ -24,6 +21,7 @@ from moejet.server.protocol.common import (
     token_text,
     usage,
 )
+from moejet.server.protocol.fields import HARMLESS, CountOrZero, NumLogprobs, SamplingFields, one_of
 from moejet.server.short import short
 from moejet.server.sse import DONE, KEEP_ALIVE
 from moejet.server.sse import event as _event
@@ -41,8 +39,8 @@ class CompletionRequest(SamplingFields):
 
     model: str | None = None
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = None
-    logprobs: int | None = None
+    max_tokens: CountOrZero | None = None
+    logprobs: NumLogprobs | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
     response_format: dict[str, Any] | None = None

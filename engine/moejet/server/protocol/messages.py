@@ -15,15 +15,17 @@ from moejet.server.errors import ApiError, wrong
 from moejet.server.generation import ChoiceEnd, Piece, Plan, Progress, StrategyStep, Totals
 from moejet.server.protocol.answers import Answer
 from moejet.server.protocol.chat import answer_grammar, conversation_plan
-from moejet.server.protocol.common import (
+from moejet.server.protocol.common import Context, response_grammar, sampling_params, string_field
+from moejet.server.protocol.fields import (
     ApiModel,
-    Context,
+    Count,
+    Salt,
     SamplingFields,
+    Temperature,
+    TopK,
+    TopP,
     anything,
     one_of,
-    response_grammar,
-    sampling_params,
-    string_field,
 )
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
 from moejet.server.short import short
@@ -60,6 +62,7 @@ _HARMLESS = {
     "diagnostics": anything,
     "user_profile_id": anything,
     "workspace_id": anything,
+    "cache_salt": anything,  # where tokens are only counted
 }
 
 
@@ -86,12 +89,13 @@ class CountTokensRequest(ApiModel):
 class MessagesRequest(CountTokensRequest):
     """A conversation to be continued."""
 
-    max_tokens: int
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    max_tokens: Count
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
+    cache_salt: Salt | None = None
 
 
 def messages_plan(request: MessagesRequest, context: Context, request_id: str) -> Plan:
@@ -100,6 +104,10 @@ def messages_plan(request: MessagesRequest, context: Context, request_id: str) -
     wanted = format.get("format") if isinstance(format, dict) else None
     if wanted is not None and not isinstance(wanted, dict):
         raise wrong(f"output_config.format={short(wanted)} must be an object", "output_config")
+    for i, text in enumerate(request.stop_sequences or ()):
+        if not text or i >= context.config.max_stop:
+            limit = f"at most {context.config.max_stop} texts that are not empty"
+            raise wrong(f"stop_sequences[{i}]={short(text)}: send {limit}", "stop_sequences")
     return _plan(
         request,
         context,
@@ -109,6 +117,7 @@ def messages_plan(request: MessagesRequest, context: Context, request_id: str) -
             top_p=request.top_p,
             top_k=request.top_k,
             stop=request.stop_sequences,
+            cache_salt=request.cache_salt,
         ),
         max_tokens=request.max_tokens,
         wanted=response_grammar(wanted, "output_config.format"),

@@ -10,17 +10,19 @@ from moejet.request import MAX_LOGPROBS
 from moejet.server.errors import wrong
 from moejet.server.generation import Plan
 from moejet.server.protocol.chat import answer_grammar, conversation_plan
-from moejet.server.protocol.common import (
+from moejet.server.protocol.common import Context, response_grammar, sampling_params, string_field
+from moejet.server.protocol.fields import (
     HARMLESS,
     ApiModel,
-    Context,
+    Count,
+    NumLogprobs,
+    Salt,
     SamplingFields,
     StreamOptions,
+    Temperature,
+    TopP,
     anything,
     one_of,
-    response_grammar,
-    sampling_params,
-    string_field,
 )
 from moejet.server.protocol.strategies import StrategyFields, with_strategy
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
@@ -53,16 +55,17 @@ class ResponsesRequest(ApiModel, StrategyFields):
     model: str | None = None
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_logprobs: int | None = None
+    max_output_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_logprobs: NumLogprobs | None = None
     text: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: Salt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,9 @@ def responses_plan(request: ResponsesRequest, context: Context, request_id: str)
     )
     grammar = answer_grammar(context, tools, choice, _text_grammar(request.text))
     params = sampling_params(
-        SamplingFields(temperature=request.temperature, top_p=request.top_p),
+        SamplingFields(
+            temperature=request.temperature, top_p=request.top_p, cache_salt=request.cache_salt
+        ),
         context,
         max_tokens=request.max_output_tokens,
         max_tokens_field="max_output_tokens",

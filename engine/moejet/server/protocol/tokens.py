@@ -6,7 +6,8 @@ from typing import Any
 
 from moejet.server.errors import wrong
 from moejet.server.protocol.chat import Message, chat_messages, check_tools
-from moejet.server.protocol.common import ApiModel, Context, token_text
+from moejet.server.protocol.common import Context, token_text
+from moejet.server.protocol.fields import ApiModel
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
 from moejet.server.short import short
 from moejet.server.tool_calls import parse_tools
@@ -54,6 +55,19 @@ def tokenize(request: TokenizeRequest, context: Context) -> dict[str, Any]:
     if request.return_token_strs:
         result["token_strs"] = [token_text(context.tokenizer, i) for i in ids]
     return result
+
+
+def tokenizer_info(context: Context) -> dict[str, Any]:
+    """In vLLM's form, which lm-eval reads to tokenise through a server."""
+    tokenizer = context.tokenizer
+    templates = tokenizer.chat_template_sources
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "model_max_length": context.card.max_context,
+        "vocab_size": tokenizer.vocab_size,
+        "chat_template": tokenizer.chat_template or next(iter(templates), None),
+        **tokenizer.special_tokens,
+    }
 
 
 def detokenize(request: DetokenizeRequest, context: Context) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moejet.grammar import MAX_DEPTH
+from moejet.grammar import MAX_DEPTH, check_members
 from moejet.server.short import short
 
 MAX_TOOLS = 128
@@ -27,11 +27,15 @@ class Tool:
     strict: bool = False
 
     def for_template(self) -> dict[str, Any]:
-        """The form that chat templates expect."""
-        function: dict[str, Any] = {"name": self.name}
-        if self.description:
-            function["description"] = self.description
-        return {"type": "function", "function": {**function, "parameters": dict(self.parameters)}}
+        """The form that chat templates expect; those of DeepSeek join texts, so that none may be missing."""
+        return {
+            "type": "function",
+            "function": {
+                "name": self.name,
+                "description": self.description,
+                "parameters": dict(self.parameters),
+            },
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,7 @@ def _schema(value: object, where: str) -> Mapping[str, Any]:
 def _check_depth(value: object, where: str) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
+        check_members(level, where)
         level = [
             child
             for node in level
