@@ -211,6 +211,8 @@ def test_keyboard_alone(visit: Visit) -> None:
     press("Tab")
     assert visit.page.evaluate("document.activeElement.id") == "effort"
     press("Tab")
+    assert visit.page.evaluate("document.activeElement.id") == "strategy"
+    press("Tab")
     press("Enter")
     assert visit.page.evaluate("document.activeElement.closest('dialog')?.id") == "settings"
     press("Escape")

@@ -1,5 +1,6 @@
 """Strategies through the server: the same over an engine in this process and over one of its own."""
 
+import argparse
 import asyncio
 import json
 import os
@@ -17,7 +18,8 @@ import openai
 import pytest
 import uvicorn
 
-from moejet import AsyncLLM, EngineDeadError, SamplingParams
+from moejet import AsyncLLM, EngineDeadError, EngineStepError, SamplingParams
+from moejet.cli import serve
 from moejet.reasoning.result import Candidate, Node, Progress, Result, Usage
 from moejet.server import asgi_app, frames
 from moejet.server.backend import LocalBackend
@@ -414,6 +416,43 @@ def test_a_server_can_do_without(llm, ask_app):
         asgi_app(llm, max_strategy_samples=0)
 
 
+def test_a_key_finds_only_its_own_prefixes(llm, ask_app):
+    # A server with several keys tells nobody by its speed what others have asked.
+    ask = ask_app(asgi_app(llm, api_keys=("first", "second")))
+    long = "Start with 17, add 25, then multiply by 3. " * 20
+
+    def computed(key: str) -> int:
+        before = llm.counters()["prefill_tokens"]
+        body = {
+            "messages": [{"role": "user", "content": long}],
+            "reasoning_strategy": "vote:2",
+            "max_tokens": 2,
+        }
+        reply = ask("/v1/chat/completions", body, headers={"authorization": f"Bearer {key}"})
+        assert reply.status == 200
+        return llm.counters()["prefill_tokens"] - before
+
+    whole = computed("first")
+    assert whole > 200
+    assert computed("first") < 50
+    assert computed("second") == whole
+    assert computed("second") < 50
+
+
+def test_options_of_the_command():
+    parser = argparse.ArgumentParser()
+    serve.add_options(parser)
+    config = serve._config(parser.parse_args([]))
+    assert config.strategies
+    assert config.max_strategy_samples == 64
+    assert not config.effort_strategies
+    options = ["--no-strategies", "--max-strategy-samples", "8", "--effort-strategies"]
+    config = serve._config(parser.parse_args(options))
+    assert not config.strategies
+    assert config.max_strategy_samples == 8
+    assert config.effort_strategies
+
+
 CANDIDATE = Candidate("<think>a</think>b", "a", "b\r\n\ndata: {}", "7", 5, 2)
 OUTCOME = Outcome(
     Result(
@@ -497,6 +536,10 @@ def test_an_error_on_the_way_ends_the_stream_with_it(scripted, ask_app):
     whole = ask("/v1/chat/completions", body)
     assert whole.status == 503
     assert whole.headers["retry-after"]
+    scripted.error, scripted._refuses = EngineStepError("a step hangs"), True
+    stuck = ask("/v1/chat/completions", {**body, "stream": True})
+    assert stuck.status == 503
+    assert stuck.json["error"]["code"] == "engine_stuck"
     text = ask("/metrics").text
     assert (
         'strategies_finished_total{model_name="scripted",reason="error",strategy="vote"} 2' in text

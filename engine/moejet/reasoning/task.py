@@ -88,11 +88,12 @@ class Ledger:
     """What the tasks of one run have spent together.
 
     held: tokens that branches under way may still take · live: runs that go on at the same time · holding: those of
-    them that hold tokens
+    them that hold tokens · cache_salt: of all their branches
     """
 
     budget: Budget
     seed: int
+    cache_salt: str | None = None
     usage: Usage = field(default_factory=Usage)
     start_s: float = field(default_factory=time.monotonic)
     held: int = 0
@@ -190,7 +191,8 @@ class Task:
     def open(self, n: int = 1) -> Run[list[Branch]]:
         """n branches that hold the prompt, which is computed once."""
         if self._root is None:
-            root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt))
+            salt = self.ledger.cache_salt
+            root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt, cache_salt=salt))
             yield Advance(self.llm, [root], max_tokens=0, params=SamplingParams())
             self.usage.prompt_tokens += len(self.prompt_token_ids)
             self._root = self._root or root

@@ -16,7 +16,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from moejet.reasoning.result import Progress as StrategyProgress
-from moejet.request import FinishReason, RequestOutput, StreamDelta, TokenLogprobs
+from moejet.request import (
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    StreamDelta,
+    TokenLogprobs,
+)
 from moejet.server.backend import Backend, Job, Stream
 from moejet.server.errors import ApiError
 from moejet.server.strategies import Outcome, SolveJob
@@ -162,18 +168,24 @@ class Plan:
         """The same among the cached prefixes of whoever has this salt, a request's own one included."""
         if salt is None:
             return self
-        jobs = [
-            replace(
-                job,
-                params=replace(job.params, cache_salt=f"{salt}/{job.params.cache_salt or ''}"),
-            )
-            for job in self.jobs
-        ]
-        return replace(self, jobs=jobs)
+
+        def salted(params: SamplingParams) -> SamplingParams:
+            return replace(params, cache_salt=f"{salt}/{params.cache_salt or ''}")
+
+        jobs = [replace(job, params=salted(job.params)) for job in self.jobs]
+        solve = self.solve and replace(self.solve, params=salted(self.solve.params))
+        return replace(self, jobs=jobs, solve=solve)
 
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(job.token_ids) for job in self.jobs)
+
+
+def refusal(error: BaseException) -> ApiError | None:
+    """What to raise instead where a request could not be begun: it is as good as ever, later."""
+    if isinstance(error, EngineStepError):  # a step hangs, so nothing new is taken
+        return ApiError(503, str(error), code="engine_stuck", headers={"retry-after": "10"})
+    return None
 
 
 class Generation:
@@ -204,10 +216,8 @@ class Generation:
             self.close()
             if isinstance(error, Exception):
                 self._observer.rejected(type(error).__name__)
-            if isinstance(error, EngineStepError):  # a step hangs, so nothing new is taken
-                raise ApiError(
-                    503, str(error), code="engine_stuck", headers={"retry-after": "10"}
-                ) from error
+            if (refused := refusal(error)) is not None:
+                raise refused from error
             raise
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from moejet.server.generation import (
     Silence,
     StrategyStep,
     Totals,
+    refusal,
 )
 from moejet.server.strategies import Outcome, SolveJob, StrategyRun
 from moejet.server.strategy_metrics import StrategyMetrics
@@ -68,6 +69,8 @@ class StrategyGeneration:
             self._run = await self._backend.solve(self._job)
         except Exception as error:
             self._observer.rejected(type(error).__name__)
+            if (refused := refusal(error)) is not None:
+                raise refused from error
             raise
         self._metrics.started()
 

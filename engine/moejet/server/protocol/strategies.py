@@ -85,8 +85,7 @@ def with_strategy(
     solve = SolveJob(
         request_id=job.request_id,
         token_ids=job.token_ids,
-        # A branch shares its cache with its forks alone, whatever the salt.
-        params=replace(job.params, seed=None, cache_salt=None),
+        params=replace(job.params, seed=None),
         strategy=spec,
         seed=secrets.randbits(62) if job.params.seed is None else job.params.seed,
         limits=_limits(fields.strategy_budget),
