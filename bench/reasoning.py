@@ -22,19 +22,25 @@ import numpy as np
 from moejet import LLM, SamplingParams
 from moejet.policy import ForceContinuation, ThinkingBudget
 from moejet.reasoning import (
+    MCTS,
     Best,
     BetaStop,
     Candidate,
     Confidence,
     DeepConf,
     Majority,
+    NextStep,
+    ParticleFilter,
     Result,
     Run,
     Sample,
+    Scored,
     Single,
+    StepBeam,
     StepHead,
     Strategy,
     Task,
+    VoteShare,
     Weighted,
     solve_many,
 )
@@ -192,7 +198,17 @@ def votes(bench: Bench) -> None:
 
 
 def searches() -> dict[str, Strategy]:
-    return {}
+    """By mean log-probability, and by the step head."""
+    found: dict[str, Strategy] = {}
+    scorers = {"mean log-probability": Confidence(), "step head": HEAD}
+    for by, scorer in scorers.items():
+        found[f"beam, 4 of 4, {by}"] = StepBeam(4, 4, scorer)
+        found[f"beam, 16 of 4, {by}"] = StepBeam(16, 4, scorer)
+        found[f"DVTS, 16 of 4, {by}"] = StepBeam(16, 4, scorer, independent=True)
+        found[f"particles, 16, {by}"] = ParticleFilter(16, scorer)
+    found["MCTS, 16 rollouts, vote share"] = MCTS((NextStep(3),), VoteShare(), 16)
+    found["MCTS, 16 rollouts, log-probability"] = MCTS((NextStep(3),), Scored(Confidence()), 16)
+    return found
 
 
 def report(bench: Bench) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class BoundBridge {
  public:
   BoundBridge(const py::object& pool, const std::vector<py::object>& layers, const py::object& x,
               const py::object& topk_ids, const py::object& topk_weights, const py::object& out,
-              const py::object& flags, const std::string& isa)
+              const py::object& flags, const std::string& isa, double worker_timeout_s)
       : table_(*kernel_table(resolve_isa(isa, ""))),
         pool_(pool),
         layers_(layers),
@@ -32,7 +32,7 @@ class BoundBridge {
         weights_(topk_weights, "topk_weights"),
         out_(out, "out", /*writable=*/true),
         flags_(flags, "flags", /*writable=*/true),
-        bridge_(pool.cast<ThreadPool*>(), weights(), table_, buffers()) {
+        bridge_(pool.cast<ThreadPool*>(), weights(), table_, buffers(), worker_timeout_s) {
     all_layers_.resize(layers.size());
     std::iota(all_layers_.begin(), all_layers_.end(), 0);
   }
@@ -172,9 +172,10 @@ void register_bridge(py::module_& m) {
   py::class_<BoundBridge>(m, "ExpertBridge", "Routed experts on the CPU for steps on a stream.")
       .def(py::init<const py::object&, const std::vector<py::object>&, const py::object&,
                     const py::object&, const py::object&, const py::object&, const py::object&,
-                    const std::string&>(),
+                    const std::string&, double>(),
            py::arg("pool"), py::arg("layers"), py::arg("x"), py::arg("topk_ids"),
-           py::arg("topk_weights"), py::arg("out"), py::arg("flags"), py::arg("isa") = "auto")
+           py::arg("topk_weights"), py::arg("out"), py::arg("flags"), py::arg("isa") = "auto",
+           py::arg("worker_timeout_s") = ThreadPool::kNoLimit)
       .def("run_step", &BoundBridge::run_step, py::arg("num_tokens"),
            py::arg("layers") = py::none(), py::arg("timeout_s") = 30.0,
            py::arg("query") = py::none(), py::arg("signals") = py::none(),
@@ -199,8 +200,10 @@ void register_bridge(py::module_& m) {
       .def("counters", &BoundBridge::counters)
       .def(
           "fail_once",
-          [](BoundBridge& self, int layer, int worker) { self.bridge().fail_once(layer, worker); },
-          py::arg("layer"), py::arg("worker"))
+          [](BoundBridge& self, int layer, int worker, double after_s) {
+            self.bridge().fail_once(layer, worker, after_s);
+          },
+          py::arg("layer"), py::arg("worker"), py::arg("after_s") = 0.0)
       .def(
           "set_computing",
           [](BoundBridge& self, bool computes) { self.bridge().set_computing(computes); },

@@ -25,6 +25,8 @@ constexpr auto kNap = std::chrono::microseconds(50);
 constexpr auto kQueryInterval = std::chrono::milliseconds(5);
 // How long a failed step's remaining layers are answered one by one. The GPU alone needs less.
 constexpr double kAbandonSeconds = 2.0;
+// Of one multiplication and addition at the slowest: scalar kernels take less, on one core.
+constexpr double kMultiplicationSeconds = 2e-9;
 
 uint32_t load(const uint32_t* flag) { return __atomic_load_n(flag, __ATOMIC_ACQUIRE); }
 void store(uint32_t* flag, uint32_t value) { __atomic_store_n(flag, value, __ATOMIC_RELEASE); }
@@ -61,24 +63,27 @@ bool has_failed(const StreamQuery& query) {
 
 class FailingTask final : public Task {
  public:
-  explicit FailingTask(int worker) : worker_(worker) {}
+  FailingTask(int worker, double after_s) : worker_(worker), after_s_(after_s) {}
   bool next() override { return ++phase_ == 1; }
   void work(int worker) override {
     if (worker == worker_) {
+      std::this_thread::sleep_for(std::chrono::duration<double>(after_s_));
       throw std::runtime_error("worker " + std::to_string(worker) + " failed as asked");
     }
   }
 
  private:
   const int worker_;
+  const double after_s_;
   int phase_ = 0;
 };
 
 }  // namespace
 
 ExpertBridge::ExpertBridge(ThreadPool* pool, const std::vector<const ExpertWeights*>& layers,
-                           const KernelTable& table, const BridgeBuffers& buffers)
-    : pool_(pool), buffers_(buffers), pid_(getpid()) {
+                           const KernelTable& table, const BridgeBuffers& buffers,
+                           double worker_timeout_s)
+    : pool_(pool), buffers_(buffers), worker_timeout_s_(worker_timeout_s), pid_(getpid()) {
   if (layers.empty()) throw std::invalid_argument("layers is empty: name at least one");
   if (reinterpret_cast<uintptr_t>(buffers.flags) % 64 != 0) {
     throw std::invalid_argument("flags must begin on a 64-byte boundary");
@@ -93,7 +98,7 @@ ExpertBridge::ExpertBridge(ThreadPool* pool, const std::vector<const ExpertWeigh
     layers_.push_back(
         {weights,
          std::make_unique<MoeTask>(*weights, table, &lease.workspace(), lease.num_threads()),
-         std::vector<int64_t>(static_cast<size_t>(weights->num_experts()))});
+         std::vector<int64_t>(static_cast<size_t>(weights->num_experts())), nullptr});
   }
   counters_.layer_s.resize(layers_.size());
   std::memset(buffers.flags, 0,
@@ -152,8 +157,9 @@ void ExpertBridge::run_step(int64_t num_tokens, const std::vector<int>& layers, 
 void ExpertBridge::wake_workers(const std::vector<int>& layers) {
   if (layers.empty() || load(submitted_flag(layers[0])) == 1) return;
   try {
-    pool_->acquire().run(0, [](int, int) {});
-  } catch (const std::exception&) {  // a closed pool, which the first layer with work reports
+    pool_->acquire().run(0, [](int, int) {}, worker_timeout_s_);
+  } catch (const std::exception&) {  // a closed pool, or a missing worker, which the first layer
+                                     // with work reports
   }
 }
 
@@ -218,7 +224,7 @@ void ExpertBridge::serve(int layer, int64_t num_tokens) {
   int64_t distinct = 0;
   try {
     if (computes_) distinct = count_experts(layer, num_tokens);
-    if (distinct > 0 || served.failing_worker >= 0) {
+    if (distinct > 0 || served.is_failing) {
       compute(&served, num_tokens);
     } else {
       std::memset(
@@ -262,10 +268,8 @@ int64_t ExpertBridge::count_experts(int layer, int64_t num_tokens) {
 
 void ExpertBridge::compute(Layer* layer, int64_t num_tokens) {
   ThreadPool::Lease lease = pool_->acquire();
-  if (layer->failing_worker >= 0) {
-    FailingTask failing(std::exchange(layer->failing_worker, -1));
-    lease.run(&failing);
-  }
+  const double limit = limit_seconds(*layer, num_tokens);
+  if (std::exchange(layer->is_failing, false)) lease.run(layer->failing.get(), limit);
   MoeCall call{};
   call.num_tokens = num_tokens;
   call.top_k = buffers_.top_k;
@@ -277,7 +281,14 @@ void ExpertBridge::compute(Layer* layer, int64_t num_tokens) {
   call.out_dtype = buffers_.out_dtype;
   call.x_stride = call.out_stride = buffers_.hidden_size;
   layer->task->begin(call);
-  lease.run(layer->task.get());
+  lease.run(layer->task.get(), limit);
+}
+
+double ExpertBridge::limit_seconds(const Layer& layer, int64_t num_tokens) const {
+  const double expert = 3.0 * static_cast<double>(layer.weights->hidden_size()) *
+                        static_cast<double>(layer.weights->intermediate_size());
+  return worker_timeout_s_ +
+         kMultiplicationSeconds * expert * static_cast<double>(num_tokens * buffers_.top_k);
 }
 
 // Answers layers[position] and those after it without computing, or, once the stream does not
@@ -336,6 +347,11 @@ void ExpertBridge::reset(double timeout_s, const StreamQuery& query) {
       std::this_thread::sleep_for(kNap);
     }
   }
+  const std::string missing = pool_->missing_workers();
+  if (!missing.empty()) {
+    throw std::runtime_error(missing + " is not back from a step that failed (" + failure_ +
+                             "): nothing can be computed before");
+  }
   for (int i = 0; i < num_flags(num_layers()); ++i) store(flag(i), 0);
   failure_.clear();
 }
@@ -362,13 +378,15 @@ BridgeCounters ExpertBridge::counters() const {
   return counters_;
 }
 
-void ExpertBridge::fail_once(int layer, int worker) {
+void ExpertBridge::fail_once(int layer, int worker, double after_s) {
   check_layer(layer);
   if (worker < 0 || worker >= pool_->num_threads()) {
     throw std::invalid_argument("worker=" + std::to_string(worker) + " must be between 0 and " +
                                 std::to_string(pool_->num_threads() - 1));
   }
-  layers_[static_cast<size_t>(layer)].failing_worker = worker;
+  Layer& failing = layers_[static_cast<size_t>(layer)];
+  failing.failing = std::make_unique<FailingTask>(worker, after_s);
+  failing.is_failing = true;
 }
 
 }  // namespace moejet

@@ -4,7 +4,7 @@
 // Everything passes through host memory that the GPU can reach. Each layer has two flags, which
 // only ever hold 0 or 1, so that a graph with constant values can be replayed:
 //
-//   stream: copy x, topk_ids, topk_weights to the host      CPU: wait until submitted == 1
+//   stream: write x, topk_ids, topk_weights to the host     CPU: wait until submitted == 1
 //           submitted = 1                                        submitted = 0
 //           (shared and resident experts)                        out = experts(x)
 //           wait until finished == 1                             finished = 1
@@ -83,9 +83,13 @@ struct BridgeCounters {
 
 class ExpertBridge {
  public:
-  // layers: of equal hidden size; not owned, nor is the pool. Throws std::invalid_argument.
+  // layers: of equal hidden size; not owned, nor is the pool. worker_timeout_s: how long workers
+  // may take for a layer, beside 2 ns for each multiplication of all its tokens. Throws
+  // std::invalid_argument.
   ExpertBridge(ThreadPool* pool, const std::vector<const ExpertWeights*>& layers,
-               const KernelTable& table, const BridgeBuffers& buffers);
+               const KernelTable& table, const BridgeBuffers& buffers,
+               double worker_timeout_s = ThreadPool::kNoLimit);
+  // To be destroyed only while the pool has no missing_workers().
   ExpertBridge(const ExpertBridge&) = delete;
   ExpertBridge& operator=(const ExpertBridge&) = delete;
 
@@ -96,15 +100,18 @@ class ExpertBridge {
   // Serves these layers, in the order in which the stream submits them, for num_tokens rows; the
   // calling thread is worker 0 of the pool. To be called once the step has been launched. A wait
   // for one layer's submission longer than timeout_s, a stream that fails or that runs out of work
-  // without submitting, ids out of range and failing workers throw std::runtime_error that names
-  // the layer. The pool is held while a layer is computed, not while waiting.
+  // without submitting, ids out of range and workers that fail or take too long throw
+  // std::runtime_error that names the layer. The pool is held while a layer is computed, not while
+  // waiting.
   void run_step(int64_t num_tokens, const std::vector<int>& layers, double timeout_s,
                 const StreamQuery& query);
 
   // Makes the bridge ready again after a failure, or after a step was launched and not served:
   // answers all that the stream submits with NaN until it is idle, then clears all flags. Throws
   // what query throws, or std::runtime_error after timeout_s; until a later call succeeds, what the
-  // stream submits is left waiting. Without query the stream must be idle.
+  // stream submits is left waiting. Without query the stream must be idle. A worker that is not
+  // back from an earlier step may still write to out: as long as one is missing, throws
+  // std::runtime_error when the stream is idle.
   void reset(double timeout_s, const StreamQuery& query);
 
   // The stream's side, for streams that call host functions. wait() returns when the layer is
@@ -122,15 +129,16 @@ class ExpertBridge {
   // then is the stream's share of it. Answers are not counted as layers. Not during a step.
   void set_computing(bool computes) { computes_ = computes; }
 
-  // For tests: the worker throws when it next computes this layer.
-  void fail_once(int layer, int worker);
+  // For tests: the worker throws when it next computes this layer, after so many seconds.
+  void fail_once(int layer, int worker, double after_s = 0);
 
  private:
   struct Layer {
     const ExpertWeights* weights;
     std::unique_ptr<MoeTask> task;
     std::vector<int64_t> last_use;  // of each expert: number of the call
-    int failing_worker = -1;
+    std::unique_ptr<Task> failing;  // instead of task, once; kept, lest a late worker use it
+    bool is_failing = false;
   };
 
   uint32_t* flag(int index) const { return buffers_.flags + int64_t{index} * kFlagStride; }
@@ -143,6 +151,7 @@ class ExpertBridge {
   void serve(int layer, int64_t num_tokens);
   int64_t count_experts(int layer, int64_t num_tokens);
   void compute(Layer* layer, int64_t num_tokens);
+  double limit_seconds(const Layer& layer, int64_t num_tokens) const;
   void abandon(const std::vector<int>& layers, size_t position, bool was_submitted,
                const StreamQuery& query);
   void spoil();
@@ -150,6 +159,7 @@ class ExpertBridge {
 
   ThreadPool* const pool_;
   const BridgeBuffers buffers_;
+  const double worker_timeout_s_;
   const pid_t pid_;
   std::vector<Layer> layers_;
   int64_t num_calls_ = 0;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstring>
 #include <set>
 #include <stdexcept>
@@ -24,6 +25,14 @@ namespace {
 constexpr auto kIdleSpin = std::chrono::microseconds(100);
 // Waits inside a region yield after this many pauses: another process may hold a worker's CPU.
 constexpr int kSpinsBeforeYield = 4096;
+// Longer limits than a year are none.
+constexpr double kMostSeconds = 3e7;
+constexpr char kStuck[] =
+    "the CPU may be overloaded, or its memory swapped or read from a disk that does not answer";
+// How long close() waits for workers of an abandoned region.
+constexpr auto kCloseWait = std::chrono::seconds(2);
+
+using Clock = std::chrono::steady_clock;
 
 cpu_set_t single_cpu(int cpu) {
   cpu_set_t set;
@@ -112,10 +121,18 @@ std::vector<int> checked_worker_nodes(std::vector<int> worker_nodes, size_t num_
 }  // namespace
 
 struct ThreadPool::State {
-  explicit State(int n) : num_workers(n) {}
+  explicit State(int n) : num_workers(n), left(static_cast<size_t>(n)) {}
+
+  // The last region that a worker has left.
+  struct alignas(64) Left {
+    std::atomic<uint32_t> epoch{0};
+  };
 
   const int num_workers;
   std::vector<std::thread> threads;
+  std::vector<Left> left;  // worker 0 keeps none
+  Workspace workspace;     // the caller's
+  Clock::time_point deadline{};
 
   // The region: written by the caller before epoch is raised, read by workers after they see it.
   Task* task = nullptr;
@@ -130,6 +147,7 @@ struct ThreadPool::State {
   alignas(64) std::atomic<uint32_t> phase_epoch{0};
   alignas(64) std::atomic<int> sleepers{0};
   alignas(64) std::atomic<int> watchers{0};  // KeepAwake objects
+  alignas(64) std::atomic<bool> abandoned{false};
   std::mutex sleep_mutex;
   std::condition_variable wake;
 
@@ -139,20 +157,28 @@ struct ThreadPool::State {
     failed.store(true, std::memory_order_release);
   }
 
+  // False: it is past the deadline, which has begun to be looked at.
   template <class Ready>
-  static void spin_until(Ready&& ready) {
+  static bool spin_until(Ready&& ready, Clock::time_point deadline = Clock::time_point::max()) {
     for (int spins = 0; !ready(); ++spins) {
       if (spins < kSpinsBeforeYield) {
         cpu_relax();
-      } else {
-        sched_yield();
+        continue;
       }
+      sched_yield();
+      if (deadline != Clock::time_point::max() && Clock::now() >= deadline) return ready();
     }
+    return true;
   }
 
-  // Worker 0: waits for the others, prepares the next phase, lets all go.
+  // Worker 0: waits for the others, prepares the next phase, lets all go. If some do not come in
+  // time, those that wait are sent home, and the others leave when they are done.
   bool lead_into_phase() {
-    spin_until([&] { return arrived.load(std::memory_order_acquire) == num_workers - 1; });
+    const auto all = [&] { return arrived.load(std::memory_order_acquire) == num_workers - 1; };
+    if (!spin_until(all, deadline)) {
+      abandoned.store(true, std::memory_order_release);
+      return false;
+    }
     arrived.store(0, std::memory_order_relaxed);
     has_phase = false;
     if (!failed.load(std::memory_order_acquire)) {
@@ -170,8 +196,31 @@ struct ThreadPool::State {
   bool follow_into_phase() {
     const uint32_t now = phase_epoch.load(std::memory_order_relaxed);
     arrived.fetch_add(1, std::memory_order_acq_rel);
-    spin_until([&] { return phase_epoch.load(std::memory_order_acquire) != now; });
-    return has_phase;
+    spin_until([&] {
+      return phase_epoch.load(std::memory_order_acquire) != now ||
+             abandoned.load(std::memory_order_acquire);
+    });
+    return !abandoned.load(std::memory_order_acquire) && has_phase;
+  }
+
+  // Of an abandoned region.
+  std::vector<int> missing() const {
+    std::vector<int> workers;
+    if (!abandoned.load(std::memory_order_acquire)) return workers;
+    const uint32_t last = epoch.load();
+    for (int worker = 1; worker < num_workers; ++worker) {
+      const Left& one = left[static_cast<size_t>(worker)];
+      if (one.epoch.load(std::memory_order_acquire) != last) workers.push_back(worker);
+    }
+    return workers;
+  }
+  bool wait_for_missing(std::chrono::milliseconds most) const {
+    const Clock::time_point deadline = Clock::now() + most;
+    while (!missing().empty()) {
+      if (Clock::now() >= deadline) return false;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return true;
   }
 
   void start_region() {
@@ -251,7 +300,11 @@ ThreadPool::~ThreadPool() {
     (void)state_.release();
     return;
   }
-  close();
+  try {
+    close();
+  } catch (const std::exception&) {  // workers are stuck, and nobody is left to be told
+  }
+  if (is_left_behind_) (void)state_.release();
 }
 
 void ThreadPool::stop_threads() {
@@ -266,9 +319,26 @@ void ThreadPool::close() {
   std::lock_guard<std::mutex> lock(caller_mutex_);
   if (closed_) return;
   closed_ = true;
+  if (!state_->wait_for_missing(kCloseWait)) {
+    const std::string missing = missing_workers();
+    is_left_behind_ = true;
+    state_->stop = true;  // the others end now, and those if they ever come back
+    state_->start_region();
+    throw std::runtime_error(missing + " of this ThreadPool cannot be ended: " + kStuck);
+  }
   stop_threads();
-  workspace_.release();
+  state_->workspace.release();
 }
+
+std::string ThreadPool::missing_workers() const {
+  std::string text;
+  for (const int worker : state_->missing()) {
+    text += (text.empty() ? "worker " : ", ") + std::to_string(worker);
+  }
+  return text;
+}
+
+Workspace& ThreadPool::Lease::workspace() { return pool_->state_->workspace; }
 
 void ThreadPool::check_process() const {
   if (getpid() != pid_) {
@@ -282,6 +352,12 @@ ThreadPool::Lease ThreadPool::acquire() {
   check_process();
   Lease lease(this);
   if (closed_) throw std::runtime_error("this ThreadPool is closed: make a new one");
+  if (state_->abandoned.load(std::memory_order_acquire)) {
+    const std::string missing = missing_workers();
+    if (!missing.empty()) throw std::runtime_error(missing + " is not back from work: " + kStuck);
+    state_->arrived.store(0, std::memory_order_relaxed);
+    state_->abandoned.store(false, std::memory_order_release);
+  }
   return lease;
 }
 
@@ -304,21 +380,36 @@ void ThreadPool::work(State* state, int worker, int node) {
     ++seen;  // a region's first phase waits for all workers, so none is missed
     if (state->stop) return;
     run_task(state, worker);
+    state->left[static_cast<size_t>(worker)].epoch.store(seen, std::memory_order_release);
   }
 }
 
 void ThreadPool::keep_awake(int count) { state_->watchers.fetch_add(count); }
 
-void ThreadPool::run_region(Task* task) {
+void ThreadPool::run_region(Task* task, double timeout_s) {
   State* state = state_.get();
   const CallerNode caller_node(worker_nodes_[0]);
   const CallerPlacement placement(cpus_, pin_,
                                   memory_nodes_[static_cast<size_t>(worker_nodes_[0])]);
   state->task = task;
+  state->deadline = Clock::time_point::max();
+  if (timeout_s < kMostSeconds) {
+    const std::chrono::duration<double> limit(timeout_s);
+    state->deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(limit);
+  }
   state->error = nullptr;
   state->failed.store(false, std::memory_order_relaxed);
   state->start_region();
   run_task(state, 0);
+  if (state->abandoned.load(std::memory_order_relaxed)) {
+    // Those that were only waiting for the others leave at once.
+    state->wait_for_missing(std::chrono::milliseconds(10));
+    const std::string missing = missing_workers();
+    char limit[32];
+    std::snprintf(limit, sizeof(limit), "%.3g", timeout_s);
+    throw std::runtime_error((missing.empty() ? "workers" : missing) + " did not finish within " +
+                             limit + " s: " + kStuck);
+  }
   if (state->error) std::rethrow_exception(std::exchange(state->error, nullptr));
 }
 

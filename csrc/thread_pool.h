@@ -7,6 +7,10 @@
 //
 // One caller at a time: further callers wait. A pool does not survive fork: in the child acquire()
 // throws, because its threads do not exist there.
+//
+// A caller may give a region a time limit. When it is over, the caller leaves and the workers that
+// are waiting go home; nobody may use the pool until those have come back that are not: they still
+// work on the task, its memory and the workspace. The calling thread itself has no limit.
 #pragma once
 
 #include <sys/types.h>
@@ -15,8 +19,10 @@
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -48,20 +54,28 @@ class ThreadPool {
   // of regions.
   static int current_node();
 
+  static constexpr double kNoLimit = std::numeric_limits<double>::infinity();
+
   // Waits for the region in progress, ends the threads, frees the workspace. Idempotent. Does
-  // nothing in a forked child.
+  // nothing in a forked child. Throws std::runtime_error if workers of an abandoned region are not
+  // back after 2 s; the pool is closed then too, but their threads and the workspace stay for good.
   void close();
+
+  // Workers that are not back from an abandoned region, as "worker 1, 3"; empty: none. Does not
+  // wait for the pool.
+  std::string missing_workers() const;
 
   // The right to use the pool, held from acquire() until destruction.
   class Lease {
    public:
     // Runs the task's phases on all workers. If one throws, the later phases are skipped and the
-    // first exception is thrown here.
-    void run(Task* task) { pool_->run_region(task); }
+    // first exception is thrown here. After timeout_s (more or less) throws std::runtime_error if
+    // workers are missing, which may use the task until missing_workers() does not name them.
+    void run(Task* task, double timeout_s = kNoLimit) { pool_->run_region(task, timeout_s); }
 
     // The same for body(phase, worker), phase 0 .. num_phases - 1.
     template <class Body>
-    void run(int num_phases, const Body& body) {
+    void run(int num_phases, const Body& body, double timeout_s = kNoLimit) {
       class Phases final : public Task {
        public:
         Phases(int num_phases, const Body& body) : num_phases_(num_phases), body_(body) {}
@@ -73,9 +87,9 @@ class ThreadPool {
         const Body& body_;
         int phase_ = -1;
       } phases(num_phases, body);
-      run(&phases);
+      run(&phases, timeout_s);
     }
-    Workspace& workspace() { return pool_->workspace_; }
+    Workspace& workspace();
     int num_threads() const { return pool_->num_threads_; }
 
    private:
@@ -98,14 +112,14 @@ class ThreadPool {
     ThreadPool* const pool_;
   };
 
-  // Waits until no other caller uses the pool. Throws std::runtime_error if it is closed, or if
-  // this process was forked after the pool was made.
+  // Waits until no other caller uses the pool. Throws std::runtime_error if it is closed, if
+  // workers are missing, or if this process was forked after the pool was made.
   Lease acquire();
 
  private:
   struct State;
 
-  void run_region(Task* task);
+  void run_region(Task* task, double timeout_s);
   void keep_awake(int count);
   void check_process() const;
   static void work(State* state, int worker, int node);
@@ -118,8 +132,8 @@ class ThreadPool {
   const std::vector<int> worker_nodes_, memory_nodes_;
   const pid_t pid_;
   std::mutex caller_mutex_;
-  bool closed_ = false;  // under caller_mutex_
-  Workspace workspace_;  // under caller_mutex_
+  bool closed_ = false;          // under caller_mutex_
+  bool is_left_behind_ = false;  // state_ is not to be freed: threads that did not end use it
   std::unique_ptr<State> state_;
 };
 

@@ -21,6 +21,7 @@ def _reference(row: torch.Tensor, token_id: int) -> TokenScores:
         gap=float(top[0] - top[1]) if len(top) > 1 else 0.0,
         confidence=float(-top[:20].mean()),
         self_certainty=float(-(logp_possible + math.log(len(logp_possible))).mean()),
+        top5_share=float(logp[token_id].exp() / top[:5].exp().sum()),
     )
 
 
@@ -59,8 +60,22 @@ def test_extremes():
     assert sure.entropy == pytest.approx(0.0, abs=1e-6)
     assert sure.gap == pytest.approx(200.0)
     assert sure.self_certainty > 100
+    assert (flat.top5_share, sure.top5_share) == pytest.approx((0.2, 1.0))
+    assert token_scores(certain * 1e6, [4])[0].top5_share == 0.0
     [only] = token_scores(single, [0])
     assert (only.logprob, only.gap, only.entropy) == pytest.approx((0.0, 0.0, 0.0))
+
+
+def test_share_among_the_five_likeliest_is_a_softmax_over_them():
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(2)) * 4
+    order = torch.sort(logits, descending=True).indices
+    tokens = [int(order[row, row]) for row in range(6)]  # ranks 0 to 5: the last is not among them
+    shares = [scores.top5_share for scores in token_scores(logits, tokens)]
+    for row in range(5):
+        softmax = torch.softmax(logits[row].double()[order[row, :5]], dim=0)
+        assert shares[row] == pytest.approx(float(softmax[row]), abs=1e-6)
+    probs = torch.softmax(logits[5].double(), dim=0)
+    assert shares[5] == pytest.approx(float(probs[tokens[5]] / probs[order[5, :5]].sum()), abs=1e-6)
 
 
 def test_sums_means_and_last():

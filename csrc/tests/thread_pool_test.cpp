@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstring>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -135,6 +136,51 @@ TEST(exceptions_reach_the_caller_and_skip_later_phases) {
   }
   ThrowingNext throwing;
   CHECK_THROWS(std::runtime_error, "next failed", pool.acquire().run(&throwing));
+}
+
+// Workers do their parts of it late, each by so many milliseconds.
+class Late final : public Task {
+ public:
+  explicit Late(std::vector<int> delays) : delays_(std::move(delays)), done_(delays_.size()) {}
+  bool next() override { return ++phase_ <= 2; }
+  void work(int worker) override {
+    std::this_thread::sleep_for(std::chrono::milliseconds(delays_[static_cast<size_t>(worker)]));
+    ++done_[static_cast<size_t>(worker)];
+  }
+  int64_t done(int worker) const { return done_[static_cast<size_t>(worker)]; }
+
+ private:
+  const std::vector<int> delays_;
+  std::vector<int64_t> done_;
+  int phase_ = 0;
+};
+
+TEST(a_late_worker_is_waited_for_so_long_and_no_longer) {
+  ThreadPool pool(kThree, false);
+  for (int round = 0; round < 3; ++round) {
+    Late in_time({0, 10, 20}), late({0, 0, 300});
+    pool.acquire().run(&in_time, 20.0);
+    CHECK_OP(in_time.done(2), ==, 2);
+    CHECK_THROWS(std::runtime_error, "worker 2 did not finish within 0.05 s",
+                 pool.acquire().run(&late, 0.05));
+    CHECK(pool.missing_workers() == "worker 2");
+    CHECK_THROWS(std::runtime_error, "worker 2 is not back", pool.acquire());
+    while (!pool.missing_workers().empty()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    CHECK_OP(late.done(1), ==, 1);  // the second phase does not take place
+    CHECK_OP(late.done(2), ==, 1);
+    Relay relay(3, 4);
+    pool.acquire().run(&relay, 20.0);
+    CHECK_OP(relay.sum(), ==, 30);
+  }
+}
+
+TEST(workers_that_are_all_late) {
+  ThreadPool pool(kThree, false);
+  Late late({0, 150, 100});
+  CHECK_THROWS(std::runtime_error, "worker 1, 2 did not finish", pool.acquire().run(&late, 0.03));
+  pool.close();  // waits for them
 }
 
 TEST(callers_take_turns_and_pools_are_independent) {

@@ -56,7 +56,10 @@ class ThreadPool:
     @property
     def memory_nodes(self) -> list[int]: ...
     def close(self) -> None:
-        """Ends the threads; idempotent. Later use raises RuntimeError, as does use after fork."""
+        """Ends the threads; idempotent. Later use raises RuntimeError, as does use after fork.
+
+        RuntimeError if workers that took longer than allowed are not back after 2 s.
+        """
 
     def probe(self, fail_worker: int | None = None) -> list[int]:
         """The CPU that each worker runs on. Worker `fail_worker` raises RuntimeError instead."""
@@ -426,7 +429,10 @@ class ExpertBridge:
         out: _Tensor,
         flags: _Tensor,
         isa: str = "auto",
-    ) -> None: ...
+        worker_timeout_s: float = ...,
+    ) -> None:
+        """worker_timeout_s: for a layer, beside 2 ns per multiplication (default: no limit)."""
+
     def run_step(
         self,
         num_tokens: int,
@@ -460,8 +466,8 @@ class ExpertBridge:
     def counters(self) -> dict[str, Any]:
         """{"steps", "layers", "wait_s", "layer_s": [float], "distinct_experts", "weight_bytes"}"""
 
-    def fail_once(self, layer: int, worker: int) -> None:
-        """For tests: the worker throws when it next computes this layer."""
+    def fail_once(self, layer: int, worker: int, after_s: float = 0.0) -> None:
+        """For tests: the worker throws when it next computes this layer, after so many seconds."""
 
     def set_computing(self, computes: bool) -> None:
         """False: layers are answered at once with zeros and not counted, to time the stream's share alone."""

@@ -222,9 +222,13 @@ class EngineConfig:
     device: "auto" is "cuda" where torch and Triton see a GPU and no other option asks for the CPU, else "cpu"
     ("simulated", for tests: the GPU's path over CPU tensors and torch's references) · vram_gib: GPU memory to use at
     most (None: what is free) · gpu_experts: routed experts, of all layers together, that live on the GPU (None: as many
-    as fit); the others live in RAM and the CPU computes them · stream_prefill_tokens: steps with prompts of at least so
-    many tokens copy those to the GPU, layer by layer, and compute all experts there ("auto": where that is faster, as
-    measured while loading, but not experts in fp32, which the GPU has as int8; 0: never)
+    as fit); the others live in RAM and the CPU computes them
+    expert_cache: of those in RAM, how many may have a copy on the GPU as well, of all layers together: those that are
+    used most, exchanged while the model runs ("auto": half of the memory that is left for experts, or what gpu_experts
+    leaves; none in fp32). GPU and CPU round differently, so tokens may then depend on what was computed before
+    stream_prefill_tokens: steps with prompts of at least so many tokens copy the experts in RAM to the GPU, layer by
+    layer, and compute all of them there ("auto": where that is faster, as measured while loading, but not experts in
+    fp32, which the GPU has as int8; 0: never)
     seed: base of requests that bring none of their own
     show_progress: a bar while loading (None: if stderr is a terminal)
     """
@@ -252,6 +256,7 @@ class EngineConfig:
     device: str = "auto"
     vram_gib: float | None = None
     gpu_experts: int | None = None
+    expert_cache: int | Literal["auto"] = 0
     stream_prefill_tokens: int | Literal["auto"] = "auto"
     seed: int | None = None
     show_progress: bool | None = None
@@ -352,6 +357,11 @@ class EngineConfig:
             not isinstance(experts, int) or isinstance(experts, bool) or experts < 0
         ):
             raise ValueError(f"gpu_experts={experts!r} must be a number of experts, 0 or more")
+        cached = self.expert_cache
+        if cached != "auto" and (
+            not isinstance(cached, int) or isinstance(cached, bool) or cached < 0
+        ):
+            raise ValueError(f"expert_cache={cached!r} must be 'auto' or a number of experts")
         tokens = self.stream_prefill_tokens
         is_number = isinstance(tokens, int) and not isinstance(tokens, bool)
         if tokens != "auto" and (not is_number or int(tokens) < 0):
@@ -423,6 +433,21 @@ def env_device() -> str:
     if value not in DEVICES[:3]:
         raise ValueError(f"MOEJET_DEVICE={value!r} is not one of {', '.join(DEVICES[:3])}")
     return value
+
+
+def env_worker_timeout() -> float:
+    """MOEJET_WORKER_TIMEOUT: seconds, beside 2 ns per multiplication, that CPU workers may take for a layer's experts.
+
+    Then a step on a GPU fails, instead of waiting for a worker that does not come back.
+    """
+    value = os.environ.get("MOEJET_WORKER_TIMEOUT", "3")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise ValueError(f"MOEJET_WORKER_TIMEOUT={value!r} must be a number of seconds above 0")
+    return seconds
 
 
 def use_graphs() -> bool:

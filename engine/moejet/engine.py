@@ -108,12 +108,16 @@ class Engine:
     def counters(self) -> EngineCounters:
         """What has been done so far; any thread may ask."""
         loads, num_bytes = self.runner.expert_loads()
+        uses, hits, fetched = self.runner.cache_counts()
         store = self.scheduler.store
         return replace(
             self.totals,
             preemptions=self.scheduler.num_preemptions,
             expert_loads=loads,
             expert_bytes=num_bytes,
+            expert_cache_uses=uses,
+            expert_cache_hits=hits,
+            expert_cache_bytes=fetched,
             decode_steps=self.traffic.steps,
             decode_seconds=self.traffic.seconds,
             decode_bytes=self.traffic.num_bytes,

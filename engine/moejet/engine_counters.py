@@ -72,6 +72,8 @@ class EngineCounters:
     expert_loads: routed experts read by all layers and steps, so loads / (steps * MoE layers) is how many distinct ones
     a layer reads per step; a step of more than 1024 tokens reads them more than once · expert_bytes: of their weights.
     Both count every forward pass, also those outside the schedule, and are 0 with MOEJET_REF=1.
+    expert_cache_uses, expert_cache_hits: experts asked for by tokens, in layers with a cache on the GPU, and how many
+    of them it had · expert_cache_bytes: fetched for it. These lag a few steps behind.
     decode_steps: those that computed no position of a prompt · decode_seconds: of their forward passes · decode_bytes:
     of weights that they read through this machine's memory
     disk_tokens: those of cached_tokens that were read from disk · cache_evictions, disk_evictions: blocks that had to
@@ -87,6 +89,9 @@ class EngineCounters:
     preemptions: int = 0
     expert_loads: int = 0
     expert_bytes: int = 0
+    expert_cache_uses: int = 0
+    expert_cache_hits: int = 0
+    expert_cache_bytes: int = 0
     decode_steps: int = 0
     decode_seconds: float = 0.0
     decode_bytes: int = 0

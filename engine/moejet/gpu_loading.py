@@ -13,12 +13,21 @@ import torch
 
 from moejet.config import EngineConfig, ModelConfig, env_device
 from moejet.experts.bridge import CpuBridge, CudaStream, Stream
+from moejet.experts.cache_policy import CachePolicy
 from moejet.experts.cpu_experts import CpuExperts
+from moejet.experts.expert_cache import CudaFetchStream, ExpertCache, FetchStream
 from moejet.experts.expert_ring import ExpertRing
 from moejet.experts.hybrid_experts import HybridExperts
 from moejet.experts.placement import Placement
 from moejet.experts.resident_experts import ResidentExperts
-from moejet.gpu_memory import RESERVE_BYTES, GpuMemory, bridge_tokens, ring_size
+from moejet.gpu_memory import (
+    FETCH_BYTES,
+    RESERVE_BYTES,
+    GpuMemory,
+    bridge_tokens,
+    fetch_buffers,
+    ring_size,
+)
 from moejet.gpu_runner import GpuRunner
 from moejet.layers.gpu import GpuDenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
@@ -31,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # The simulated device is for comparisons with exact results.
 ACTIVATIONS = {"cuda": torch.bfloat16, "cpu": torch.float32}
+# Swaps of the expert cache: a choice takes 0.3 ms for 58 layers of 256 experts (2 GHz core).
+_STEPS_OF_A_CHOICE = 4
 # Of a simulated device, where vram_gib does not say.
 _SIMULATED_BYTES = 64 * GIB
 # What is free changes a little from start to start. Placements, and with them the packed cache, had better not.
@@ -49,8 +60,12 @@ def choose_device(config: EngineConfig, model_config: ModelConfig) -> str:
     if obstacle and torch.cuda.is_available():
         logger.info("the GPU is not used: %s", obstacle)
     device = "cpu" if obstacle else "cuda" if wanted == "auto" else wanted
-    for name in ("vram_gib", "gpu_experts"):
-        if device == "cpu" and getattr(config, name) is not None:
+    for name, off in (
+        ("vram_gib", (None,)),
+        ("gpu_experts", (None,)),
+        ("expert_cache", (0, "auto")),
+    ):
+        if device == "cpu" and getattr(config, name) not in off:
             reason = obstacle or "the model runs on the CPU (device='cpu')"
             raise ValueError(f"{name}={getattr(config, name)!r} needs a GPU: {reason}")
     return device
@@ -129,18 +144,20 @@ def create_gpu_runner(
         place = torch.device("cuda", torch.cuda.current_device())
         _limit_memory(place, budget)
         stream: Stream = CudaStream(place)
+        fetches: FetchStream = CudaFetchStream(place)
     else:
-        from moejet.testing.simulated_stream import SimulatedStream
+        from moejet.testing.simulated_stream import SimulatedFetchStream, SimulatedStream
 
         place = torch.device("cpu")
         simulated = SimulatedStream()
-        stream, close = simulated, simulated.close
+        stream, close, fetches = simulated, simulated.close, SimulatedFetchStream()
     try:
         runner = _runner(
             config,
             model_config,
             place=place,
             stream=stream,
+            fetches=fetches,
             placement=memory.placement,
             has_ring=memory.ring > 0,
             num_blocks=num_blocks,
@@ -149,22 +166,26 @@ def create_gpu_runner(
             isa=isa,
         )
     except BaseException:
+        fetches.close()
         close()
         raise
     runner.memory, runner.vram_bytes = memory, budget
     logger.info(
-        "%s: %d of %d routed experts there, %.2f GiB of %.2f planned",
+        "%s: %d of %d routed experts there, slots for %d others, %.2f GiB of %.2f planned",
         device,
         memory.placement.num_resident,
         model_config.num_moe_layers * model_config.num_experts,
+        memory.placement.num_cached,
         memory.on_device / GIB,
         budget / GIB,
     )
     close_stream = close
 
     def close_all() -> None:
-        runner.close()
-        close_stream()
+        try:
+            runner.close()
+        finally:
+            close_stream()
 
     return GpuSetup(runner, memory.placement, close_all)
 
@@ -182,6 +203,7 @@ def _runner(
     *,
     place: torch.device,
     stream: Stream,
+    fetches: FetchStream,
     placement: Placement,
     has_ring: bool,
     num_blocks: int,
@@ -200,12 +222,17 @@ def _runner(
     )
 
     def make_experts(layer: int) -> HybridExperts:
-        resident = placement.resident[layer]
+        resident, cached = placement.resident[layer], placement.cached[layer]
         format, down_format = formats[layer]
         there = here = None
-        if resident:
+        if resident or cached:
             there = ResidentExperts(
-                resident, *shape, format=format, down_format=down_format, device=place
+                resident,
+                *shape,
+                format=format,
+                down_format=down_format,
+                device=place,
+                num_free=cached,
             )
         if len(resident) < model_config.num_experts:
             here = CpuExperts(
@@ -254,5 +281,30 @@ def _runner(
         pool=pool,
         isa=isa,
         bridge=bridge,
+        expert_cache=_expert_cache(model_config, config, asked, fetches),
         ring=ring,
     )
+
+
+def _expert_cache(
+    model_config: ModelConfig,
+    config: EngineConfig,
+    layers: list[HybridExperts],
+    stream: FetchStream,
+) -> ExpertCache | None:
+    """Of those layers that have free slots."""
+    layers = [layer for layer in layers if layer.resident is not None and layer.resident.num_free]
+    if not layers:
+        stream.close()
+        return None
+    residents = [layer.require_resident() for layer in layers]
+    experts = [layer.require_cpu() for layer in layers]
+    policy = CachePolicy(
+        experts[0].weights.num_experts,
+        [resident.num_free for resident in residents],
+        [cpu.packed_layout.expert_bytes for cpu in experts],
+        fixed=[resident.slots for resident in residents],
+        bytes_per_step=FETCH_BYTES,
+    )
+    buffers = fetch_buffers(model_config, config)
+    return ExpertCache(layers, stream, policy, num_buffers=buffers, choose_every=_STEPS_OF_A_CHOICE)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moejet.config import DEFAULT_MAX_CONTEXT, FORMAT_BITS, EngineConfig, ModelConfig
 from moejet.device_batch import MAX_ABSORBED_TOKENS, padded_sizes
+from moejet.experts.expert_cache import table_row
 from moejet.experts.placement import Placement, counts_that_fit
 from moejet.experts.resident_experts import resident_bytes
 from moejet.experts.ring_size import RingSize
@@ -22,25 +23,32 @@ from moejet.layers.gpu import GpuDenseWeights
 from moejet.layers.linear import Linear, RMSNorm
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DecoderLayer
+from moejet.weights.packed_layout import PackedLayout
 
 # CUDA's context and kernels, graphs, fragments of the allocator.
 RESERVE_BYTES = 1 << 30
 _EXPANDED_BYTES = 256 << 20
+# With expert_cache="auto", of what is left for experts.
+_CACHE_SHARE = 0.5
+# Fetches of one step, and buffers for packed experts on their way.
+FETCH_BYTES, _MOST_BUFFERS = 256 << 20, 8
 # As in kernels/linear.py and moe_experts.py; logits as in gpu_runner.py.
 _SLAB_BYTES, _DOWN_BYTES, _LOGITS_BYTES = 24 << 20, 64 << 20, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """Bytes on the GPU (dense, cache, buffers, experts, ring) and in RAM (cpu_experts, pinned), and who lives where.
+    """Bytes on the GPU (dense, .., ring) and in RAM (cpu_experts, pinned), and who lives where.
 
-    ring: that experts in RAM stream through; none where all live on the GPU.
+    expert_cache: slots for copies of experts, and what fetches need · ring: that experts in RAM stream through; none
+    where all live on the GPU.
     """
 
     dense: int
     cache: int
     buffers: int
     experts: int
+    expert_cache: int
     ring: int
     cpu_experts: int
     pinned: int
@@ -50,7 +58,7 @@ class GpuMemory:
     def of(
         cls, model: ModelConfig, config: EngineConfig, *, vram_bytes: int, cache_tokens: int
     ) -> GpuMemory:
-        """With as many experts on the GPU as fit, or gpu_experts of them even if they do not."""
+        """With as many experts on the GPU as fit, or gpu_experts and expert_cache of them even if they do not."""
         config = config.for_model(model)
         dense, buffers = dense_bytes(model, config, cache_tokens), step_bytes(model, config)
         cache = cache_tokens * ModelCost.of(model, config).latent_bytes
@@ -59,14 +67,12 @@ class GpuMemory:
             resident_bytes(model.hidden_size, model.moe_intermediate_size, *f) for f in formats
         ]
         left = vram_bytes - dense - cache - buffers - RESERVE_BYTES
-        if config.gpu_experts is not None:
-            left = sum(sizes) * model.num_experts
-        counts = counts_that_fit(sizes, model.num_experts, left, config.gpu_experts)
+        counts, cached = _divide(model, config, sizes, left)
         ring = None
         if any(count < model.num_experts for count in counts):
             ring = ring_size(model, config)
-        if ring is not None and config.gpu_experts is None:
-            counts = counts_that_fit(sizes, model.num_experts, left - ring.device_bytes)
+        if ring is not None:
+            counts, cached = _divide(model, config, sizes, left - ring.device_bytes)
         matrix = model.hidden_size * model.moe_intermediate_size
         in_ram = 0.0
         for count, (gate_up, down) in zip(counts, formats, strict=True):
@@ -77,16 +83,19 @@ class GpuMemory:
             cache=cache,
             buffers=buffers,
             experts=sum(size * count for size, count in zip(sizes, counts, strict=True)),
+            expert_cache=cache_bytes(model, config, sizes, cached),
             ring=0 if ring is None else ring.device_bytes,
             cpu_experts=round(in_ram),
-            pinned=pinned_bytes(model, config) + (0 if ring is None else ring.host_bytes),
-            placement=Placement.of_counts(model.num_experts, counts),
+            pinned=pinned_bytes(model, config, has_cache=any(cached))
+            + (0 if ring is None else ring.host_bytes),
+            placement=Placement.of_counts(model.num_experts, counts, cached),
         )
 
     @property
     def on_device(self) -> int:
         """All of it, the reserve included."""
-        return self.dense + self.cache + self.buffers + self.experts + self.ring + RESERVE_BYTES
+        weights = self.dense + self.experts + self.expert_cache + self.ring
+        return weights + self.cache + self.buffers + RESERVE_BYTES
 
 
 def ring_size(model: ModelConfig, config: EngineConfig) -> RingSize | None:
@@ -101,6 +110,58 @@ def ring_size(model: ModelConfig, config: EngineConfig) -> RingSize | None:
         return None
     shape = (model.hidden_size, model.moe_intermediate_size, model.num_experts)
     return RingSize.of(*shape, formats)
+
+
+def _divide(
+    model: ModelConfig, config: EngineConfig, sizes: Sequence[int], left: int
+) -> tuple[list[int], list[int]]:
+    """(experts that live on the GPU, slots for copies) of each layer, of `left` bytes."""
+    everything, wanted = sum(sizes) * model.num_experts, config.expert_cache
+    cached = [0] * len(sizes)
+    if wanted == "auto" and any("fp32" in pair for pair in config.expert_formats_of(model)):
+        wanted = 0  # they would become int8, as in `ring_size`
+    if isinstance(wanted, int):
+        cached = counts_that_fit(sizes, model.num_experts, everything, wanted)
+    overhead = 0
+    if wanted and (wanted != "auto" or left < everything):
+        overhead = cache_bytes(model, config, sizes, [1] * len(sizes)) - sum(sizes)
+    if config.gpu_experts is not None:
+        counts = counts_that_fit(sizes, model.num_experts, everything, config.gpu_experts)
+    else:
+        share = 0 if wanted != "auto" or left >= everything else int(left * _CACHE_SHARE)
+        used = sum(size * count for size, count in zip(sizes, cached, strict=True))
+        counts = counts_that_fit(sizes, model.num_experts, left - used - max(share, overhead))
+    rooms = [model.num_experts - count for count in counts]
+    if wanted == "auto":
+        used = sum(size * count for size, count in zip(sizes, counts, strict=True))
+        cached = counts_that_fit(sizes, rooms, left - used - overhead)
+    return counts, [min(pair) for pair in zip(cached, rooms, strict=True)]
+
+
+def packed_layouts(model: ModelConfig, config: EngineConfig) -> list[PackedLayout]:
+    """Of each layer's experts on their way to the GPU."""
+    shape = model.hidden_size, model.moe_intermediate_size
+    return [PackedLayout(*shape, *formats) for formats in config.expert_formats_of(model)]
+
+
+def cache_bytes(
+    model: ModelConfig, config: EngineConfig, sizes: Sequence[int], cached: Sequence[int]
+) -> int:
+    """On the GPU, of so many slots in each layer: their own, a packed expert's, and the tables."""
+    if not any(cached):
+        return 0
+    slots = sum(size * count for size, count in zip(sizes, cached, strict=True))
+    tables = 2 * 4 * len(sizes) * table_row(model.num_experts)
+    return slots + _largest_packed(model, config) + tables + 4 * model.num_experts
+
+
+def _largest_packed(model: ModelConfig, config: EngineConfig) -> int:
+    return max(layout.expert_bytes for layout in packed_layouts(model, config))
+
+
+def fetch_buffers(model: ModelConfig, config: EngineConfig) -> int:
+    """Pinned buffers for packed experts."""
+    return max(1, min(_MOST_BUFFERS, FETCH_BYTES // _largest_packed(model, config)))
 
 
 def dense_bytes(model: ModelConfig, config: EngineConfig, cache_tokens: int) -> int:
@@ -191,11 +252,14 @@ def bridge_tokens(config: EngineConfig) -> int:
     return max(config.max_batch_tokens, _padded(config))
 
 
-def pinned_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Host memory that the GPU reaches: what goes to the CPU and back, a step's inputs, its logits."""
+def pinned_bytes(model: ModelConfig, config: EngineConfig, *, has_cache: bool = False) -> int:
+    """Host memory that the GPU reaches: what goes to the CPU and back, a step's inputs, its logits; fetched experts."""
     rows = bridge_tokens(config)
     between = rows * (2 * 2 * model.hidden_size + 8 * model.num_experts_per_tok)
     size = between + 4 * rows * model.hidden_size + 4 * _padded(config) * model.vocab_size
+    if has_cache:
+        size += fetch_buffers(model, config) * _largest_packed(model, config)
+        size += 2 * 4 * model.num_moe_layers * table_row(model.num_experts)
     return size
 
 
@@ -210,4 +274,4 @@ def device_tensors(runner: Any) -> Sequence[Tensor]:
     for moe in runner.model.moe_layers:
         if moe.experts.resident is not None:
             found.append(moe.experts.resident.slot_of_expert)
-    return found
+    return found if runner.expert_cache is None else found + runner.expert_cache.device_tensors

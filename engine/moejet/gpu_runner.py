@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from moejet.batch import Batch
 from moejet.config import EngineConfig, ModelConfig, use_graphs, use_reference
 from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
 from moejet.experts.bridge import CpuBridge
+from moejet.experts.expert_cache import ExpertCache
 from moejet.experts.expert_ring import ExpertRing, Transfers
 from moejet.experts.hybrid_experts import HybridExperts
 from moejet.experts.placement import Placement
@@ -104,9 +105,11 @@ class GpuRunner:
         isa: str,
         bridge: CpuBridge | None,
         ring: ExpertRing | None,
+        expert_cache: ExpertCache | None,
     ):
         self.model, self.pool, self.isa = model, pool, isa
         self.device, self.bridge, self.ring = dense.device, bridge, ring
+        self.expert_cache = expert_cache
         self._config, self._dtype = config, dense.dtype
         self._stream_tokens: int | None = None  # from which on a step streams; None: it does not
         self.native_seconds = 0.0
@@ -131,12 +134,15 @@ class GpuRunner:
         self._steps: dict[int, _DecodeStep] = {}
         self.uses_graphs = dense.device.type == "cuda" and use_graphs() and not use_reference()
         self._graph_memory: Any = None  # that all graphs share
+        self._has_to_reset = False  # the bridge, which was not possible after the last step
 
     def weights_loaded(self) -> None:
         """Prepares streaming: experts are pinned where they are, if they can be, and the threshold is decided."""
         if self.ring is None:
             return
         self.ring.prepare()
+        if self.ring.is_pinned and self.expert_cache is not None:
+            self.expert_cache.read_in_place()
         wanted = self._config.stream_prefill_tokens
         if wanted != "auto":
             self._stream_tokens = wanted
@@ -158,14 +164,18 @@ class GpuRunner:
             )
 
     def close(self) -> None:
-        """Releases bridge and ring, once the device is done with them, and the graphs: none is replayed any more."""
+        """Releases what experts travel through, once the device is done with it, and the graphs: none runs any more."""
         with self.on_device():
-            if self.bridge is not None:
-                self.bridge.close()
-            self._synchronize()
-            if self.ring is not None:
-                self.ring.close()
-            self._steps.clear()
+            try:
+                if self.expert_cache is not None:
+                    self.expert_cache.close()
+                if self.bridge is not None:
+                    self.bridge.close()
+            finally:
+                self._synchronize()
+                if self.ring is not None:
+                    self.ring.close()
+                self._steps.clear()
 
     @property
     def placement(self) -> Placement:
@@ -175,7 +185,15 @@ class GpuRunner:
 
     def transfers(self) -> Transfers:
         """What has been copied of experts so far; any thread may ask, and nothing waits."""
-        return Transfers() if self.ring is None else self.ring.transfers()
+        streamed = Transfers() if self.ring is None else self.ring.transfers()
+        if self.expert_cache is None:
+            return streamed
+        fetched = self.expert_cache.counters
+        return replace(
+            streamed,
+            fetched_bytes=fetched.fetched_bytes,
+            copy_seconds=streamed.copy_seconds + fetched.copy_seconds,
+        )
 
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts that the CPU has read so far, and the bytes of their weights."""
@@ -183,6 +201,13 @@ class GpuRunner:
             return 0, 0
         counters = self.bridge.counters()
         return int(counters["distinct_experts"]), int(counters["weight_bytes"])
+
+    def cache_counts(self) -> tuple[int, int, int]:
+        """Uses of experts in layers with a cache, how many of them it had, and bytes fetched for it."""
+        if self.expert_cache is None:
+            return 0, 0, 0
+        counters = self.expert_cache.counters
+        return counters.uses, counters.hits, counters.fetched_bytes
 
     def hidden(self, num_rows: int) -> Tensor | None:
         """Not kept: a captured step hands out logits or tokens only."""
@@ -226,7 +251,12 @@ class GpuRunner:
         """Runs a step to its end; if it fails, what it left on the stream is let through."""
         start = time.perf_counter()
         try:
+            if self._has_to_reset and self.bridge is not None:
+                self.bridge.reset()
+                self._has_to_reset = False
             with torch.inference_mode(), self.on_device():
+                if self.expert_cache is not None:
+                    self.expert_cache.advance()
                 result = step()
                 self._synchronize()
             return result
@@ -234,7 +264,9 @@ class GpuRunner:
             if self.bridge is not None:
                 try:
                     self.bridge.reset()
+                    self._has_to_reset = False
                 except RuntimeError as second:
+                    self._has_to_reset = True
                     error.add_note(f"and the device does not come to rest: {second}")
             raise
         finally:

@@ -228,8 +228,10 @@ def _create_engine(
         runner, close_stream = setup.runner, setup.close
 
         def close() -> None:
-            close_stream()
-            pool.close()
+            try:
+                close_stream()
+            finally:
+                pool.close()
 
     engine = Engine(
         runner,

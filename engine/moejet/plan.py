@@ -165,12 +165,16 @@ def _gpu_parts(
     on_gpu = memory.placement.num_resident
     all_experts = model_config.num_moe_layers * model_config.num_experts
     table = model_config.vocab_size * model_config.hidden_size
+    slots = []
+    if num := memory.placement.num_cached:
+        slots.append(Part(f"copies of up to {num} others", "VRAM", memory.expert_cache))
     return (
         Part("attention, shared experts, routers, output", "VRAM", memory.dense),
         Part("latent cache", "VRAM", memory.cache),
         Part("buffers of a step", "VRAM", memory.buffers),
         Part("kernels and reserve", "VRAM", RESERVE_BYTES),
         Part(f"{on_gpu} of {all_experts} routed experts", "VRAM", memory.experts),
+        *slots,
         Part("ring for streamed experts", "VRAM", memory.ring),
         Part("the other routed experts", "RAM", memory.cpu_experts),
         Part("embedding", "RAM", 2 * table),

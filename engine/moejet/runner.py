@@ -36,6 +36,7 @@ class Runner(Protocol):
 
     def weights_loaded(self) -> None: ...
     def expert_loads(self) -> tuple[int, int]: ...
+    def cache_counts(self) -> tuple[int, int, int]: ...
     def hidden(self, num_rows: int) -> Tensor | None: ...
     def execute(self, batch: Batch) -> Tensor: ...
     def sample(
@@ -93,6 +94,10 @@ class ModelRunner:
     def expert_loads(self) -> tuple[int, int]:
         """Routed experts read so far, and the bytes of their weights; zeros with MOEJET_REF=1."""
         return (0, 0) if self._program is None else self._program.expert_loads()
+
+    def cache_counts(self) -> tuple[int, int, int]:
+        """Zeros: there is no GPU that could have copies of experts."""
+        return 0, 0, 0
 
     def hidden(self, num_rows: int) -> Tensor | None:
         """What the last logits were computed from [L, D], until the next step."""

@@ -7,6 +7,7 @@ All values come from the raw logits, before penalties, masks and temperature, wi
   gap             log p of the most likely token minus that of the second
   confidence      -mean(log p) of the 20 most likely tokens (arXiv 2508.15260); high where the distribution is peaked
   self_certainty  -mean(log(V p)) over the vocabulary of V: KL divergence of uniform from p (arXiv 2502.18581)
+  top5_share      p of the chosen token over the sum of the 5 largest p (arXiv 2411.14405)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # a server's process knows the values and not how they come a
     from torch import Tensor
 
 _NUM_TOP = 20
+_NUM_SHARED = 5
 _CHUNK_ELEMENTS = 1 << 20  # of logits at a time: temporaries stay within a core's cache
 
 
@@ -31,6 +33,7 @@ class TokenScores:
     gap: float = 0.0
     confidence: float = 0.0
     self_certainty: float = 0.0
+    top5_share: float = 0.0
 
     def __add__(self, other: TokenScores) -> TokenScores:
         return TokenScores(
@@ -39,6 +42,7 @@ class TokenScores:
             self.gap + other.gap,
             self.confidence + other.confidence,
             self.self_certainty + other.self_certainty,
+            self.top5_share + other.top5_share,
         )
 
     def __truediv__(self, count: float) -> TokenScores:
@@ -48,6 +52,7 @@ class TokenScores:
             self.gap / count,
             self.confidence / count,
             self.self_certainty / count,
+            self.top5_share / count,
         )
 
 
@@ -101,13 +106,16 @@ def _scores_of(logits: Tensor, token_ids: list[int]) -> list[TokenScores]:
     result = []
     for row, token_id in enumerate(token_ids):
         best = [value - log_sums[row] for value in top[row].tolist() if math.isfinite(value)]
+        logprob = float(logits[row, token_id]) - log_sums[row]
         result.append(
             TokenScores(
-                logprob=float(logits[row, token_id]) - log_sums[row],
+                logprob=logprob,
                 entropy=max(0.0, entropies[row]),
                 gap=best[0] - best[1] if len(best) > 1 else 0.0,
                 confidence=-sum(best) / len(best),
                 self_certainty=-sums[row] / counts[row] - math.log(counts[row]),
+                top5_share=math.exp(logprob - best[0])
+                / sum(math.exp(value - best[0]) for value in best[:_NUM_SHARED]),
             )
         )
     return result

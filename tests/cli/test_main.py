@@ -29,7 +29,7 @@ def test_each_command_has_help(moejet, command):
     ("arguments", "message"),
     [
         (["rum"], "unknown command 'rum'; did you mean run?"),
-        (["zzz"], "unknown command 'zzz'; commands: run, chat, pull, bench, "),
+        (["zzz"], "unknown command 'zzz'; commands: run, chat, pull, eval, bench, "),
         (["--verison"], "unknown option --verison; did you mean --version?"),
         (["run", "hi", "--temprature", "0"], "--temprature; did you mean --temperature?"),
         (["run", "hi", "--temprature=0"], "--temprature; did you mean --temperature?"),

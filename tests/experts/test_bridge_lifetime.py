@@ -119,7 +119,7 @@ def test_a_named_stream_is_asked_and_remembered(layers: list[CpuExperts], cuda: 
     for layer in range(LAYERS):
         bridge.stream._attached.submit(layer, named.handle)
         bridge.stream._attached.wait(layer, named.handle)
-    bridge._topk_ids.fill_(-1)
+    bridge._handed.topk_ids.fill_(-1)
     bridge.run_step(1, cuda.torch(named))
     timer.join()
     timer = late(named)

@@ -34,12 +34,15 @@ def _resident(llm: LLM) -> list[int]:
 
 @pytest.mark.parametrize("expert_format", ["int4_g32", "int8", "fp8", "bf16"])
 @pytest.mark.parametrize(
-    ("dense_format", "cache_dtype", "gpu_experts"),
-    [("int8", "bf16", 0), ("bf16", "fp8", 5), ("fp8", "bf16", 16)],
+    ("dense_format", "cache_dtype", "gpu_experts", "expert_cache"),
+    [("int8", "bf16", 0, 0), ("bf16", "fp8", 5, 7), ("fp8", "bf16", 16, 0), ("int8", "bf16", 0, 3)],
 )
-def test_the_plan_is_what_is_allocated(expert_format, dense_format, cache_dtype, gpu_experts):
+def test_the_plan_is_what_is_allocated(
+    expert_format, dense_format, cache_dtype, gpu_experts, expert_cache
+):
     options = {**OPTIONS, "expert_format": expert_format, "dense_format": dense_format}
     options |= {"cache_dtype": cache_dtype, "gpu_experts": gpu_experts, "device": "simulated"}
+    options["expert_cache"] = expert_cache
     with LLM.synthetic(SMALL, **options) as llm:
         config, runner = llm.config, llm.engine.runner
         held = sum(tensor.nbytes for tensor in device_tensors(runner))
@@ -53,9 +56,10 @@ def test_the_plan_is_what_is_allocated(expert_format, dense_format, cache_dtype,
         llm.engine.step()
     memory = GpuMemory.of(SMALL, config, vram_bytes=64 * GIB, cache_tokens=2048)
     tables = 6 * SMALL.num_experts * 4  # of slots, and their numbers
-    planned = memory.dense + memory.cache + memory.experts + memory.ring
+    planned = memory.dense + memory.cache + memory.experts + memory.ring + memory.expert_cache
     assert held - tables <= planned <= held
     assert (memory.ring > 0) == (gpu_experts < 16)
+    assert memory.placement.num_cached == expert_cache
     assert memory.cpu_experts == pytest.approx(in_ram, rel=0.01)
     plan = make_plan(SMALL, config, machine=Machine(None, 64 * GIB), cache_tokens=2048)
     assert plan.bytes_in("VRAM") == memory.on_device

@@ -168,6 +168,27 @@ def test_a_pool_that_is_gone_is_an_error_within_seconds(checkpoint):
             assert time.monotonic() - start < 5.0
 
 
+def test_a_worker_that_is_stuck_is_an_error_within_seconds(checkpoint, monkeypatch):
+    """When it is back, the model goes on."""
+    monkeypatch.delenv("MOEJET_WORKER_TIMEOUT", raising=False)
+    with LLM(checkpoint("deepseek_v3"), num_threads=2, **SIMULATED) as llm:
+        runner, size = llm.engine.runner, llm.config.block_size
+        with llm.engine.scratch_request(list(range(30, 50))) as request:
+            batch = Batch.build([request], [20], block_size=size)
+            good = runner.execute(batch)
+            runner.bridge._native.fail_once(1, 1, 5.5)
+            start = time.monotonic()
+            with pytest.raises(RuntimeError, match="worker 1 did not finish within 3 s") as caught:
+                runner.execute(batch)
+            assert time.monotonic() - start < 5.0
+            assert any("worker 1 is not back" in note for note in caught.value.__notes__)
+            with pytest.raises(RuntimeError, match="worker 1 is not back from a step that failed"):
+                runner.execute(batch)
+            assert time.monotonic() - start < 5.0
+            time.sleep(max(0.0, start + 6.0 - time.monotonic()))
+            assert torch.equal(runner.execute(batch), good)
+
+
 def test_sessions_and_prefixes_on_disk(checkpoint, tmp_path):
     path = checkpoint("deepseek_v3")
     disk = {"prefix_disk_gib": 0.1, "prefix_dir": tmp_path / "prefix", "prefix_min_tokens": 8}

@@ -275,3 +275,25 @@ def test_wrong_limits_are_named(llm: LLM) -> None:
         solve_many(llm, PROMPTS, Single(), concurrency=0)
     with pytest.raises(ValueError, match="seeds has 1"):
         solve_many(llm, PROMPTS, Single(), seeds=[1])
+
+
+def test_no_two_samples_share_a_seed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However strategies are nested, and whatever draws first."""
+    seeds: list[int] = []
+    draw = Task.next_seed
+
+    def noted(task: Task) -> int:
+        seeds.append(draw(task))
+        return seeds[-1]
+
+    monkeypatch.setattr(Task, "next_seed", noted)
+    params = SamplingParams(temperature=1.0, max_tokens=2)
+    nested = Sample(4, Sample(3, Sample(2)))
+    solve(llm, PROMPTS[0], nested, params=params, answers=NUMBERS, seed=7)
+    assert len(set(seeds)) == len(seeds) == 24
+    first = set(seeds)
+    seeds.clear()
+    solve(
+        llm, PROMPTS[0], nested, params=params, answers=NUMBERS, seed=7, budget=Budget(branches=1)
+    )
+    assert set(seeds) == first

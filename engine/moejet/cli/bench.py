@@ -175,6 +175,7 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
                 "device": args.device,
                 "vram_gib": args.vram_gib,
                 "gpu_experts": args.gpu_experts,
+                "expert_cache": args.expert_cache,
                 **cache_options(tests),
             }
             with open_llm(args, {k: v for k, v in given.items() if v is not None}) as llm:

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from moejet.cli import options
+from moejet.cli.effort import EFFORTS, add_effort_option, template_of, with_level
 from moejet.cli.main import near_miss
 from moejet.cli.run import figures
 from moejet.cli.terminal import AnswerWriter, note
@@ -22,9 +23,10 @@ _HELP = """\
 /help    this text
 /reset   forget the conversation (the system message stays)
 /stats   tokens and speed so far
+/effort  LEVEL: how hard to think from here on; without LEVEL, says what it is
 /exit    leave (Ctrl-D does the same)
 Ctrl-C stops an answer; pressed again before the answer has stopped, it leaves the program."""
-_COMMANDS = ("/help", "/reset", "/stats", "/exit")
+_COMMANDS = ("/help", "/reset", "/stats", "/effort", "/exit")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system message of the conversation")
     parser.add_argument("--hide-thinking", action="store_true", help="print only the answers")
+    add_effort_option(parser)
     options.add_sampling_options(parser)
     options.add_engine_options(parser)
 
@@ -48,7 +51,14 @@ def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     with options.open_llm(args.model, options.engine_options(args)) as llm:
         params = options.sampling_params(args, llm)
-        conversation = Conversation(llm, params, args.system, hide_thinking=args.hide_thinking)
+        conversation = Conversation(
+            llm,
+            params,
+            args.system,
+            model=args.model,
+            effort=args.effort,
+            hide_thinking=args.hide_thinking,
+        )
         interactive = sys.stdin.isatty()
         if interactive:
             _enable_line_editing()
@@ -97,10 +107,19 @@ class Conversation:
     """
 
     def __init__(
-        self, llm: "LLM", params: "SamplingParams", system: str | None, *, hide_thinking: bool
+        self,
+        llm: "LLM",
+        params: "SamplingParams",
+        system: str | None,
+        *,
+        model: str,
+        effort: str | None,
+        hide_thinking: bool,
     ) -> None:
         self._llm = llm
         self._params = params
+        self._model = model
+        self._effort = effort
         self._hide_thinking = hide_thinking
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = list(self._system)
@@ -112,6 +131,9 @@ class Conversation:
         text = line.strip()
         if re.fullmatch(r"/[A-Za-z]\w*", text):
             return self._command(text)
+        if re.fullmatch(r"/effort\s+\S+", text):
+            self._set_effort(text.split()[1])
+            return True
         if text:
             self._turn(text)
         return True
@@ -125,10 +147,19 @@ class Conversation:
             note("the conversation is forgotten")
         elif name == "/stats":
             note(self.stats())
+        elif name == "/effort":
+            note(f"effort: {self._effort or 'not set'}; levels: {', '.join(EFFORTS)}")
         elif name != "/exit":
             hint = near_miss(name, _COMMANDS)
             note(f"unknown command {name}{hint or '; /help lists the commands'}")
         return name != "/exit"
+
+    def _set_effort(self, level: str) -> None:
+        if level not in EFFORTS:
+            note(f"unknown effort {level}; levels: {', '.join(EFFORTS)}")
+            return
+        self._effort = level
+        note(f"effort: {level}")
 
     def stats(self) -> str:
         """Turns, tokens and speeds since the start or the last /reset."""
@@ -147,12 +178,15 @@ class Conversation:
 
     def _turn(self, text: str) -> None:
         messages = [*self.messages, {"role": "user", "content": text}]
+        params = with_level(self._params, self._effort, self._model, self._llm)
+        template = template_of(self._effort, self._llm)
         writer = AnswerWriter(sys.stdout, hide_thinking=self._hide_thinking)
         content: list[str] = []
         output: RequestOutput | None = None
         stopped = False
         try:
-            with _stoppable() as stop, closing(self._llm.stream_chat(messages, self._params)) as ds:
+            deltas = self._llm.stream_chat(messages, params, **template)
+            with _stoppable() as stop, closing(deltas) as ds:
                 for delta in ds:
                     writer.push(delta.reasoning, delta.content)
                     content.append(delta.content)

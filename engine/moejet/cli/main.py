@@ -22,6 +22,7 @@ COMMANDS = {
     "run": ("moejet.cli.run", "answer one prompt"),
     "chat": ("moejet.cli.chat", "hold a conversation in the terminal"),
     "pull": ("moejet.cli.pull", "download a model, or check one that is here"),
+    "eval": ("moejet.cli.eval", "measure strategies on a file of problems"),
     "bench": ("moejet.cli.bench", "measure tokens per second"),
     "plan": ("moejet.cli.plan", "say where the memory goes and how fast a model will be"),
     "cache": ("moejet.cli.cache", "list, check or remove packed weights and prefixes on disk"),

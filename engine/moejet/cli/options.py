@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "tiny-reasoner"
 
 # Option -> (SamplingParams field, type, help). Options that are not given keep the model's default.
-_SAMPLING: dict[str, tuple[str, Callable[[str], Any], str]] = {
+SAMPLING: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "--temperature": ("temperature", float, "0 takes the likeliest token"),
     "--top-k": ("top_k", int, "choose among the K likeliest tokens; 0: all"),
     "--top-p": ("top_p", float, "choose among the likeliest tokens of this total probability"),
@@ -45,7 +45,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sampling", "Where an option is not given, the model's generation_config.json decides."
     )
-    for option, (field, kind, text) in _SAMPLING.items():
+    for option, (field, kind, text) in SAMPLING.items():
         group.add_argument(option, dest=field, type=kind, metavar=_metavar(kind), help=text)
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="stop at this text (repeatable)"
@@ -152,12 +152,24 @@ def add_device_options(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="routed experts, of all layers together, that live on the GPU (default: as many as fit)",
     )
+    add_expert_cache_option(group)
     group.add_argument(
         "--stream-prefill-tokens",
-        type=tokens_or_auto,
+        type=number_or_auto,
         metavar="N",
         help="prompts of so many tokens a step or more copy experts from RAM to the GPU; 0: never "
         "(default auto: where that is faster)",
+    )
+
+
+def add_expert_cache_option(group: argparse._ActionsContainer) -> None:
+    """Add --expert-cache."""
+    group.add_argument(
+        "--expert-cache",
+        type=number_or_auto,
+        metavar="N",
+        help="experts in RAM of which the GPU may have a copy, those used most; auto: half of the "
+        "memory that is left for experts (default 0)",
     )
 
 
@@ -172,12 +184,12 @@ def counts(text: str) -> list[int]:
     return values
 
 
-def tokens_or_auto(text: str) -> int | str:
-    """argparse type: a number of tokens, or auto."""
+def number_or_auto(text: str) -> int | str:
+    """argparse type: a number, or auto."""
     if text == "auto":
         return text
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not 'auto' or a number of tokens")
+        raise argparse.ArgumentTypeError(f"{text!r} is not 'auto' or a number")
     return int(text)
 
 
@@ -209,6 +221,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "device",
         "vram_gib",
         "gpu_experts",
+        "expert_cache",
         "stream_prefill_tokens",
         "revision",
     )
@@ -245,7 +258,7 @@ def sampling_params(args: argparse.Namespace, llm: "LLM") -> "SamplingParams":
     """
     changes = {
         field: value
-        for field, _, _ in _SAMPLING.values()
+        for field, _, _ in SAMPLING.values()
         if (value := getattr(args, field)) is not None
     }
     if args.stop:

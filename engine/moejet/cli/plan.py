@@ -46,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="routed experts of all layers on the GPU (default: as many as fit)",
     )
+    options.add_expert_cache_option(parser)
     parser.add_argument(
         "--context", dest="max_context", type=int, metavar="N", help="tokens of the longest request"
     )
@@ -72,8 +73,12 @@ def execute(args: argparse.Namespace) -> int:
     model_config = resolve_config(args.model, args.revision)
     _, num_blocks = plan_cache(config, model_config)
     gpu = _gpu(args, config, model_config)
-    if config.gpu_experts is not None and gpu is None:
-        raise ValueError(f"--gpu-experts {args.gpu_experts} needs a GPU: give its memory as --vram")
+    for option, wanted in (
+        ("--gpu-experts", args.gpu_experts),
+        ("--expert-cache", args.expert_cache or None),
+    ):
+        if wanted is not None and gpu is None:
+            raise ValueError(f"{option} {wanted} needs a GPU: give its memory as --vram")
     machine = _machine(args, config, model_config, None if gpu is None else gpu[1])
     plan = make_plan(
         model_config,

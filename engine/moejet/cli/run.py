@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejet.cli import options
+from moejet.cli.effort import add_effort_option, template_of, with_level
+from moejet.cli.strategies import check_options, run_strategy
 from moejet.cli.terminal import AnswerWriter, note, style
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ _EPILOG = """\
 examples:
   moejet run "Start with 17, add 25, then multiply by 3."
   moejet run ./DeepSeek-V2-Lite-Chat "Why is the sky blue?" --max-tokens 300
+  moejet run --strategy vote:8 "Take 90, subtract 34, then divide by 7 and add 200."
   echo "Take 40, subtract 15." | moejet run --json
 """
 
@@ -41,6 +44,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hide-thinking", action="store_true", help="print only the answer")
     parser.add_argument("--json", action="store_true", help="print one JSON object, at the end")
     parser.add_argument("-q", "--quiet", action="store_true", help="no line of figures on stderr")
+    add_effort_option(parser)
+    parser.add_argument(
+        "--strategy",
+        metavar="SPEC",
+        help="answer by more thinking, such as vote:16, best:8:logprob, adaptive:16 (README: "
+        "Reasoning), or auto: what suits --effort",
+    )
     options.add_sampling_options(parser)
     parser.add_argument("-n", type=int, metavar="N", help="number of answers")
     parser.add_argument(
@@ -56,8 +66,13 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError("--logprobs needs --json: the plain output has no place for them")
     if args.raw and args.system is not None:
         raise ValueError("--system does not go with --raw: a raw prompt has no messages")
+    if args.strategy is not None:
+        check_options(args)
     with options.open_llm(model, options.engine_options(args)) as llm:
-        params = options.sampling_params(args, llm)
+        params = with_level(options.sampling_params(args, llm), args.effort, model, llm)
+        if args.strategy is not None:
+            run_strategy(llm, model, _prompt(llm, prompt, args), params, args)
+            return 0
         if args.json or params.n > 1:
             output = _generate(llm, prompt, params, args)
             if args.json:
@@ -104,19 +119,31 @@ def _messages(prompt: str, args: argparse.Namespace) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": prompt}]
 
 
+def _prompt(llm: "LLM", prompt: str, args: argparse.Namespace) -> "str | list[dict[str, str]]":
+    """Messages; or their text, if the chat template has to be told of the effort."""
+    template = template_of(args.effort, llm)
+    if args.raw or not template:
+        return prompt if args.raw else _messages(prompt, args)
+    text, _ = llm.read_prompt(_messages(prompt, args), **template)
+    assert text is not None
+    return text
+
+
 def _generate(
     llm: "LLM", prompt: str, params: "SamplingParams", args: argparse.Namespace
 ) -> "RequestOutput":
     if args.raw:
         return llm.generate(prompt, params)[0]
-    return llm.chat(_messages(prompt, args), params)[0]
+    return llm.chat(_messages(prompt, args), params, **template_of(args.effort, llm))[0]
 
 
 def _stream(
     llm: "LLM", prompt: str, params: "SamplingParams", args: argparse.Namespace
 ) -> "RequestOutput":
     deltas: Iterator[StreamDelta] = (
-        llm.stream(prompt, params) if args.raw else llm.stream_chat(_messages(prompt, args), params)
+        llm.stream(prompt, params)
+        if args.raw
+        else llm.stream_chat(_messages(prompt, args), params, **template_of(args.effort, llm))
     )
     writer = AnswerWriter(sys.stdout, hide_thinking=args.hide_thinking)
     output: RequestOutput | None = None

@@ -24,8 +24,14 @@ def style(text: str, name: str, stream: TextIO) -> str:
     return f"{_STYLES[name]}{text}{_RESET}" if text and supports_style(stream) else text
 
 
+def shown(text: str) -> str:
+    """`text` without characters that could drive a terminal."""
+    return text.translate(_CONTROL_PICTURES)
+
+
 def note(text: str) -> None:
     """One dimmed line on stderr: figures and remarks that are not part of the answer."""
+    text = shown(text) if sys.stderr.isatty() else text
     print(style(text, "dim", sys.stderr), file=sys.stderr, flush=True)
 
 
@@ -98,4 +104,4 @@ class AnswerWriter:
         self._held_newlines += len(text) - len(text.rstrip("\n"))
 
     def _shown(self, text: str) -> str:
-        return text.translate(_CONTROL_PICTURES) if self._is_terminal else text
+        return shown(text) if self._is_terminal else text

@@ -2,7 +2,7 @@
 
 A layer's forward, on the model's stream:
 
-    bridge.submit(layer, x, topk_ids, topk_weights)    copies to pinned memory, tells the CPU
+    bridge.submit(layer, x, topk_ids, topk_weights)    writes to pinned memory, tells the CPU
     shared = shared_experts(x)                         the GPU's share, at the same time
     routed = bridge.collect(layer)                     waits for the CPU, copies back
 
@@ -20,7 +20,9 @@ The GPU may use the bridge's pinned memory until the stream is idle, which is la
 therefore freed by `close`, or by a finaliser, once the stream is idle. While a captured graph may still be replayed,
 its bridge must stay open and alive. That also keeps the arguments of host functions, to which its operations point.
 
-Ids are those of the layer's experts in RAM, -1 for what is not for the CPU: padding, and experts that live on the GPU.
+What arrives there are ids of the layer's experts in RAM, -1 for what is not for the CPU: padding, and experts that the
+slot table says live on the GPU. One kernel writes ids, weights and x to pinned memory (`ops.hand_over`); to the
+protocol it is what a copy would be, an operation on the stream between the last layer's wait and this one's flag.
 The protocol, and why one set of buffers is enough, is explained in csrc/expert_bridge.h.
 """
 
@@ -29,15 +31,18 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from moejet.config import env_worker_timeout
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.extension import load_extension
+from moejet.ops.hand_over import HandOver, hand_over
 
 if TYPE_CHECKING:
     from moejet._C import CudaSignals, ExpertBridge
@@ -53,7 +58,7 @@ class Stream(Protocol):
     """Operations that run later, in the order in which they were asked for."""
 
     device: torch.device
-    pin_memory: bool  # whether host memory must be pinned for `copy`
+    pin_memory: bool  # whether host memory must be pinned for it
 
     @property
     def is_capturing(self) -> bool:
@@ -64,6 +69,9 @@ class Stream(Protocol):
 
     def detach(self, native: ExpertBridge) -> None:
         """Called when the stream is idle and the bridge will not be used any more."""
+
+    def run(self, operation: Callable[[], object]) -> None:
+        """Enqueues what `operation` enqueues on the current stream, or on streams without a device itself."""
 
     def copy(self, target: Tensor, source: Tensor) -> None: ...
     def submit(self, layer: int) -> None: ...
@@ -127,6 +135,9 @@ class CudaStream:
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
+    def run(self, operation: Callable[[], object]) -> None:
+        operation()
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source.to(target.dtype), non_blocking=True)
 
@@ -189,11 +200,13 @@ class CpuBridge:
         dtype: torch.dtype = torch.bfloat16,
         out_dtype: torch.dtype | None = None,
         timeout_s: float = 30.0,
+        worker_timeout_s: float | None = None,
     ) -> None:
         """layers: all of one pool and instruction set, numbered from 0 as the model submits them.
 
         dtype: of x as it travels, fp32 or bf16; out_dtype: of the results, by default the same. timeout_s: how long the
-        GPU may take from one layer to the next before `run_step` gives up.
+        GPU may take from one layer to the next before `run_step` gives up. worker_timeout_s: how long the workers may
+        take for a layer (None: MOEJET_WORKER_TIMEOUT), beside 2 ns for each multiplication.
         """
         if not layers:
             raise ValueError("layers is empty: a bridge needs at least one layer of experts")
@@ -214,20 +227,22 @@ class CpuBridge:
             return torch.empty(shape, dtype=dtype, pin_memory=stream.pin_memory)
 
         native = load_extension()
-        self._x = memory(max_tokens, hidden, dtype=dtype)
-        self._topk_ids = memory(max_tokens, top_k, dtype=torch.int32)
-        self._topk_weights = memory(max_tokens, top_k, dtype=torch.float32)
+        self._handed = HandOver.allocate(
+            max_tokens, hidden, top_k, dtype=dtype, pin_memory=stream.pin_memory
+        )
+        self._num_experts = [layer.weights.num_experts for layer in layers]
         self._out = memory(max_tokens, hidden, dtype=out_dtype or dtype)
         self._flags = memory(2 * len(layers) + 1, native.FLAG_WORDS, dtype=torch.int32)
         self._native: ExpertBridge = native.ExpertBridge(
             first.pool,
             [layer.weights for layer in layers],
-            self._x,
-            self._topk_ids,
-            self._topk_weights,
+            self._handed.x,
+            self._handed.topk_ids,
+            self._handed.topk_weights,
             self._out,
             self._flags,
             first.isa,
+            env_worker_timeout() if worker_timeout_s is None else worker_timeout_s,
         )
         stream.attach(self._native)
         # Holds what the GPU uses: memory (by the native bridge) and signals (by the stream).
@@ -248,34 +263,51 @@ class CpuBridge:
         self._last_counters = self._native.counters()
         self._is_closed = True
         self.stream.detach(self._native)
-        del self._native, self._x, self._topk_ids, self._topk_weights, self._out, self._flags
+        del self._native, self._handed, self._out, self._flags
 
     @property
     def pinned_bytes(self) -> int:
         """Size of the host memory that the GPU reaches."""
-        buffers = (self._x, self._topk_ids, self._topk_weights, self._out, self._flags)
-        return sum(buffer.nbytes for buffer in buffers)
+        return self._handed.nbytes + self._out.nbytes + self._flags.nbytes
 
-    def submit(self, layer: int, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        """Enqueues the hand-over of x [T, D], topk_ids [T, K] and topk_weights [T, K] to the CPU."""
+    def submit(
+        self,
+        layer: int,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        slot_of_expert: Tensor | None = None,
+        uses: Tensor | None = None,
+    ) -> None:
+        """Enqueues the hand-over of x [T, D], topk_ids [T, K] and topk_weights [T, K] to the CPU.
+
+        slot_of_expert, uses: which experts are not for the CPU, and a count of all; see `ops.hand_over`.
+        """
         self._check_open()
-        num_tokens = x.shape[0]
-        if not 1 <= num_tokens <= self._x.shape[0]:
-            raise ValueError(
-                f"x has {num_tokens} rows: the bridge takes 1 to max_tokens={self._x.shape[0]}"
-            )
+        num_tokens, most = x.shape[0], self._handed.x.shape[0]
+        if not 1 <= num_tokens <= most:
+            raise ValueError(f"x has {num_tokens} rows: the bridge takes 1 to max_tokens={most}")
         if layer in self._pending:
             raise ValueError(f"layer={layer} was submitted already: collect it first")
-        for target, source, name in (
-            (self._x, x, "x"),
-            (self._topk_ids, topk_ids, "topk_ids"),
-            (self._topk_weights, topk_weights, "topk_weights"),
-        ):
-            if source.shape != (num_tokens, target.shape[1]):
+        target = self._handed.first(num_tokens)
+        for name, source in (("x", x), ("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+            expected = getattr(target, name).shape
+            if source.shape != expected:
                 raise ValueError(
-                    f"{name} has shape {list(source.shape)}, expected [{num_tokens}, {target.shape[1]}]"
+                    f"{name} has shape {list(source.shape)}, expected {list(expected)}"
                 )
-            self.stream.copy(target[:num_tokens], source)
+        write = partial(
+            hand_over,
+            x,
+            topk_ids,
+            topk_weights,
+            target,
+            num_experts=self._num_experts[layer],
+            slot_of_expert=slot_of_expert,
+            uses=uses,
+        )
+        self.stream.run(write)
         self.stream.submit(layer)
         self._pending[layer] = num_tokens
 
@@ -305,8 +337,9 @@ class CpuBridge:
 
         stream: by default that of the last eager layer or named replay, and the current one.
 
-        Raises RuntimeError if the CPU or the GPU fails, or if the GPU takes longer than timeout_s for a layer. `reset`
-        must be called then. The step's results are NaN: the GPU is let through the rest of it, or, if it had not even
+        Raises RuntimeError if the CPU or the GPU fails, or if the GPU takes longer than timeout_s for a layer, or the
+        workers longer than worker_timeout_s; only the calling thread, worker 0, has no limit. `reset` must be called
+        then. The step's results are NaN: the GPU is let through the rest of it, or, if it had not even
         submitted the first layer, waits there until `reset` lets it through.
         """
         self._check_open()
@@ -317,7 +350,9 @@ class CpuBridge:
 
         For the time after an exception, wherever it came from between the launch of a step and the end of `run_step`.
         Raises RuntimeError if the stream has failed or does not come to its end within timeout_s; what it submits
-        after that waits for the next `reset`, so call it again before waiting for the stream. stream: as of `run_step`.
+        after that waits for the next `reset`, so call it again before waiting for the stream. The same if a worker is
+        not back from a step that failed, which could still write to the results: then the stream has come to its end.
+        stream: as of `run_step`.
         """
         self._check_open()
         self._pending.clear()

@@ -156,6 +156,11 @@ class ExpertRing:
             self._pinned.close()
 
     @property
+    def is_pinned(self) -> bool:
+        """Whether all experts in RAM are pinned where they are, until `close`."""
+        return self._pinned is not None
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All that the ring has on the device."""
         slots = [weights for both in self._slots.values() for weights in both]

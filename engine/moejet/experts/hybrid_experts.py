@@ -23,6 +23,9 @@ class HybridExperts:
     `submit` and `collect` enqueue work on the device's stream. What is called between them runs there while the CPU
     computes its share. In a step that streams (`ExpertRing.step`), the GPU computes them all, and what is called
     between runs while experts in RAM are copied.
+
+    uses [E] int32 on the device: how often each expert was asked for so far, modulo 2^32, but for steps that stream;
+    None: nobody counts.
     """
 
     def __init__(self, cpu: CpuExperts | None, resident: ResidentExperts | None):
@@ -34,12 +37,15 @@ class HybridExperts:
         self._ring_layer = -1
         self._asked: tuple[Tensor, Tensor, Tensor] | None = None
         self._routed: Tensor | None = None
-        self._cpu_ids: Tensor | None = None
-        if cpu is not None and resident is not None:
-            # One entry more, of -1: the id -1 of padding finds it from the end.
-            slots = resident.slot_of_expert
-            ids = torch.arange(slots.shape[0], dtype=torch.int32, device=slots.device)
-            self._cpu_ids = torch.cat((ids.masked_fill(slots >= 0, -1), ids.new_full((1,), -1)))
+        self.uses: Tensor | None = None
+
+    def require_cpu(self) -> CpuExperts:
+        assert self.cpu is not None
+        return self.cpu
+
+    def require_resident(self) -> ResidentExperts:
+        assert self.resident is not None
+        return self.resident
 
     @property
     def pool(self) -> ThreadPool | None:
@@ -66,13 +72,19 @@ class HybridExperts:
         if self._ring is not None and self._ring.is_active:
             self._asked = (x, topk_ids, topk_weights)
             self._routed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-            if self.resident is not None:
-                self.resident.forward(*self._asked, into=self._routed)
+            if self.resident is not None and self.resident.slots:
+                self.resident.forward(*self._asked, into=self._routed, without_copies=True)
             return
         if self.cpu is not None:
             assert self._bridge is not None
-            ids = topk_ids if self._cpu_ids is None else self._cpu_ids[topk_ids.long()]
-            self._bridge.submit(self._layer, x, ids, topk_weights)
+            self._bridge.submit(
+                self._layer,
+                x,
+                topk_ids,
+                topk_weights,
+                slot_of_expert=None if self.resident is None else self.resident.slot_of_expert,
+                uses=self.uses,
+            )
         if self.resident is not None:
             self._routed = self.resident.forward(x, topk_ids, topk_weights)
 

@@ -22,7 +22,8 @@ def resident_bytes(hidden_size: int, intermediate_size: int, format: str, down_f
 class ResidentExperts:
     """S experts of inner size I over hidden size D; which ones is data on the device.
 
-    slot_of_expert [E] int32 on the device, -1: not here · gate_up (S, 2, I, D) · down (S, D, I).
+    slot_of_expert [E] int32 on the device, -1: not here · gate_up (S, 2, I, D) · down (S, D, I) · slots: those of the
+    experts that stay · slots from first_free on are for copies of others, see `expert_cache`.
     """
 
     def __init__(
@@ -35,14 +36,19 @@ class ResidentExperts:
         format: str,
         down_format: str,
         device: torch.device,
+        num_free: int = 0,
     ):
-        """experts: those of the first slots, in order. Formats as for `CpuExperts`, see `gpu_format`."""
+        """experts: those of the first slots, in order · num_free: slots behind these
+
+        Formats as for `CpuExperts`, see `gpu_format`.
+        """
         self.slots = {expert: slot for slot, expert in enumerate(experts)}
         table = torch.full((num_experts,), -1, dtype=torch.int32)
         table[list(experts)] = torch.arange(len(experts), dtype=torch.int32)
-        self.slot_of_expert = table.to(device)
+        self.slot_of_expert = self._own_slots = table.to(device)
+        self.first_free, self.num_free = len(experts), num_free
         self.gate_up, self.down = expert_slots(
-            len(experts), hidden_size, intermediate_size, format, down_format, device
+            len(experts) + num_free, hidden_size, intermediate_size, format, down_format, device
         )
 
     @property
@@ -66,11 +72,20 @@ class ResidentExperts:
             self.down[slot].fill_random(generator)
 
     def forward(
-        self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, into: Tensor | None = None
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        into: Tensor | None = None,
+        without_copies: bool = False,
     ) -> Tensor:
-        """The weighted sum of each token's resident experts, in x's dtype, or added to `into` [T, D] fp32."""
-        arguments = (x, topk_ids, topk_weights, self.slot_of_expert, self.gate_up, self.down)
-        return gpu_experts(*arguments, into=into)
+        """The weighted sum of each token's resident experts, in x's dtype, or added to `into` [T, D] fp32.
+
+        without_copies: only of those that live here.
+        """
+        table = self._own_slots if without_copies else self.slot_of_expert
+        return gpu_experts(x, topk_ids, topk_weights, table, self.gate_up, self.down, into=into)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """What holds the weights once they are loaded, by name."""

@@ -12,6 +12,7 @@ Importing this package loads nothing else; first use does.
 from typing import TYPE_CHECKING, Any
 
 _EXPORTS = {
+    "Adaptive": "moejet.reasoning.search.adaptive",
     "AnswerKey": "moejet.reasoning.answers",
     "Answers": "moejet.reasoning.task",
     "AtTransitions": "moejet.reasoning.early_exit",
@@ -20,35 +21,59 @@ _EXPORTS = {
     "Borda": "moejet.reasoning.select",
     "Budget": "moejet.reasoning.budget",
     "Candidate": "moejet.reasoning.result",
+    "ChainOfThought": "moejet.reasoning.search.programs",
     "Check": "moejet.reasoning.scorers",
     "CheckedOnce": "moejet.reasoning.rounds",
+    "CodeCheck": "moejet.reasoning.search.code_steps",
+    "CodeSteps": "moejet.reasoning.search.code_steps",
     "Confidence": "moejet.reasoning.scorers",
+    "Debate": "moejet.reasoning.search.debate",
     "Decided": "moejet.reasoning.stopping",
     "DeepConf": "moejet.reasoning.deepconf",
+    "Finish": "moejet.reasoning.search.actions",
+    "JsonSteps": "moejet.reasoning.search.json_steps",
+    "Library": "moejet.reasoning.search.templates",
+    "MCTS": "moejet.reasoning.search.mcts",
     "Majority": "moejet.reasoning.select",
     "MinimumBayesRisk": "moejet.reasoning.select",
+    "MutualCheck": "moejet.reasoning.search.mutual_check",
+    "NextStep": "moejet.reasoning.search.actions",
     "Node": "moejet.reasoning.result",
+    "ParticleFilter": "moejet.reasoning.search.particles",
+    "PlanAndSolve": "moejet.reasoning.search.programs",
     "Probed": "moejet.reasoning.early_exit",
     "Progress": "moejet.reasoning.result",
+    "ReAnswer": "moejet.reasoning.search.actions",
+    "Rephrase": "moejet.reasoning.search.actions",
     "Result": "moejet.reasoning.result",
     "RewardModel": "moejet.reasoning.scorers",
     "Run": "moejet.reasoning.task",
     "Sample": "moejet.reasoning.sample",
+    "Scored": "moejet.reasoning.search.mcts",
     "Scorer": "moejet.reasoning.scorers",
     "Select": "moejet.reasoning.select",
+    "SelfCritique": "moejet.reasoning.search.programs",
     "Shortest": "moejet.reasoning.select",
     "Single": "moejet.reasoning.single",
+    "StepBeam": "moejet.reasoning.search.step_beam",
     "StepHead": "moejet.reasoning.scorers",
     "StepScorer": "moejet.reasoning.scorers",
+    "Steps": "moejet.reasoning.search.steps",
     "StopRule": "moejet.reasoning.stopping",
     "Strategy": "moejet.reasoning.task",
+    "SubQuestion": "moejet.reasoning.search.actions",
     "Task": "moejet.reasoning.task",
+    "Template": "moejet.reasoning.search.templates",
+    "Templates": "moejet.reasoning.search.templates",
     "Unanimous": "moejet.reasoning.stopping",
     "Usage": "moejet.reasoning.result",
     "Verifier": "moejet.reasoning.scorers",
     "VerifyRounds": "moejet.reasoning.rounds",
+    "VoteShare": "moejet.reasoning.search.mcts",
     "Weighted": "moejet.reasoning.select",
+    "marco": "moejet.reasoning.search.mcts",
     "parse_strategy": "moejet.reasoning.specs",
+    "rstar": "moejet.reasoning.search.mcts",
     "solve": "moejet.reasoning.solver",
     "solve_many": "moejet.reasoning.solver",
     "stream": "moejet.reasoning.solver",
@@ -76,6 +101,31 @@ if TYPE_CHECKING:
     from moejet.reasoning.scorers import StepHead as StepHead
     from moejet.reasoning.scorers import StepScorer as StepScorer
     from moejet.reasoning.scorers import Verifier as Verifier
+    from moejet.reasoning.search.actions import Finish as Finish
+    from moejet.reasoning.search.actions import NextStep as NextStep
+    from moejet.reasoning.search.actions import ReAnswer as ReAnswer
+    from moejet.reasoning.search.actions import Rephrase as Rephrase
+    from moejet.reasoning.search.actions import SubQuestion as SubQuestion
+    from moejet.reasoning.search.adaptive import Adaptive as Adaptive
+    from moejet.reasoning.search.code_steps import CodeCheck as CodeCheck
+    from moejet.reasoning.search.code_steps import CodeSteps as CodeSteps
+    from moejet.reasoning.search.debate import Debate as Debate
+    from moejet.reasoning.search.json_steps import JsonSteps as JsonSteps
+    from moejet.reasoning.search.mcts import MCTS as MCTS
+    from moejet.reasoning.search.mcts import Scored as Scored
+    from moejet.reasoning.search.mcts import VoteShare as VoteShare
+    from moejet.reasoning.search.mcts import marco as marco
+    from moejet.reasoning.search.mcts import rstar as rstar
+    from moejet.reasoning.search.mutual_check import MutualCheck as MutualCheck
+    from moejet.reasoning.search.particles import ParticleFilter as ParticleFilter
+    from moejet.reasoning.search.programs import ChainOfThought as ChainOfThought
+    from moejet.reasoning.search.programs import PlanAndSolve as PlanAndSolve
+    from moejet.reasoning.search.programs import SelfCritique as SelfCritique
+    from moejet.reasoning.search.step_beam import StepBeam as StepBeam
+    from moejet.reasoning.search.steps import Steps as Steps
+    from moejet.reasoning.search.templates import Library as Library
+    from moejet.reasoning.search.templates import Template as Template
+    from moejet.reasoning.search.templates import Templates as Templates
     from moejet.reasoning.select import Best as Best
     from moejet.reasoning.select import Borda as Borda
     from moejet.reasoning.select import Majority as Majority
@@ -99,6 +149,8 @@ if TYPE_CHECKING:
     from moejet.reasoning.task import Task as Task
 
 __all__ = [
+    "MCTS",
+    "Adaptive",
     "AnswerKey",
     "Answers",
     "AtTransitions",
@@ -107,35 +159,58 @@ __all__ = [
     "Borda",
     "Budget",
     "Candidate",
+    "ChainOfThought",
     "Check",
     "CheckedOnce",
+    "CodeCheck",
+    "CodeSteps",
     "Confidence",
+    "Debate",
     "Decided",
     "DeepConf",
+    "Finish",
+    "JsonSteps",
+    "Library",
     "Majority",
     "MinimumBayesRisk",
+    "MutualCheck",
+    "NextStep",
     "Node",
+    "ParticleFilter",
+    "PlanAndSolve",
     "Probed",
     "Progress",
+    "ReAnswer",
+    "Rephrase",
     "Result",
     "RewardModel",
     "Run",
     "Sample",
+    "Scored",
     "Scorer",
     "Select",
+    "SelfCritique",
     "Shortest",
     "Single",
+    "StepBeam",
     "StepHead",
     "StepScorer",
+    "Steps",
     "StopRule",
     "Strategy",
+    "SubQuestion",
     "Task",
+    "Template",
+    "Templates",
     "Unanimous",
     "Usage",
     "Verifier",
     "VerifyRounds",
+    "VoteShare",
     "Weighted",
+    "marco",
     "parse_strategy",
+    "rstar",
     "solve",
     "solve_many",
     "stream",

@@ -163,12 +163,12 @@ class AsyncRuns:
         if not self._active:
             return
         self._driver.charge(self._llm)
-        self._driver.deliver(self._llm.ended(self._driver.requests().get(self._llm, ())))
+        self._driver.deliver(self._llm, self._llm.ended(self._driver.requests().get(self._llm, ())))
 
     def fail(self, request_ids: Collection[str] | None, error: Exception) -> None:
         if request_ids is not None:
             own = set(self._driver.requests().get(self._llm, ()))
-            self._driver.deliver({i: error for i in request_ids if i in own})
+            self._driver.deliver(self._llm, {i: error for i in request_ids if i in own})
             return
         for stream in list(self._streams):
             self._tell(stream, error)

@@ -89,6 +89,12 @@ def load_problems(
     return problems
 
 
+def shape_of(path: str | Path) -> Shape:
+    """What `auto` takes a file for: by its first line."""
+    record = next(_records(Path(path), MAX_LINE_BYTES), None)
+    return "plain" if record is None else detect_shape(record)
+
+
 def answer_key(shape: Shape, *, thinking: bool = False) -> AnswerKey:
     """How answers to problems of this shape are found and compared."""
     if shape == "gpqa":

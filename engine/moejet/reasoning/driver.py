@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from moejet.branch import Advance, BranchHost
+from moejet.reasoning.cost import expected_distinct_experts
 from moejet.reasoning.result import Background, Progress
 from moejet.reasoning.task import Gather, Ledger, Run
 from moejet.request import CompletionOutput, RequestOutput
@@ -57,8 +58,9 @@ class Driver:
         self._executor = executor
         self._active: set[Active] = set()  # those of a Gather included
         self._top: set[Active] = set()
-        self._by_request: dict[str, Active] = {}
-        self._counters: dict[BranchHost, tuple[int, int, int]] = {}
+        # Each engine numbers its requests by itself.
+        self._by_request: dict[tuple[BranchHost, str], Active] = {}
+        self._counters: dict[BranchHost, tuple[int, int, int, int]] = {}
         self._ready: deque[tuple[Active, Callable[[], Any]]] = deque()
         self._is_running = False
 
@@ -92,9 +94,8 @@ class Driver:
     def requests(self) -> dict[BranchHost, list[str]]:
         """What is waited for, by the model that computes it."""
         found: dict[BranchHost, list[str]] = {}
-        for request_id, active in self._by_request.items():
-            assert active.advance is not None
-            found.setdefault(active.advance.llm, []).append(request_id)
+        for llm, request_id in self._by_request:
+            found.setdefault(llm, []).append(request_id)
         return found
 
     @property
@@ -118,10 +119,10 @@ class Driver:
             else:
                 self._throw(active, error)
 
-    def deliver(self, ended: Mapping[str, RequestOutput | Exception]) -> None:
-        """Tells of requests that have ended."""
+    def deliver(self, llm: BranchHost, ended: Mapping[str, RequestOutput | Exception]) -> None:
+        """Tells of a model's requests that have ended."""
         for request_id, result in ended.items():
-            active = self._by_request.pop(request_id, None)
+            active = self._by_request.pop((llm, request_id), None)
             if active is None:
                 continue
             if isinstance(result, Exception):
@@ -137,20 +138,22 @@ class Driver:
 
     def charge(self, llm: BranchHost) -> None:
         """Divides what the engine has done since the last time among the runs that wait for it."""
-        counters = llm.engine.counters
-        now = (counters.steps, counters.expert_loads, counters.expert_bytes)
+        now = _totals(llm)
         before = self._counters.get(llm, now)
         self._counters[llm] = now
-        steps, loads, read = (a - b for a, b in zip(now, before, strict=True))
+        steps, positions, loads, read = (a - b for a, b in zip(now, before, strict=True))
         if not steps:
             return
-        waiting = [a for a in self._by_request.values() if a.advance and a.advance.llm is llm]
+        expected = steps * _expected_loads(llm, positions / steps)
+        waiting = [a for (host, _), a in self._by_request.items() if host is llm]
         running = max(len(waiting), len(llm.engine.scheduler.running))
         seen: set[int] = set()
         for active in waiting:
             usage = active.ledger.usage
             usage.expert_loads += loads / running
             usage.expert_bytes += read / running
+            usage.expected_loads += expected / running
+            usage.step_share += steps / running
             if id(usage) not in seen:
                 seen.add(id(usage))
                 usage.steps += steps
@@ -207,7 +210,7 @@ class Driver:
         self._counters.setdefault(work.llm, _totals(work.llm))
         ids = work.llm.begin(work.starts)
         active.advance, active.request_ids, active.outputs = work, ids, {}
-        self._by_request |= dict.fromkeys(ids, active)
+        self._by_request |= {(work.llm, request_id): active for request_id in ids}
 
     def _gather(self, active: Active, work: Gather) -> None:
         gathering = _Gathering(active, work, [None] * len(work.runs))
@@ -262,7 +265,7 @@ class Driver:
         """Ends what a run waits for."""
         if active.advance is not None:
             for request_id in active.request_ids:
-                self._by_request.pop(request_id, None)
+                self._by_request.pop((active.advance.llm, request_id), None)
             active.advance.llm.abandon(active.request_ids)
             active.advance = None
         if active.future is not None:
@@ -276,6 +279,15 @@ class Driver:
                 run.close()
 
 
-def _totals(llm: BranchHost) -> tuple[int, int, int]:
+def _totals(llm: BranchHost) -> tuple[int, int, int, int]:
+    """Steps, positions computed, experts read, and their bytes."""
     counters = llm.engine.counters
-    return counters.steps, counters.expert_loads, counters.expert_bytes
+    positions = counters.prefill_tokens + counters.decode_tokens
+    return counters.steps, positions, counters.expert_loads, counters.expert_bytes
+
+
+def _expected_loads(llm: BranchHost, positions: float) -> float:
+    """Experts that a step would read for all layers if its positions chose theirs at random."""
+    model = llm.engine.model_config
+    distinct = expected_distinct_experts(model.num_experts, model.num_experts_per_tok, positions)
+    return model.num_moe_layers * distinct

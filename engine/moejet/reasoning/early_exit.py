@@ -82,7 +82,7 @@ class Probed(_Exit):
 
     def run(self, task: Task) -> Run[Result]:
         [branch] = yield from task.open()
-        seed = task.ledger.next_seed()
+        seed = task.next_seed()
         equal, last, tries = 0, None, 0
         segment: Segment | None = None
         while branch.is_thinking and not branch.is_finished and not task.is_exhausted:
@@ -125,7 +125,7 @@ class AtTransitions(_Exit):
 
     def run(self, task: Task) -> Run[Result]:
         [branch] = yield from task.open()
-        seed, tries = task.ledger.next_seed(), 0
+        seed, tries = task.next_seed(), 0
         segment: Segment | None = None
         while branch.is_thinking and not branch.is_finished and not task.is_exhausted:
             held = with_policy(task.params, _HoldAt(task.tokenizer, self.words, is_first=not tries))

@@ -50,20 +50,25 @@ class Usage:
     """What a run has cost, all its branches and models together.
 
     prompt_tokens: of the first prompt · generated_tokens: sampled and injected ones, also of branches that were given
-    up · appended_tokens: texts that the strategy put in, computed like a prompt · branches: that generated anything ·
-    steps: engine steps while it ran · expert_loads, expert_bytes: routed experts that those steps read for all layers;
-    of a step that also served others, the share of this run's branches · model_evaluations: calls of scorers that run a
-    model, and of programs
+    up · injected_tokens: of these, what policies put in · appended_tokens: texts that the strategy put in, computed
+    like a prompt · branches: that generated anything · steps: engine steps while it ran · expert_loads, expert_bytes:
+    routed experts that those steps read for all layers; of a step that also served others, the share of this run's
+    branches · step_share: steps, counted by such shares · expected_loads: as expert_loads, had every token of those
+    steps chosen its experts at random (`moejet.reasoning.cost`) · model_evaluations: calls of scorers that run a model,
+    and of programs
     """
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
     thinking_tokens: int = 0
+    injected_tokens: int = 0
     appended_tokens: int = 0
     branches: int = 0
     steps: int = 0
     expert_loads: float = 0.0
     expert_bytes: float = 0.0
+    step_share: float = 0.0
+    expected_loads: float = 0.0
     model_evaluations: int = 0
     seconds: float = 0.0
 
@@ -131,14 +136,18 @@ class Result:
         return self.candidate.answer
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; NaN is None."""
-        return asdict(
-            self,
-            dict_factory=lambda items: {
-                name: None if isinstance(value, float) and math.isnan(value) else value
-                for name, value in items
-            },
-        )
+        """Plain values for JSON; NaN and infinities are None."""
+        value: dict[str, Any] = json_value(asdict(self))
+        return value
+
+
+def json_value(value: Any) -> Any:
+    """The value with lists for tuples and None for the numbers that JSON lacks, at every depth."""
+    if isinstance(value, dict):
+        return {name: json_value(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class Sample:
         root = yield from task.open()  # computed once, before the runs fork it
         task.release(root)
         results = yield from task.gather(
-            [self._one(task, number) for number in range(self.n)],
+            [self._one(task.part(number), number) for number in range(self.n)],
             limit=self.wave,
             stop=None
             if stop is None

@@ -52,10 +52,13 @@ class Confidence:
     """The mean of one of the values of `moejet.statistics` over the tokens that the model chose.
 
     logprob: mean log-probability · self_certainty: arXiv 2502.18581 · confidence: of DeepConf, arXiv 2508.15260 ·
-    gap: between the two likeliest tokens · entropy counts negatively, since less is surer
+    gap: between the two likeliest tokens · entropy counts negatively, since less is surer · top5_share: of Marco-o1,
+    arXiv 2411.14405
     """
 
-    value: Literal["logprob", "self_certainty", "confidence", "gap", "entropy"] = "logprob"
+    value: Literal["logprob", "self_certainty", "confidence", "gap", "entropy", "top5_share"] = (
+        "logprob"
+    )
 
     def score(self, task: Task, candidates: Sequence[Candidate]) -> Run[list[float]]:
         return [self._of(candidate.mean) for candidate in candidates]

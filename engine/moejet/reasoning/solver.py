@@ -23,7 +23,7 @@ from moejet.llm import LLM, Message
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.driver import Driver
 from moejet.reasoning.result import Progress, Result
-from moejet.reasoning.task import Answers, Ledger, Run, Strategy, Task
+from moejet.reasoning.task import Answers, Ledger, Run, Strategy, Task, messages_of
 from moejet.request import SamplingParams
 
 _THREADS = 4  # for what runs in the background
@@ -174,7 +174,7 @@ def _step(driver: Driver) -> None:
         assert isinstance(llm, LLM), f"{llm=}"
         ended = llm.wait(ids, max_steps=1)
         driver.charge(llm)
-        driver.deliver(ended)
+        driver.deliver(llm, ended)
 
 
 def make_task(
@@ -200,6 +200,7 @@ def make_task(
         params=replace(params, cache_salt=None),
         answers=answers,
         ledger=Ledger(budget or Budget(), seed, params.cache_salt),
+        messages=messages_of(prompt),
     )
 
 

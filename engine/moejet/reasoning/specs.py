@@ -33,6 +33,10 @@ from moejet.reasoning.early_exit import AtTransitions, Probed
 from moejet.reasoning.rounds import CheckedOnce, VerifyRounds
 from moejet.reasoning.sample import Sample
 from moejet.reasoning.scorers import Confidence, StepHead
+from moejet.reasoning.search.actions import NextStep
+from moejet.reasoning.search.mcts import MCTS, Scored
+from moejet.reasoning.search.particles import ParticleFilter
+from moejet.reasoning.search.step_beam import StepBeam
 from moejet.reasoning.select import Best, Borda, MinimumBayesRisk, Shortest, Weighted, token_f1
 from moejet.reasoning.single import Single
 from moejet.reasoning.stopping import BetaStop
@@ -69,6 +73,10 @@ _BUILDERS: dict[str, Callable[[_Spec], Strategy]] = {
     "check": lambda spec: CheckedOnce(spec.number(1)),
     "probe": lambda spec: Probed(agree=spec.number(3)),
     "turns": lambda spec: AtTransitions(),
+    "beam": lambda spec: _beam(spec, independent=False),
+    "dvts": lambda spec: _beam(spec, independent=True),
+    "particles": lambda spec: _particles(spec),
+    "mcts": lambda spec: MCTS((NextStep(4),), Scored(spec.scorer), spec.number(16)),
 }
 _NUMBERS = {"single": 0, "turns": 0, "beam": 2, "dvts": 2}
 _TEXT = re.compile(r"([a-z_]+)(?::(\d+(?:x\d+)?))?(?::([a-z_]+))?")
@@ -157,6 +165,19 @@ def _scorer(name: Any, llm: LLM) -> AnyScorer:
             f"choose one of {', '.join(SCORERS[1:])}"
         )
     return StepHead()
+
+
+def _beam(spec: _Spec, *, independent: bool) -> StepBeam:
+    width = spec.number(4, 1)
+    n = spec.number(4 * width)
+    return StepBeam(n, min(n, width), spec.scorer, independent=independent)
+
+
+def _particles(spec: _Spec) -> ParticleFilter:
+    is_probability = isinstance(spec.scorer, StepHead)
+    return ParticleFilter(
+        spec.number(8), spec.scorer, scale="probability" if is_probability else "log"
+    )
 
 
 def _deepconf(total: int) -> DeepConf:

@@ -15,12 +15,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from moejet.branch import Advance, Branch, Segment, Until
-from moejet.llm import LLM
+from moejet.llm import LLM, Message
 from moejet.policy import TokenPolicy
 from moejet.reasoning.budget import Budget, Deadline
 from moejet.reasoning.result import Background, Candidate, Node, Progress, Result, ScoredStep, Usage
@@ -99,7 +100,6 @@ class Ledger:
     held: int = 0
     live: int = 1
     holding: int = 0
-    num_seeds: int = 0
     generating: set[Branch] = field(default_factory=set)
 
     @property
@@ -112,15 +112,12 @@ class Ledger:
     def deadline_s(self) -> float | None:
         return None if self.budget.wall_s is None else self.start_s + self.budget.wall_s
 
-    def next_seed(self) -> int:
-        self.num_seeds += 1
-        return derive_seed(self.seed, self.num_seeds - 1)
-
 
 class Task:
     """One prompt for one model. `on(...)` makes one for another prompt or model that shares the budget.
 
-    params: how candidates are sampled, unless a strategy says otherwise · answers: finds and compares answers
+    params: how candidates are sampled, unless a strategy says otherwise · answers: finds and compares answers ·
+    messages: the conversation that the prompt is made of, None if it was given as a text or as token ids
     """
 
     def __init__(
@@ -132,13 +129,18 @@ class Task:
         params: SamplingParams,
         answers: Answers,
         ledger: Ledger,
+        messages: Sequence[Message] | None = None,
+        seed: int | None = None,
     ):
         self.llm = llm
+        self.messages = messages
         self.prompt_token_ids = tuple(prompt_token_ids)
         self.prompt = prompt
         self.params = params
         self.answers = answers if isinstance(answers, KnownAnswers) else KnownAnswers(answers)
         self.ledger = ledger
+        self.seed = ledger.seed if seed is None else seed
+        self._num_seeds = 0
         self._root: Branch | None = None
         self._opened: list[Branch] = []
         self._children: list[Task] = []
@@ -161,20 +163,26 @@ class Task:
 
     def on(
         self,
-        prompt: str | Sequence[int] | Sequence[dict[str, Any]] | None = None,
+        prompt: str | Sequence[int] | Sequence[Message] | None = None,
         *,
         llm: LLM | None = None,
         params: SamplingParams | None = None,
         answers: Answers | None = None,
     ) -> Task:
-        """A task with another prompt (text, token ids, or messages), model, or sampling; ends with this one."""
+        """A task with another prompt (text, token ids, or messages), model, or sampling; ends with this one.
+
+        Another model reads the messages through its own chat template; without messages, the text as it stands.
+        """
         llm = llm or self.llm
-        if prompt is None:
+        messages = self.messages if prompt is None else messages_of(prompt)
+        if prompt is None and llm is self.llm:
             text, token_ids = self.prompt, self.prompt_token_ids
-            if llm is not self.llm:
-                assert text is not None, "another model needs the prompt's text"
-                token_ids = tuple(llm.tokenizer.encode(text, add_special_tokens=False))
         else:
+            prompt = prompt or messages or self.prompt
+            if prompt is None:
+                raise ValueError(
+                    "another model needs the prompt as messages or as a text, not token ids"
+                )
             text, ids = llm.read_prompt(prompt)
             token_ids = tuple(ids)
         child = Task(
@@ -184,9 +192,24 @@ class Task:
             params=params or self.params,
             answers=answers or self.answers,
             ledger=self.ledger,
+            messages=messages,
+            seed=self.next_seed(),
         )
         self._children.append(child)
         return child
+
+    def part(self, number: int) -> Task:
+        """The same task for one of several runs that go on at the same time.
+
+        Its seeds depend on its number alone, and so not on which run draws first.
+        """
+        part = copy(self)
+        part.seed, part._num_seeds = derive_seed(self.seed, 2 * number + 2), 0
+        return part
+
+    def next_seed(self) -> int:
+        self._num_seeds += 1
+        return derive_seed(self.seed, 2 * self._num_seeds - 1)  # those between are for parts
 
     def open(self, n: int = 1) -> Run[list[Branch]]:
         """n branches that hold the prompt, which is computed once."""
@@ -194,7 +217,10 @@ class Task:
             salt = self.ledger.cache_salt
             root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt, cache_salt=salt))
             yield Advance(self.llm, [root], max_tokens=0, params=SamplingParams())
-            self.usage.prompt_tokens += len(self.prompt_token_ids)
+            if self.usage.prompt_tokens == 0:
+                self.usage.prompt_tokens = len(self.prompt_token_ids)
+            else:
+                self.usage.appended_tokens += len(self.prompt_token_ids)
             self._root = self._root or root
         return [self._add(fork) for fork in self._root.fork(n)]
 
@@ -215,19 +241,21 @@ class Task:
         branches: Sequence[Branch],
         *,
         until: Until = None,
-        max_tokens: int | None = None,
+        max_tokens: int | Sequence[int] | None = None,
         params: SamplingParams | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Run[list[Segment]]:
         """As `LLM.advance`, within the budget. What it cut off ends with "length" and stop_reason "budget".
 
-        Branches go on at the same time, as many as the budget allows. seeds: of each branch, new ones unless given; a
-        branch that advances in pieces with the same seed becomes what it would have become in one go.
+        Branches go on at the same time, as many as the budget allows. max_tokens: one for all, or of each · seeds: of
+        each branch, new ones unless given; a branch that advances in pieces with the same seed becomes what it would
+        have become in one go.
         """
         params = self._limited(params or self.params)
         limit = params.max_tokens if max_tokens is None else max_tokens
+        limits = list(limit) if isinstance(limit, Sequence) else [limit] * len(branches)
         marks = [branch.mark for branch in branches]
-        seeds = [self.ledger.next_seed() for _ in branches] if seeds is None else list(seeds)
+        seeds = [self.next_seed() for _ in branches] if seeds is None else list(seeds)
         ends: dict[int, tuple[Any, Any]] = {
             i: ("stop", None) for i, branch in enumerate(branches) if branch.is_finished
         }
@@ -238,7 +266,8 @@ class Task:
                 break
             group, waiting = waiting[: self._width], waiting[self._width :]
             wanted = [
-                None if limit is None else limit - _gained(branches[i], marks[i]) for i in group
+                None if (most := limits[i]) is None else most - _gained(branches[i], marks[i])
+                for i in group
             ]
             segments, shares = yield from self._advance(
                 [branches[i] for i in group],
@@ -386,6 +415,7 @@ class Task:
         shares = self._reserve(wanted)
         thoughts = sum(branch.num_thinking_tokens for branch in branches)
         lengths = [len(branch.token_ids) for branch in branches]
+        chosen = sum(branch.statistics.num_tokens for branch in branches)
         try:
             segments = yield Advance(branches[0].llm, branches, max_tokens=shares, **options)
         finally:
@@ -394,6 +424,8 @@ class Task:
                 ledger.holding -= 1
             gains = [len(b.token_ids) - n for b, n in zip(branches, lengths, strict=True)]
             usage.generated_tokens += sum(gains)
+            chosen = sum(branch.statistics.num_tokens for branch in branches) - chosen
+            usage.injected_tokens += sum(gains) - chosen
             usage.thinking_tokens += sum(b.num_thinking_tokens for b in branches) - thoughts
             ledger.generating.update(b for b, gain in zip(branches, gains, strict=True) if gain)
             usage.branches = len(ledger.generating)
@@ -438,6 +470,12 @@ def _scored_lines(branch: Branch, tokenizer: Tokenizer) -> tuple[ScoredStep, ...
 
 def _closing_id(tokenizer: Tokenizer) -> int | None:
     return None if tokenizer.think_tags is None else tokenizer.token_to_id(tokenizer.think_tags[1])
+
+
+def messages_of(prompt: str | Sequence[int] | Sequence[Message]) -> list[Message] | None:
+    """The messages of a prompt, None if it is a text or token ids."""
+    is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+    return list(cast(Sequence[Message], prompt)) if is_chat else None
 
 
 def _or_more(wanted: int | None, left: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ from moejet.extension import load_extension
 
 if TYPE_CHECKING:
     from moejet import _C
+
+
+_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class FakeGraph:
@@ -45,8 +48,8 @@ class FakeStream:
         self.handle = self.library.fake_create(seed, int(max_delay_s * 1e6))
         self.is_capturing = False
         self._is_open = True
-        self._kept: list[Tensor] = []  # what operations in progress use
-        self._captured: list[Tensor] = []
+        self._kept: list[object] = []  # what operations in progress use
+        self._captured: list[object] = []
         self._attached: list[_C.ExpertBridge] = []
 
     def attach(self, native: _C.ExpertBridge) -> None:
@@ -69,6 +72,12 @@ class FakeStream:
             *(ctypes.c_void_p(t.data_ptr()) for t in (target, source)),
             ctypes.c_size_t(source.nbytes),
         )
+
+    def run(self, operation: Callable[[], object]) -> None:
+        """By a host function, which the thread of the stream calls."""
+        function = _HOST_FUNCTION(lambda _: operation())
+        self._kept.append(function)
+        self.call_driver("cuLaunchHostFunc", function, None)
 
     def submit(self, layer: int) -> None:
         self.signals.submit(layer, self.handle)

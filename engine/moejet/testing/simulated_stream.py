@@ -20,6 +20,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from moejet._C import ExpertBridge
+    from moejet.experts.expert_cache import Mark
 
 Operation = Callable[[], object]
 
@@ -118,6 +119,10 @@ class SimulatedStream:
             self._changed.notify_all()
         self._thread.join()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
     # moejet.experts.bridge.Stream
 
     @property
@@ -131,6 +136,9 @@ class SimulatedStream:
     def detach(self, native: ExpertBridge) -> None:
         if native in self._attached:
             self._attached.remove(native)
+
+    def run(self, operation: Operation) -> None:
+        self.call(operation)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         self.call(lambda: target.copy_(source))
@@ -171,3 +179,55 @@ class SimulatedStream:
                 return None
             self._is_running = True
             return self._operations.popleft()
+
+
+class SimulatedMark:
+    """A point of a simulated stream."""
+
+    def __init__(self) -> None:
+        self._time: float | None = None
+
+    def reach(self) -> None:
+        self._time = time.perf_counter()
+
+    def is_done(self) -> bool:
+        return self._time is not None
+
+    def seconds_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, SimulatedMark)
+        assert self._time is not None
+        assert earlier._time is not None
+        return self._time - earlier._time
+
+
+class SimulatedFetchStream:
+    """Implements `moejet.experts.expert_cache.FetchStream` for a model that the calling thread itself computes.
+
+    Between steps, all of such a model's operations are done.
+    """
+
+    pin_memory = False
+
+    def __init__(self, *, seed: int = 0, max_delay_s: float = 0.0) -> None:
+        self._stream = SimulatedStream(seed=seed, max_delay_s=max_delay_s)
+
+    def follow(self) -> None:
+        pass
+
+    def run(self, operation: Operation) -> None:
+        self._stream.call(operation)
+
+    def mark(self) -> SimulatedMark:
+        mark = SimulatedMark()
+        self._stream.call(mark.reach)
+        return mark
+
+    def mark_model(self) -> SimulatedMark:
+        mark = SimulatedMark()
+        mark.reach()
+        return mark
+
+    def close(self) -> None:
+        if not self._stream.is_closed:
+            self._stream.synchronize()
+            self._stream.close()

@@ -17,7 +17,7 @@ OPTIONS = {
     "cache_dtype": "fp32",
     "max_context": 64,
     "isa": "avx2",
-    "stream_prefill_tokens": 12,
+    "stream_prefill_tokens": 10,
 }
 
 

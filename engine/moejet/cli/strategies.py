@@ -1,0 +1,104 @@
+"""`moejet run --strategy`: a prompt answered by a strategy, with its progress and what it has cost on stderr."""
+
+import argparse
+import json
+import math
+import secrets
+import shutil
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, cast
+
+from moejet.cli.effort import resolve_strategy
+from moejet.cli.terminal import AnswerWriter, note
+from moejet.cli.tree import print_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from moejet.config import ModelConfig
+    from moejet.llm import LLM
+    from moejet.reasoning.result import Progress, Result
+    from moejet.request import SamplingParams
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that mean nothing, or something else, with a strategy."""
+    for name, option, remedy in (
+        ("n", "-n", "vote:N and others take the number of samples"),
+        ("logprobs", "--logprobs", "leave it out"),
+    ):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{option} does not go with --strategy: {remedy}")
+
+
+def run_strategy(
+    llm: "LLM", model: str, prompt: Any, params: "SamplingParams", args: argparse.Namespace
+) -> None:
+    """prompt: messages, or a text that is ready."""
+    from moejet.reasoning.result import Result
+    from moejet.reasoning.solver import stream
+    from moejet.reasoning.specs import parse_strategy
+
+    spec = resolve_strategy(args.strategy.strip(), args.effort)
+    is_quiet = args.quiet or args.json
+    events = stream(
+        llm,
+        prompt,
+        parse_strategy(spec, llm),
+        params=params,
+        seed=secrets.randbits(63) if args.seed is None else args.seed,
+    )
+    result: Result | None = None
+    told = ""
+    # Closing the generator ends the run, also when Ctrl-C or a closed pipe ends the loop.
+    with closing(cast("Generator[Progress | Result, None, None]", events)) as events:
+        for event in events:
+            if isinstance(event, Result):
+                result = event
+            elif not is_quiet and event.message != told:  # a step tells of each of its nodes
+                told = event.message
+                note(told)
+    assert result is not None
+    if args.json:
+        found = {"model": model, "strategy": spec, **result.as_dict()}
+        print(json.dumps(found, allow_nan=False))
+        return
+    if result.nodes and not is_quiet:
+        print_tree(result.nodes, sys.stderr, width=shutil.get_terminal_size((100, 24)).columns)
+    writer = AnswerWriter(sys.stdout, hide_thinking=args.hide_thinking)
+    if args.raw:
+        writer.push("", result.text)
+    else:
+        writer.push(result.reasoning or "", result.content)
+    writer.finish()
+    if not is_quiet:
+        note(figures(result, llm.model_config))
+
+
+def figures(result: "Result", model: "ModelConfig") -> str:
+    """One line: what the run has cost, and how sure the strategy is."""
+    from moejet.reasoning.cost import expert_reads
+
+    usage = result.usage
+    parts = [f"prompt {_counted(usage.prompt_tokens, 'token')}"]
+    parts += [f"{_counted(usage.generated_tokens, 'token')} ({usage.thinking_tokens} of thinking)"]
+    if injected := usage.injected_tokens + usage.appended_tokens:
+        parts += [f"{injected} injected"]
+    parts += [_counted(usage.branches, "branch", "es"), _counted(usage.steps, "step")]
+    reads = expert_reads(usage, model)
+    if reads is not None:
+        loads = f"{usage.expert_loads:.0f} expert loads ({usage.expert_bytes / 1e6:.1f} MB)"
+        parts += [loads, str(reads)]
+    parts += [f"{usage.seconds:.1f} s"]
+    if not math.isnan(result.confidence):
+        parts += [f"confidence {result.confidence:.2f}"]
+    if result.is_exhausted:
+        parts += ["the budget ended it"]
+    if result.candidate.finish_reason == "length":
+        parts += ["cut off: token limit reached"]
+    return " · ".join(parts)
+
+
+def _counted(count: int, name: str, plural: str = "s") -> str:
+    return f"{count} {name}{'' if count == 1 else plural}"

@@ -1,0 +1,1 @@
+"""Searches over steps of reasoning, and programs of prompts."""
