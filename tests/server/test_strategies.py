@@ -158,6 +158,19 @@ def test_an_engine_of_its_own_answers_the_same(sites):
         local, remote = (sites[kind].ask(**body).json() for kind in KINDS)
         assert local["choices"] == remote["choices"], spec
         assert local["usage"] == remote["usage"], spec
+    searches = {"mcts:4": "126", "beam:4x2": "126"}
+    for spec, expected in searches.items():
+        body = {"reasoning_strategy": spec, "seed": 7, "stream": True}
+        options = {"include_progress": True, "include_usage": True}
+        local, remote = (
+            events(sites[kind].ask(**body, stream_options=options).text) for kind in KINDS
+        )
+        notes = [event["moejet"] for event in local if "moejet" in event]
+        assert notes == [event["moejet"] for event in remote if "moejet" in event]
+        nodes = [note["progress"]["node"] for note in notes if "node" in note["progress"]]
+        assert {node["parent"] for node in nodes} > {0}
+        answer = "".join(e["choices"][0]["delta"].get("content", "") for e in local if e["choices"])
+        assert expected in answer
     bad = {"reasoning_strategy": "best:4:hed"}
     local, remote = (sites[kind].ask(**bad) for kind in KINDS)
     assert local.status_code == 400

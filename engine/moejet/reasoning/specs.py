@@ -21,7 +21,6 @@ number, or as "scorer": `best:16:logprob`. Without one it is the model's step he
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -91,7 +90,7 @@ def parse_strategy(
 ) -> Strategy:
     """A strategy for a model from a specification. Raises ValueError, naming what is wrong with it.
 
-    max_samples: how many it may ask for, all its numbers together
+    max_samples: the largest number that it may hold
     """
     if isinstance(spec, Mapping):
         return _build(_from_object(spec, llm), max_samples)
@@ -142,11 +141,11 @@ def _build(spec: _Spec, max_samples: int | None) -> Strategy:
         if not 1 <= number <= MAX_SAMPLES:
             raise ValueError(f"strategy {spec.name}:{number} must be between 1 and {MAX_SAMPLES}")
     strategy = _BUILDERS[spec.name](spec)
-    samples = math.prod(spec.used)
+    samples = max(spec.used, default=1)
     if max_samples is not None and samples > max_samples:
         raise ValueError(
             f"strategy {spec.name!r} asks for {samples} samples, and {max_samples} are allowed: "
-            f"give smaller numbers, such as {spec.name}:{max_samples}"
+            f"write {spec.name}:{max_samples}"
         )
     return strategy
 

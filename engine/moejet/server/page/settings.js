@@ -45,7 +45,7 @@ export class Settings {
   offer({ names, most }) {
     for (const option of this.strategy.options) {
       const [name, numbers = '1'] = option.value.split(':');
-      const samples = numbers.split('x').reduce((product, number) => product * Number(number), 1);
+      const samples = Math.max(...numbers.split('x').map(Number));
       option.hidden = option.disabled = name !== '' && !(names.includes(name) && samples <= most);
     }
     this.strategy.closest('label').hidden = !names.length;
