@@ -212,4 +212,5 @@ def supervised(task: Task, strategy: Strategy) -> Run[Result]:
         task.close()
     usage = task.ledger.usage
     usage.seconds = time.monotonic() - task.ledger.start_s
-    return replace(result, usage=usage, is_exhausted=result.is_exhausted or task.is_exhausted)
+    is_exhausted = result.is_exhausted or task.ledger.has_cut or task.is_exhausted
+    return replace(result, usage=usage, is_exhausted=is_exhausted)

@@ -89,7 +89,7 @@ class Ledger:
     """What the tasks of one run have spent together.
 
     held: tokens that branches under way may still take · live: runs that go on at the same time · holding: those of
-    them that hold tokens · cache_salt: of all their branches
+    them that hold tokens · has_cut: the budget has ended a branch · cache_salt: of all their branches
     """
 
     budget: Budget
@@ -100,6 +100,7 @@ class Ledger:
     held: int = 0
     live: int = 1
     holding: int = 0
+    has_cut: bool = False
     generating: set[Branch] = field(default_factory=set)
 
     @property
@@ -263,6 +264,7 @@ class Task:
         while waiting:
             if self.is_exhausted:
                 ends |= dict.fromkeys(waiting, ("length", "budget"))
+                self.ledger.has_cut = True
                 break
             group, waiting = waiting[: self._width], waiting[self._width :]
             wanted = [
@@ -283,6 +285,7 @@ class Task:
                     waiting.append(i)
                 else:
                     reason = "budget" if is_cut else segment.stop_reason
+                    self.ledger.has_cut |= is_cut or reason == "wall_s"
                     ends[i] = (segment.finish_reason, reason)
         return [
             Segment(branch.text[begin:], branch.token_ids[first:], *ends[i])
