@@ -356,6 +356,28 @@ class AsyncLLM:
         wanted = Wanted(prompt, strategy, params, budget, seed, answers, template_kwargs)
         return StrategyStream(self._runs, wanted)
 
+    async def checked_strategy(
+        self,
+        spec: str | Mapping[str, Any],
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_samples: int | None = None,
+    ) -> Strategy:
+        """The strategy of a specification, for a prompt that can be answered by it. Raises ValueError.
+
+        max_samples: that it may ask for
+        """
+        from moejet.reasoning.specs import parse_strategy
+
+        def check() -> Strategy:
+            strategy = parse_strategy(spec, self._llm, max_samples=max_samples)
+            self._thread.engine.rules.check_prompt(list(token_ids), params)
+            return strategy
+
+        self._thread.check_process()
+        return await asyncio.get_running_loop().run_in_executor(self._workers, check)
+
     def progress(self, request_id: str) -> tuple[int, int, int] | None:
         """(tokens of the prompt in the cache so far, all of them, those that were there before).
 

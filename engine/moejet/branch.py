@@ -75,7 +75,15 @@ class BranchHost(Protocol):
 class Branch:
     """One context. Make it with `LLM.branch` or `fork`; release it, or leave its `with` block, which ends forks too."""
 
-    def __init__(self, llm: BranchHost, prompt_token_ids: Sequence[int], prompt: str | None):
+    def __init__(
+        self,
+        llm: BranchHost,
+        prompt_token_ids: Sequence[int],
+        prompt: str | None,
+        *,
+        cache_salt: str | None = None,
+    ):
+        """cache_salt: of this branch and its forks, see `SamplingParams`."""
         with llm.exclusive() as engine:
             ids = list(prompt_token_ids)
             engine.rules.check_prompt(ids, SamplingParams())
@@ -84,7 +92,7 @@ class Branch:
                 request_id=f"branch-{number}",
                 index=0,
                 prompt_token_ids=tuple(ids),
-                params=SamplingParams(),
+                params=SamplingParams(cache_salt=cache_salt),
                 seed=0,
                 max_total_tokens=engine.max_context,
                 eos_token_ids=engine.eos_token_ids,
@@ -388,7 +396,8 @@ def _resume(
     engine, request = branch.llm.engine, branch._request
     branch._check_usable()
     branch._state.set_policies([*engine.rules.policies_of(params), until])
-    request.params, request.seed = params, seed
+    request.params = replace(params, cache_salt=request.params.cache_salt)
+    request.seed = seed
     limit = params.max_tokens if max_tokens is None else max_tokens
     room = engine.max_context - len(request.token_ids)
     request.max_total_tokens = len(request.token_ids) + (
@@ -416,7 +425,7 @@ def _check(engine: Engine, branch: Branch, max_tokens: int | None, params: Sampl
         ("n", 1, "fork the branch"),
         ("stop", (), "use until="),
         ("logprobs", None, "read branch.statistics"),
-        ("cache_salt", None, "they are shared by their forks alone"),
+        ("cache_salt", None, "it belongs to the whole branch"),
     ):
         if (value := getattr(params, name)) != default:
             raise ValueError(f"{name}={value!r} does not apply to branches: {remedy}")

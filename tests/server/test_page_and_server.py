@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright.sync_api", reason="needs pip install 'moejet[browser]'")
 
+from moejet.reasoning.result import Candidate, Node, Progress, Result
 from moejet.server import asgi_app
+from moejet.server.strategies import Outcome
 from moejet.testing.page_visit import Visit, open_browser
 from moejet.testing.scripted_backend import ScriptedBackend
 from moejet.tokenizer import Tokenizer
@@ -208,6 +211,8 @@ def test_keyboard_alone(visit: Visit) -> None:
     press("Tab")
     assert visit.page.evaluate("document.activeElement.id") == "effort"
     press("Tab")
+    assert visit.page.evaluate("document.activeElement.id") == "strategy"
+    press("Tab")
     press("Enter")
     assert visit.page.evaluate("document.activeElement.closest('dialog')?.id") == "settings"
     press("Escape")
@@ -280,5 +285,63 @@ def test_hostile_words_of_a_model_do_nothing(browser: Any, serve: Callable[[Any]
         assert visit.page.locator(".thought *").count() == 0
         links = visit.page.locator(".answer a").evaluate_all("(all) => all.map((a) => a.href)")
         assert all(link.startswith("http://beacon.test/") for link in links)
+    visit.check()
+    visit.context.close()
+
+
+def test_a_strategy_shows_its_progress_votes_and_candidates(visit: Visit) -> None:
+    visit.page.select_option("#strategy", "vote:4")
+    assert visit.page.locator("#strategy option:not([disabled])").count() >= 4
+    visit.ask(QUESTION, is_waited_for=False)
+    visit.page.wait_for_selector(".strategy:visible")
+    visit.wait()
+    assert visit.texts(".answer") == ["The answer is 126."]
+    [label] = visit.texts(".strategy > summary")
+    assert label.startswith("vote:4 · 4 candidates · 126 with ")
+    visit.page.click(".strategy > summary")
+    assert visit.texts(".votes li")[0].startswith("126: ")
+    candidates = visit.texts(".candidate > summary")
+    assert len(candidates) == 4
+    assert sum(text.endswith("chosen") for text in candidates) == 1
+    visit.page.click(".candidate > summary >> nth=0")
+    assert "Plan:" in visit.texts(".candidate[open] .thought")[0]
+    visit.page.reload()
+    visit.page.wait_for_selector(".strategy:visible")
+    assert visit.texts(".strategy > summary") == [label]
+    visit.page.wait_for_selector("#strategy:visible")
+    assert visit.page.input_value("#strategy") == "vote:4"
+
+
+STEPS = [
+    Progress("step", "looked at 1", {}, Node(0, -1, "<img src=x onerror=window.hacked=1>", 0.5)),
+    Progress("step", "looked at 2", {}, Node(1, 0, "second step", 0.25, 3, "kept")),
+    Progress("step", "<b>looked</b> at 3", {}, Node(2, 0, "third step", None, 0, "pruned")),
+    Progress("step", "looked at 4", {}, Node(1, 0, "second step", 0.75, 4, "chosen")),
+    Progress("vote", "the end", {"votes": {"<script>window.hacked=2</script>": 1.0}}),
+]
+
+
+def test_a_search_is_drawn_as_a_tree(browser: Any, serve: Callable[[Any], Any]) -> None:
+    chosen = Candidate("t", "why", "the **answer**", "<i>7</i>", 5)
+    outcome = Outcome(Result(chosen, (chosen,)), 4.0)
+    scripted = ScriptedBackend(["-"], TOKENIZER, events=[*STEPS, outcome], delay_s=0.1)
+    scripted.card = replace(scripted.card, strategies=("vote", "mcts"))
+    visit = Visit(browser, serve(asgi_app(scripted)).url + "/")
+    visit.page.select_option("#strategy", "mcts:16")
+    visit.ask("search", is_waited_for=False)
+    visit.page.wait_for_selector(".strategy:visible")
+    visit.page.click(".strategy > summary")
+    visit.wait()
+    steps = visit.texts(".steps .step")
+    assert [step.split("  ")[0].replace("\n", " ") for step in steps] == [
+        "<img src=x onerror=window.hacked=1> open · 0.50",
+        "second step chosen · 0.75 · 4 visits",
+        "third step pruned",
+    ]
+    assert visit.page.locator(".steps > li > ul > li").count() == 2
+    assert visit.texts(".votes li") == ["<script>window.hacked=2</script>: 1"]
+    assert visit.texts(".answer") == ["the answer"]
+    assert visit.page.locator(".strategy img, .strategy script, .strategy i").count() == 0
+    assert scripted.runs[0].job.strategy == "mcts:16"
     visit.check()
     visit.context.close()

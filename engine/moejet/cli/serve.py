@@ -113,6 +113,23 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         "--log-prompts", action="store_true", help="write prompts and answers to the log"
     )
     group.add_argument(
+        "--no-strategies",
+        action="store_true",
+        help="refuse reasoning_strategy, which lets one request have many answers computed",
+    )
+    group.add_argument(
+        "--max-strategy-samples",
+        type=int,
+        default=64,
+        metavar="N",
+        help="samples that a strategy may ask for (default %(default)s)",
+    )
+    group.add_argument(
+        "--effort-strategies",
+        action="store_true",
+        help="let reasoning_effort high and above stand for a vote of several samples",
+    )
+    group.add_argument(
         "--drain-timeout",
         type=float,
         default=60.0,
@@ -219,6 +236,9 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
         header_timeout_s=args.header_timeout,
         log_prompts=args.log_prompts,
         share_cache=args.share_cache,
+        strategies=not args.no_strategies,
+        max_strategy_samples=args.max_strategy_samples,
+        effort_strategies=args.effort_strategies,
     )
 
 

@@ -192,13 +192,14 @@ def make_task(
         from moejet.reasoning.answers import AnswerKey
 
         answers = AnswerKey()
+    params = llm.default_sampling() if params is None else params
     return Task(
         llm,
         token_ids,
         text,
-        params=llm.default_sampling() if params is None else params,
+        params=replace(params, cache_salt=None),
         answers=answers,
-        ledger=Ledger(budget or Budget(), seed),
+        ledger=Ledger(budget or Budget(), seed, params.cache_salt),
         messages=messages_of(prompt),
     )
 

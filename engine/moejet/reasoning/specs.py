@@ -23,7 +23,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moejet.llm import LLM
@@ -51,9 +51,11 @@ class _Spec:
     name: str
     numbers: tuple[int, ...]
     scorer: AnyScorer
+    used: list[int] = field(default_factory=list)  # numbers that its builder has asked for
 
     def number(self, default: int, place: int = 0) -> int:
-        return self.numbers[place] if len(self.numbers) > place else default
+        self.used.append(self.numbers[place] if len(self.numbers) > place else default)
+        return self.used[-1]
 
 
 _BUILDERS: dict[str, Callable[[_Spec], Strategy]] = {
@@ -83,10 +85,15 @@ def strategy_names() -> tuple[str, ...]:
     return tuple(_BUILDERS)
 
 
-def parse_strategy(spec: str | Mapping[str, Any], llm: LLM) -> Strategy:
-    """A strategy for a model from a specification. Raises ValueError, naming what is wrong with it."""
+def parse_strategy(
+    spec: str | Mapping[str, Any], llm: LLM, *, max_samples: int | None = None
+) -> Strategy:
+    """A strategy for a model from a specification. Raises ValueError, naming what is wrong with it.
+
+    max_samples: the largest number that it may hold
+    """
     if isinstance(spec, Mapping):
-        return _build(_from_object(spec, llm))
+        return _build(_from_object(spec, llm), max_samples)
     if not isinstance(spec, str) or not (match := _TEXT.fullmatch(spec.strip())):
         raise ValueError(
             f"strategy={spec!r} is not understood: write NAME, NAME:NUMBER or NAME:NUMBER:SCORER, "
@@ -94,7 +101,7 @@ def parse_strategy(spec: str | Mapping[str, Any], llm: LLM) -> Strategy:
         )
     name, numbers, scorer = match.groups()
     given = tuple(int(n) for n in numbers.split("x")) if numbers else ()
-    return _build(_Spec(_known(name), given, _scorer(scorer, llm)))
+    return _build(_Spec(_known(name), given, _scorer(scorer, llm)), max_samples)
 
 
 def _from_object(spec: Mapping[str, Any], llm: LLM) -> _Spec:
@@ -107,12 +114,12 @@ def _from_object(spec: Mapping[str, Any], llm: LLM) -> _Spec:
     if not isinstance(spec.get("name"), str):
         raise ValueError(f"strategy.name must be one of {', '.join(_BUILDERS)}")
     numbers: list[int] = []
-    for field in ("n", "width"):
-        if (value := spec.get(field)) is None:
+    for key in ("n", "width"):
+        if (value := spec.get(key)) is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"strategy.{field}={value!r} must be an integer of at least 1")
-        if field == "width" and not numbers:
+            raise ValueError(f"strategy.{key}={value!r} must be an integer of at least 1")
+        if key == "width" and not numbers:
             raise ValueError("strategy.width needs strategy.n")
         numbers.append(value)
     return _Spec(_known(spec["name"]), tuple(numbers), _scorer(spec.get("scorer"), llm))
@@ -126,14 +133,21 @@ def _known(name: str) -> str:
     return name
 
 
-def _build(spec: _Spec) -> Strategy:
+def _build(spec: _Spec, max_samples: int | None) -> Strategy:
     most = _NUMBERS.get(spec.name, 1)
     if len(spec.numbers) > most:
         raise ValueError(f"strategy {spec.name!r} takes {most or 'no'} number{'s' * (most > 1)}")
     for number in spec.numbers:
         if not 1 <= number <= MAX_SAMPLES:
             raise ValueError(f"strategy {spec.name}:{number} must be between 1 and {MAX_SAMPLES}")
-    return _BUILDERS[spec.name](spec)
+    strategy = _BUILDERS[spec.name](spec)
+    samples = max(spec.used, default=1)
+    if max_samples is not None and samples > max_samples:
+        raise ValueError(
+            f"strategy {spec.name!r} asks for {samples} samples, and {max_samples} are allowed: "
+            f"write {spec.name}:{max_samples}"
+        )
+    return strategy
 
 
 def _scorer(name: Any, llm: LLM) -> AnyScorer:

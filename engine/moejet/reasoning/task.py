@@ -89,11 +89,12 @@ class Ledger:
     """What the tasks of one run have spent together.
 
     held: tokens that branches under way may still take · live: runs that go on at the same time · holding: those of
-    them that hold tokens · has_cut: the budget has ended a branch
+    them that hold tokens · has_cut: the budget has ended a branch · cache_salt: of all their branches
     """
 
     budget: Budget
     seed: int
+    cache_salt: str | None = None
     usage: Usage = field(default_factory=Usage)
     start_s: float = field(default_factory=time.monotonic)
     held: int = 0
@@ -214,7 +215,8 @@ class Task:
     def open(self, n: int = 1) -> Run[list[Branch]]:
         """n branches that hold the prompt, which is computed once."""
         if self._root is None:
-            root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt))
+            salt = self.ledger.cache_salt
+            root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt, cache_salt=salt))
             yield Advance(self.llm, [root], max_tokens=0, params=SamplingParams())
             if self.usage.prompt_tokens == 0:
                 self.usage.prompt_tokens = len(self.prompt_token_ids)

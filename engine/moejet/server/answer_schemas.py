@@ -28,11 +28,28 @@ def _one(*values: str | None) -> Schema:
 
 _FINISH = _one("stop", "length", "tool_calls", "abort")
 _CALL = _record(id=_TEXT, type=_one("function"), function=_record(name=_TEXT, arguments=_TEXT))
+_STRATEGY = _record(
+    strategy=_TEXT,
+    answer=_TEXT_OR_NULL,
+    confidence={"type": ["number", "null"]},
+    votes={"type": ["object", "null"], "additionalProperties": {"type": "number"}},
+    num_candidates=_COUNT,
+    is_exhausted="boolean",
+)
+_CANDIDATE = _record(
+    text=_TEXT,
+    reasoning=_TEXT_OR_NULL,
+    answer=_TEXT_OR_NULL,
+    score={"type": ["number", "null"]},
+    tokens=_COUNT,
+    is_chosen="boolean",
+)
 _MESSAGE = _record(role=_one("assistant"), content=_TEXT_OR_NULL)
 _MESSAGE["properties"] |= {
     "reasoning_content": _TEXT,
     "reasoning": _TEXT,
     "tool_calls": _list(_CALL),
+    "reasoning_strategy": _STRATEGY,
 }
 _USAGE = _record(
     prompt_tokens=_COUNT,
@@ -41,6 +58,9 @@ _USAGE = _record(
     prompt_tokens_details=_record(cached_tokens=_COUNT),
     completion_tokens_details=_record(reasoning_tokens=_COUNT),
 )
+_USAGE["properties"] |= {"engine": _NUMBERS}  # of a strategy, all its branches together
+_CHOICE = _record(index=_COUNT, message=_MESSAGE, finish_reason=_FINISH)
+_CHOICE["properties"] |= {"reasoning_candidates": _list(_CANDIDATE)}
 _MODEL = _record(
     id=_TEXT, object=_one("model"), created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT
 )
@@ -58,7 +78,7 @@ ANSWERS: dict[str, Schema] = {
         object=_one("chat.completion"),
         created=_COUNT,
         model=_TEXT,
-        choices=_list(_record(index=_COUNT, message=_MESSAGE, finish_reason=_FINISH)),
+        choices=_list(_CHOICE),
         usage=_USAGE,
         timings=_NUMBERS,
     ),
@@ -105,6 +125,7 @@ ANSWERS: dict[str, Schema] = {
         default_sampling=_NUMBERS,
         limits=_NUMBERS,
         thinks="boolean",
+        strategies=_list(_TEXT),
     ),
     "Controlled": _record(id=_TEXT, object=_one("request"), ok="boolean"),
     "Health": _record(status=_TEXT, error=_TEXT_OR_NULL),

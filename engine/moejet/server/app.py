@@ -36,6 +36,8 @@ from moejet.server.protocol.common import Context
 from moejet.server.protocol.fields import ApiModel, parse
 from moejet.server.routes import add_routes
 from moejet.server.sse import WorkResponse, error_response
+from moejet.server.strategy_generation import StrategyGeneration
+from moejet.server.strategy_metrics import StrategyMetrics
 from moejet.server.tool_calls import detect_tool_format
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Server:
     context: Context
     observer: Observer
     threads: ThreadPoolExecutor
+    strategy_metrics: StrategyMetrics
 
     async def read(self, request: Request, kind: type[Model]) -> Model:
         """The checked body of a request."""
@@ -82,7 +85,7 @@ class Server:
 
         before: what is to be done with what was prepared before it runs
         """
-        running: list[Generation] = []
+        running: list[Generation | StrategyGeneration] = []
 
         async def start() -> dict[str, Any] | AsyncGenerator[bytes]:
             prepared = await self.prepared(prepare)
@@ -90,9 +93,7 @@ class Server:
                 await before(prepared)
             salt = request.scope.get("state", {}).get("cache_salt")
             plan, renderer = plan_of(prepared).salted(salt), make_renderer(prepared)
-            generation = Generation(
-                self.backend, plan, keep_alive_s=self.config.keep_alive_s, observer=self.observer
-            )
+            generation = self._generation(plan)
             running.append(generation)
             await generation.start()
             if is_streamed:
@@ -106,6 +107,18 @@ class Server:
                 generation.cancel()
 
         return WorkResponse(start, dialect=dialect_of(request.url.path), on_cancel=cancel)
+
+    def _generation(self, plan: Plan) -> Generation | StrategyGeneration:
+        observer, keep_alive_s = self.observer, self.config.keep_alive_s
+        if plan.solve is None:
+            return Generation(self.backend, plan, keep_alive_s=keep_alive_s, observer=observer)
+        return StrategyGeneration(
+            self.backend,
+            plan,
+            keep_alive_s=keep_alive_s,
+            observer=observer,
+            metrics=self.strategy_metrics,
+        )
 
 
 def asgi_app(
@@ -126,7 +139,12 @@ def asgi_app(
     config = config or ServerConfig(**options)
     backend, owned = _backend_of(llm, config)
     metrics = ServerMetrics(backend)
-    server = _server(backend, config, observer or metrics)
+    server = _server(
+        backend,
+        config,
+        observer or metrics,
+        StrategyMetrics(metrics.registry, backend.card.name),
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -175,7 +193,9 @@ def _backend_of(
     return LocalBackend(engine, name=name), owned
 
 
-def _server(backend: Backend, config: ServerConfig, observer: Observer) -> Server:
+def _server(
+    backend: Backend, config: ServerConfig, observer: Observer, strategy_metrics: StrategyMetrics
+) -> Server:
     tokenizer = backend.card.tokenizer
     context = Context(
         card=backend.card,
@@ -184,7 +204,7 @@ def _server(backend: Backend, config: ServerConfig, observer: Observer) -> Serve
         tool_format=detect_tool_format(tokenizer) if tokenizer is not None else None,
     )
     threads = ThreadPoolExecutor(_PROMPT_THREADS, thread_name_prefix="moejet-render")
-    return Server(backend, config, context, observer, threads)
+    return Server(backend, config, context, observer, threads, strategy_metrics)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

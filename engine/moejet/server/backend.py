@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moejet.request import SamplingParams, StreamDelta, TokenLogprobs
+from moejet.server.strategies import SolveJob, StrategyRun
 from moejet.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # which loads torch
@@ -16,7 +17,8 @@ if TYPE_CHECKING:  # which loads torch
 class ModelCard:
     """What the server must know of the model to check and render requests without asking the engine.
 
-    tokenizer: None for a synthetic model, which serves token ids only
+    tokenizer: None for a synthetic model, which serves token ids only · strategies: names of those it
+    can answer by · loaded_as: by what name or path, where that is known
     """
 
     name: str
@@ -24,6 +26,8 @@ class ModelCard:
     vocab_size: int
     default_sampling: SamplingParams
     tokenizer: Tokenizer | None
+    strategies: tuple[str, ...] = ()
+    loaded_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,9 @@ class Backend(Protocol):
     async def start(self, job: Job) -> Stream:
         """Queues the request; returns once it has been accepted."""
 
+    async def solve(self, job: SolveJob) -> StrategyRun:
+        """Begins a strategy; returns once it has been accepted."""
+
     async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
         """Log-probability of every token after the first given those before it, beside the num_top likeliest ones."""
 
@@ -79,6 +86,8 @@ class LocalBackend:
     """An `AsyncLLM` in this process. close() leaves it open unless it is owned."""
 
     def __init__(self, llm: AsyncLLM, *, name: str, is_owned: bool = False):
+        from moejet.reasoning.specs import strategy_names  # which loads torch
+
         try:
             tokenizer: Tokenizer | None = llm.tokenizer
         except ValueError:
@@ -91,6 +100,8 @@ class LocalBackend:
             vocab_size=llm.model_config.vocab_size,
             default_sampling=llm.default_sampling(),
             tokenizer=tokenizer,
+            strategies=strategy_names() if tokenizer is not None else (),
+            loaded_as=llm.config.model,
         )
 
     async def start(self, job: Job) -> Stream:
@@ -98,6 +109,11 @@ class LocalBackend:
             job.token_ids, job.params, request_id=job.request_id, priority=job.priority
         )
         return await stream.start()
+
+    async def solve(self, job: SolveJob) -> StrategyRun:
+        from moejet.server.local_strategy import LocalStrategy
+
+        return await LocalStrategy.start(self._llm, job)
 
     async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
         return await self._llm.score_top(token_ids, num_top)

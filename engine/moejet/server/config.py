@@ -27,6 +27,8 @@ class ServerConfig:
     log_prompts: write prompts and answers to the log
     share_cache: let prefixes computed for one of several api_keys be found by the others; the time to the first token
     tells them then what others have asked
+    strategies: whether requests may be answered by strategies · max_strategy_samples: that one may ask for
+    effort_strategies: whether reasoning_effort "high" and above stands for a strategy where none is named
     """
 
     host: str = "127.0.0.1"
@@ -50,13 +52,16 @@ class ServerConfig:
     trust_request_template: bool = False
     log_prompts: bool = False
     share_cache: bool = False
+    strategies: bool = True
+    max_strategy_samples: int = 64
+    effort_strategies: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.port, int) or not 0 <= self.port < 65536:
             raise ValueError(f"port={self.port!r} must be between 0 (any free one) and 65535")
         for name in ("max_body_bytes", "max_header_bytes", "max_header_count", "max_json_depth"):
             _check_positive(name, getattr(self, name))
-        for name in ("max_n", "max_stop", "max_prompts"):
+        for name in ("max_n", "max_stop", "max_prompts", "max_strategy_samples"):
             _check_positive(name, getattr(self, name))
         for name in ("header_timeout_s", "body_timeout_s", "keep_alive_s"):
             if not getattr(self, name) > 0:

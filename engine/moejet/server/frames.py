@@ -17,8 +17,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from moejet.reasoning.result import Progress
 from moejet.request import SamplingParams, StreamDelta, TokenLogprobs
 from moejet.server.backend import Job
+from moejet.server.strategies import Outcome, SolveJob
 from moejet.ticket import EngineClosedError, EngineDeadError, EngineStepError, QueueFullError
 
 WINDOW = 16
@@ -48,6 +50,11 @@ class Load(_Frame):
 class Start(_Frame):
     number: int
     job: Job
+
+
+class Solve(_Frame):
+    number: int
+    job: SolveJob
 
 
 class Credit(_Frame):
@@ -86,7 +93,7 @@ class Stop(_Frame):
     timeout_s: float | None
 
 
-ToWorker = Load | Start | Credit | Close | Score | Abort | EndThinking | Stop
+ToWorker = Load | Start | Solve | Credit | Close | Score | Abort | EndThinking | Stop
 
 # From the engine's process.
 
@@ -117,6 +124,7 @@ class Loaded(_Frame):
     vocab_size: int
     default_sampling: SamplingParams
     tokenizer: TokenizerParts | None
+    strategies: tuple[str, ...] = ()
 
 
 class Accepted(_Frame):
@@ -128,6 +136,18 @@ class Delta(_Frame):
 
     number: int
     delta: StreamDelta
+
+
+class Told(_Frame):
+    """Progress of a strategy."""
+
+    number: int
+    progress: Progress
+
+
+class Solved(_Frame):
+    number: int
+    outcome: Outcome
 
 
 class Ended(_Frame):
@@ -165,7 +185,18 @@ class Died(_Frame):
 
 
 FromWorker = (
-    Loading | LoadFailed | Loaded | Accepted | Delta | Ended | Answer | Failed | Status | Died
+    Loading
+    | LoadFailed
+    | Loaded
+    | Accepted
+    | Delta
+    | Told
+    | Solved
+    | Ended
+    | Answer
+    | Failed
+    | Status
+    | Died
 )
 
 _KINDS: dict[str, type[Exception]] = {

@@ -15,9 +15,17 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from moejet.request import FinishReason, RequestOutput, StreamDelta, TokenLogprobs
+from moejet.reasoning.result import Progress as StrategyProgress
+from moejet.request import (
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    StreamDelta,
+    TokenLogprobs,
+)
 from moejet.server.backend import Backend, Job, Stream
 from moejet.server.errors import ApiError
+from moejet.server.strategies import Outcome, SolveJob
 from moejet.server.tool_calls import ContentDelta, OutputEvent, OutputParser, ReasoningDelta
 from moejet.ticket import EngineStepError
 
@@ -66,13 +74,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEnd:
-    """stop_reason: the stop string or token, where it is known already, which it is for the last sample of a prompt."""
+    """stop_reason: the stop string or token, where it is known already, which it is for the last sample of a prompt.
+
+    outcome: of the strategy that chose this answer
+    """
 
     choice: int
     finish_reason: FinishReason
     num_calls: int
     stop_reason: str | int | None
-    tokens: Tokens
+    tokens: Tokens = Tokens()
+    outcome: Outcome | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,13 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class StrategyStep:
+    """A strategy tells what it has done."""
+
+    progress: StrategyProgress
+
+
+@dataclass(frozen=True, slots=True)
 class Silence:
     """Nothing has come for a while."""
 
@@ -94,7 +113,7 @@ class Silence:
 class Totals:
     """Token counts and seconds of all prompts together; the seconds are those of the slowest.
 
-    longest: tokens of the longest sample
+    longest: tokens of the longest sample · outcome: of a strategy, whose branches are all counted
     """
 
     prompt_tokens: int
@@ -105,6 +124,7 @@ class Totals:
     prefill_s: float
     decode_s: float
     longest: int = 0
+    outcome: Outcome | None = None
 
     @classmethod
     def of(cls, outputs: Sequence[RequestOutput]) -> Totals:
@@ -121,7 +141,7 @@ class Totals:
         )
 
 
-Event = Piece | ChoiceEnd | Progress | Silence
+Event = Piece | ChoiceEnd | Progress | StrategyStep | Silence
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +149,8 @@ class Plan:
     """What a request asks of the engine.
 
     make_parser: None if the text is wanted as it is, thinking tags included · include_reasoning: whether it is shown
-    is_logged: whether prompts and answers may be written to the log
+    is_logged: whether prompts and answers may be written to the log · solve: a strategy answers it, in place of jobs
+    returns_candidates: of that
     """
 
     request_id: str
@@ -139,24 +160,32 @@ class Plan:
     include_reasoning: bool = True
     wants_progress: bool = False
     is_logged: bool = False
+    solve: SolveJob | None = None
+    returns_candidates: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def salted(self, salt: str | None) -> Plan:
         """The same among the cached prefixes of whoever has this salt, a request's own one included."""
         if salt is None:
             return self
-        jobs = [
-            replace(
-                job,
-                params=replace(job.params, cache_salt=f"{salt}/{job.params.cache_salt or ''}"),
-            )
-            for job in self.jobs
-        ]
-        return replace(self, jobs=jobs)
+
+        def salted(params: SamplingParams) -> SamplingParams:
+            return replace(params, cache_salt=f"{salt}/{params.cache_salt or ''}")
+
+        jobs = [replace(job, params=salted(job.params)) for job in self.jobs]
+        solve = self.solve and replace(self.solve, params=salted(self.solve.params))
+        return replace(self, jobs=jobs, solve=solve)
 
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(job.token_ids) for job in self.jobs)
+
+
+def refusal(error: BaseException) -> ApiError | None:
+    """What to raise instead where a request could not be begun: it is as good as ever, later."""
+    if isinstance(error, EngineStepError):  # a step hangs, so nothing new is taken
+        return ApiError(503, str(error), code="engine_stuck", headers={"retry-after": "10"})
+    return None
 
 
 class Generation:
@@ -187,10 +216,8 @@ class Generation:
             self.close()
             if isinstance(error, Exception):
                 self._observer.rejected(type(error).__name__)
-            if isinstance(error, EngineStepError):  # a step hangs, so nothing new is taken
-                raise ApiError(
-                    503, str(error), code="engine_stuck", headers={"retry-after": "10"}
-                ) from error
+            if (refused := refusal(error)) is not None:
+                raise refused from error
             raise
 
     def close(self) -> None:

@@ -251,6 +251,7 @@ def _props(context: Context) -> dict[str, Any]:
         "has_chat_template": tokenizer is not None and tokenizer.has_chat_template,
         "thinks": tokenizer is not None and tokenizer.think_tags is not None,
         "tool_format": context.tool_format.name if context.tool_format is not None else None,
+        "strategies": card.strategies if config.strategies else (),
         "default_sampling": {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -261,6 +262,7 @@ def _props(context: Context) -> dict[str, Any]:
             "n": config.max_n,
             "stop": config.max_stop,
             "prompts": config.max_prompts,
+            "strategy_samples": config.max_strategy_samples,
             "body_bytes": config.max_body_bytes,
         },
     }

@@ -28,8 +28,10 @@ from moejet.request import TokenLogprobs
 from moejet.server import frames
 from moejet.server.backend import Job, ModelCard, Stream
 from moejet.server.frames import Channel
+from moejet.server.remote_strategy import RemoteStrategy
 from moejet.server.remote_stream import RemoteStream
 from moejet.server.restarts import RestartPolicy, describe_exit, oom_kills
+from moejet.server.strategies import SolveJob, StrategyRun
 from moejet.ticket import EngineClosedError, EngineDeadError
 from moejet.tokenizer import Tokenizer
 
@@ -88,7 +90,9 @@ class RemoteBackend:
         self._num_restarts = 0
         self._num_oom_kills = 0
         # A stream that nobody holds any more is closed by its finaliser.
-        self._streams: WeakValueDictionary[int, RemoteStream] = WeakValueDictionary()
+        self._streams: WeakValueDictionary[int, RemoteStream | RemoteStrategy] = (
+            WeakValueDictionary()
+        )
         self._calls: dict[int, asyncio.Future[bool | list[TokenLogprobs]]] = {}
         self._numbers = itertools.count()
         self._status: frames.Status | None = None
@@ -116,7 +120,7 @@ class RemoteBackend:
             await self._end_process()
             self._state = "closed"
             raise
-        self.card = _card(loaded, name)
+        self.card = _card(loaded, name, options.model)
         self._first = loaded
         self._state = "running"
         self._supervision = asyncio.create_task(self._supervise())
@@ -131,15 +135,27 @@ class RemoteBackend:
         self._check_running()
         number = next(self._numbers)
         stream = RemoteStream(self, number, job)
+        await self._begin(number, stream, frames.Start(number, job))
+        return stream
+
+    async def solve(self, job: SolveJob) -> StrategyRun:
+        self._check_running()
+        number = next(self._numbers)
+        run = RemoteStrategy(self, number)
+        await self._begin(number, run, frames.Solve(number, job))
+        return run
+
+    async def _begin(
+        self, number: int, stream: RemoteStream | RemoteStrategy, frame: frames.Start | frames.Solve
+    ) -> None:
         assert self._channel is not None, "it is running"
-        self._channel.send(frames.Start(number, job))
+        self._channel.send(frame)
         self._streams[number] = stream
         try:
             await stream.accepted
         except BaseException:
             stream.close()
             raise
-        return stream
 
     async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
         scores = await self._call(lambda number: frames.Score(number, token_ids, num_top))
@@ -372,8 +388,11 @@ class RemoteBackend:
     def _on_frame(self, frame: frames.FromWorker) -> None:
         match frame:
             case frames.Delta(number, delta):
-                if (stream := self._streams.get(number)) is not None:
+                if isinstance(stream := self._streams.get(number), RemoteStream):
                     stream.put(delta)
+            case frames.Told(number, event) | frames.Solved(number, event):
+                if isinstance(stream := self._streams.get(number), RemoteStrategy):
+                    stream.put(event)
             case frames.Accepted(number):
                 if (stream := self._streams.get(number)) is not None and not stream.accepted.done():
                     stream.accepted.set_result(None)
@@ -422,7 +441,7 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def _card(loaded: frames.Loaded, name: str) -> ModelCard:
+def _card(loaded: frames.Loaded, name: str, model: str) -> ModelCard:
     parts = loaded.tokenizer
     return ModelCard(
         name=name,
@@ -439,4 +458,6 @@ def _card(loaded: frames.Loaded, name: str) -> ModelCard:
             add_eos_token=parts.add_eos_token,
             eos_token_ids=parts.eos_token_ids,
         ),
+        strategies=loaded.strategies,
+        loaded_as=model,
     )

@@ -25,6 +25,7 @@ from moejet.config import env_log_level
 from moejet.server import frames
 from moejet.server.backend import LocalBackend, Stream
 from moejet.server.frames import Channel
+from moejet.server.strategies import Outcome, SolveJob, StrategyRun
 
 if TYPE_CHECKING:
     from moejet.async_llm import AsyncLLM
@@ -157,6 +158,11 @@ class Worker:
                 new.task = asyncio.create_task(self._serve(number, frame, new))
                 # Not in the task itself, which may be cancelled before it begins.
                 new.task.add_done_callback(lambda _: self._readers.pop(number, None))
+            case frames.Solve(number, solve):
+                new = self._readers[number] = _Reader(solve.request_id)
+                new.has_tokens = True  # of its prompt nothing is told
+                new.task = asyncio.create_task(self._solve(number, solve))
+                new.task.add_done_callback(lambda _: self._readers.pop(number, None))
             case frames.Credit(number, count):
                 if (reader := self._readers.get(number)) is not None:
                     reader.add(count)
@@ -203,6 +209,27 @@ class Worker:
             if stream is not None:
                 stream.close()
 
+    async def _solve(self, number: int, job: SolveJob) -> None:
+        run: StrategyRun | None = None
+        try:
+            assert self._backend is not None, "requests follow the Loaded frame"
+            assert self._channel is not None, "the request came by it"
+            run = await self._backend.solve(job)
+            self._send(frames.Accepted(number))
+            while True:
+                event = await run.get()
+                if isinstance(event, Outcome):
+                    break
+                self._send(frames.Told(number, event))
+                await self._channel.drained()
+            self._send(frames.Solved(number, event))
+            self._send(frames.Ended(number))
+        except Exception as error:
+            self._send(frames.failure(number, error))
+        finally:
+            if run is not None:
+                run.close()
+
     async def _answer(self, call: frames.Score | frames.Abort | frames.EndThinking) -> None:
         try:
             assert self._backend is not None, "calls follow the Loaded frame"
@@ -223,7 +250,9 @@ def _loaded(backend: LocalBackend) -> frames.Loaded:
     parts = None
     if card.tokenizer is not None:
         parts = frames.TokenizerParts(**card.tokenizer.parts())
-    return frames.Loaded(card.max_context, card.vocab_size, card.default_sampling, parts)
+    return frames.Loaded(
+        card.max_context, card.vocab_size, card.default_sampling, parts, card.strategies
+    )
 
 
 def _load_failure(error: Exception) -> frames.LoadFailed:

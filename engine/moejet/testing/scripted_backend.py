@@ -9,6 +9,7 @@ from typing import Any
 
 from moejet.output import OutputAssembler
 from moejet.reasoning.parser import prompt_opens_thinking
+from moejet.reasoning.result import Progress
 from moejet.request import (
     CompletionOutput,
     FinishReason,
@@ -19,6 +20,7 @@ from moejet.request import (
     TokenLogprobs,
 )
 from moejet.server.backend import Job, ModelCard
+from moejet.server.strategies import Outcome, SolveJob
 from moejet.tokenizer import Tokenizer
 
 
@@ -50,11 +52,30 @@ class ScriptedStream:
         self.is_closed = True
 
 
+class ScriptedRun:
+    """One strategy; error: raised in place of the first event that is missing."""
+
+    def __init__(self, backend: ScriptedBackend, job: SolveJob):
+        self.job = job
+        self._backend = backend
+        self._events = list(backend.events)
+        self.is_closed = False
+
+    async def get(self) -> Progress | Outcome:
+        await asyncio.sleep(self._backend.delay_s)
+        if self._events:
+            return self._events.pop(0)
+        raise self._backend.error or ValueError("this strategy has ended")
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
 class ScriptedBackend:
     """Answers the texts in turn, the last one again and again.
 
     tokens_per_delta: how many come at once · delay_s: before each delta · error: raised when error_at deltas are left,
-    or by `start` with refuses=True
+    or by `start` with refuses=True · events: of every strategy, an outcome at last
     """
 
     def __init__(
@@ -67,6 +88,7 @@ class ScriptedBackend:
         error: Exception | None = None,
         error_at: int = 1,
         refuses: bool = False,
+        events: Sequence[Progress | Outcome] = (),
     ):
         self.card = ModelCard(
             "scripted", 1 << 16, tokenizer.vocab_size, SamplingParams(), tokenizer
@@ -80,6 +102,8 @@ class ScriptedBackend:
         self._texts = list(texts)
         self._tokens_per_delta = tokens_per_delta
         self._refuses = refuses
+        self.events = list(events)
+        self.runs: list[ScriptedRun] = []
 
     async def start(self, job: Job) -> ScriptedStream:
         if self._refuses and self.error is not None:
@@ -142,6 +166,12 @@ class ScriptedBackend:
             num_reasoning_tokens=assembler.num_reasoning_tokens,
         )
         return deltas, output
+
+    async def solve(self, job: SolveJob) -> ScriptedRun:
+        if self._refuses and self.error is not None:
+            raise self.error
+        self.runs.append(ScriptedRun(self, job))
+        return self.runs[-1]
 
     async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
         return [TokenLogprobs(token_id, -1.0) for token_id in token_ids[1:]]

@@ -50,6 +50,16 @@ export async function models() {
   return (body.data ?? []).map((model) => model.id);
 }
 
+/** Names of the strategies by which the server can answer, and how many samples one may ask for. */
+export async function strategies() {
+  try {
+    const { strategies: names, limits } = await (await request('props')).json();
+    return { names: Array.isArray(names) ? names : [], most: limits?.strategy_samples ?? 0 };
+  } catch {
+    return { names: [], most: 0 }; // as with a server of another kind
+  }
+}
+
 /** Makes a running request answer now; false if it does not think any more. */
 export async function endThinking(id) {
   try {

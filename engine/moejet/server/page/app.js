@@ -1,6 +1,6 @@
 // The page as a whole: which conversation is shown, what runs, what is kept.
 
-import { apiKey, models } from './api.js';
+import { apiKey, models, strategies } from './api.js';
 import { byId, el, newId } from './dom.js';
 import { AssistantView, UserView } from './message_view.js';
 import { Run } from './run.js';
@@ -50,6 +50,7 @@ class App {
     try {
       [this.model = ''] = await models();
       byId('model').textContent = this.model;
+      strategies().then((found) => this.settings.offer(found));
       this.notify('');
     } catch (error) {
       if (error.status === 401) this.askKey(error.message, () => this.connect());
@@ -192,7 +193,6 @@ class App {
       messages: tree.messages(conversation, userNode, this.settings.system),
       stream: true,
       stream_options: { include_usage: true },
-      return_progress: true,
       ...this.settings.fields(),
     });
     this.runs.delete(conversation.id);

@@ -3,6 +3,7 @@
 
 import { copyButton, count, el, seconds } from './dom.js';
 import { finishedLength, render } from './markdown.js';
+import { StrategyView } from './strategy_view.js';
 
 /** Buttons that lead to the other branches of a node. */
 function switcher(nodes, node, onSelect) {
@@ -92,13 +93,14 @@ export class AssistantView {
     this.thought = el('div', { className: 'thought' });
     const summary = el('summary', { onclick: () => (this.#touched = true) }, this.label);
     this.thinking = el('details', { className: 'thinking', hidden: true }, summary, this.thought);
+    this.strategy = new StrategyView();
     this.done = el('div');
     this.tail = el('div');
     this.answer = el('div', { className: 'answer' }, this.done, this.tail);
     this.note = el('div', { className: 'note', hidden: true });
     this.foot = el('footer');
     this.stats = el('span', { className: 'stats faint' });
-    this.element = el('article', { className: 'message assistant', 'aria-label': 'Model' }, this.thinking, this.answer, this.note, this.foot);
+    this.element = el('article', { className: 'message assistant', 'aria-label': 'Model' }, this.strategy.element, this.thinking, this.answer, this.note, this.foot);
     this.update();
   }
 
@@ -122,6 +124,7 @@ export class AssistantView {
     const isOpen = node.state === 'streaming';
     this.element.classList.toggle('streaming', isOpen);
     this.element.setAttribute('aria-busy', String(isOpen));
+    this.strategy.update(node, isOpen);
     this.#updateThinking(isOpen);
     this.#updateAnswer(isOpen);
     this.#updateNote(isOpen);
@@ -186,7 +189,7 @@ export class AssistantView {
     const { node, actions } = this;
     let text = '';
     let action = null;
-    if (isOpen && !node.reasoning && !node.content) text = waitingText(node);
+    if (isOpen && !node.reasoning && !node.content) text = node.strategy ? '' : waitingText(node);
     else if (node.state === 'stopped') text = 'Stopped.';
     else if (node.state === 'cut') [text, action] = ['Cut off: the page was left while this was written.', 'Regenerate'];
     else if (node.state === 'error') [text, action] = [node.error, 'Retry'];

@@ -1,6 +1,7 @@
 // One request to the model, from sending to the last token. It goes on while another conversation is looked at.
 
 import { ApiError, endThinking, streamChat } from './api.js';
+import { takeOutcome, takeProgress } from './strategy_view.js';
 
 const now = () => performance.now() / 1e3;
 
@@ -70,6 +71,8 @@ export class Run {
       const node = this.nodes[choice.index];
       if (!node) continue;
       node.model = chunk.model ?? node.model;
+      if (chunk.moejet?.progress) takeProgress(node, chunk.moejet.progress);
+      if (choice.delta?.reasoning_strategy) takeOutcome(node, choice.delta.reasoning_strategy, choice.reasoning_candidates);
       this.#grow(node, this.#clocks[choice.index], choice.delta ?? {});
       if (choice.finish_reason) {
         node.finish = choice.finish_reason;

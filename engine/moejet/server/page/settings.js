@@ -24,6 +24,8 @@ export class Settings {
     const effort = byId('effort');
     effort.value = this.#values.reasoning_effort ?? '';
     effort.addEventListener('change', () => this.#set('reasoning_effort', effort.value));
+    this.strategy = byId('strategy');
+    this.strategy.addEventListener('change', () => this.#set('reasoning_strategy', this.strategy.value));
     byId('open-settings').addEventListener('click', () => byId('settings').showModal());
     byId('reset-settings').addEventListener('click', () => {
       for (const name of ['system', ...NUMBERS]) {
@@ -39,15 +41,31 @@ export class Settings {
     return this.#values.system ?? '';
   }
 
+  /** Shows the strategies that the server has, none if it has none. */
+  offer({ names, most }) {
+    for (const option of this.strategy.options) {
+      const [name, numbers = '1'] = option.value.split(':');
+      const samples = Math.max(...numbers.split('x').map(Number));
+      option.hidden = option.disabled = name !== '' && !(names.includes(name) && samples <= most);
+    }
+    this.strategy.closest('label').hidden = !names.length;
+    const wanted = this.#values.reasoning_strategy ?? '';
+    this.strategy.value = [...this.strategy.options].some((option) => option.value === wanted && !option.disabled) ? wanted : '';
+  }
+
   get numAnswers() {
-    return this.#number('n') ?? 1;
+    return this.strategy.value ? 1 : (this.#number('n') ?? 1);
   }
 
   /** The fields that have been set. */
   fields() {
     const found = Object.fromEntries(NUMBERS.map((name) => [name, this.#number(name)]).filter(([, value]) => value !== null));
     if (this.#values.reasoning_effort) found.reasoning_effort = this.#values.reasoning_effort;
-    return found;
+    if (!this.strategy.value) return { ...found, return_progress: true };
+    // One answer comes back, and progress of another kind.
+    delete found.n;
+    const stream_options = { include_usage: true, include_progress: true };
+    return { ...found, stream_options, reasoning_strategy: this.strategy.value, return_candidates: true };
   }
 
   #number(name) {

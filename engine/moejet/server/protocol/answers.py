@@ -14,8 +14,11 @@ from moejet.server.generation import (
     Piece,
     Progress,
     Silence,
+    StrategyStep,
     Totals,
 )
+from moejet.server.strategies import Outcome
+from moejet.server.strategy_generation import StrategyGeneration
 from moejet.server.tool_calls import (
     ContentDelta,
     ReasoningDelta,
@@ -42,11 +45,13 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
     stop_reason: str | int | None = None
+    outcome: Outcome | None = None
 
     def add(self, event: Piece | ChoiceEnd) -> None:
         self.logprobs += event.tokens.logprobs
         if isinstance(event, ChoiceEnd):
             self.finish_reason = event.finish_reason
+            self.outcome = event.outcome
             return
         match event.event:
             case ReasoningDelta(text):
@@ -66,7 +71,7 @@ class Renderer(Protocol):
 
     def begin(self) -> list[bytes]: ...
 
-    def event(self, event: Piece | ChoiceEnd | Progress) -> list[bytes]: ...
+    def event(self, event: Piece | ChoiceEnd | Progress | StrategyStep) -> list[bytes]: ...
 
     def end(self, totals: Totals) -> list[bytes]: ...
 
@@ -77,7 +82,9 @@ class Renderer(Protocol):
         """The whole answer, not streamed."""
 
 
-async def stream(generation: Generation, renderer: Renderer) -> AsyncGenerator[bytes]:
+async def stream(
+    generation: Generation | StrategyGeneration, renderer: Renderer
+) -> AsyncGenerator[bytes]:
     """The one loop behind every streamed answer."""
     try:
         if parts := renderer.begin():
@@ -95,7 +102,7 @@ async def stream(generation: Generation, renderer: Renderer) -> AsyncGenerator[b
     yield b"".join(last)
 
 
-async def collect(generation: Generation, num_choices: int) -> list[Answer]:
+async def collect(generation: Generation | StrategyGeneration, num_choices: int) -> list[Answer]:
     """The answers when all have ended."""
     answers = [Answer(i) for i in range(num_choices)]
     async for event in generation.events():

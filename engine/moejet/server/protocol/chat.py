@@ -18,6 +18,7 @@ from moejet.server.protocol.common import (
     structured_grammar,
 )
 from moejet.server.protocol.fields import HARMLESS, Count, NumLogprobs, Part, SamplingFields
+from moejet.server.protocol.strategies import StrategyFields, with_strategy
 from moejet.server.reasoning_controls import (
     REASONING_FIELDS,
     ReasoningControls,
@@ -72,7 +73,7 @@ class Message(BaseModel):
     tool_call_id: str | None = None
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, StrategyFields):
     """A conversation to be continued."""
 
     harmless = HARMLESS
@@ -220,7 +221,7 @@ def chat_plan(request: ChatRequest, context: Context, request_id: str) -> Plan:
     tools = parse_tools(request.tools)
     choice = parse_tool_choice(request.tool_choice, tools, parallel=request.parallel_tool_calls)
     fields = {k: v for k, v in (request.model_extra or {}).items() if k in REASONING_FIELDS}
-    controls = normalise_reasoning(fields, context.tokenizer)
+    controls = normalise_reasoning(fields, context.tokenizer, effort_budgets=context.effort_budgets)
     grammar = answer_grammar(
         context,
         tools,
@@ -245,7 +246,7 @@ def chat_plan(request: ChatRequest, context: Context, request_id: str) -> Plan:
         grammar=grammar,
         max_thinking_tokens=controls.max_thinking_tokens,
     )
-    return conversation_plan(
+    plan = conversation_plan(
         context,
         messages,
         request_id=request_id,
@@ -258,6 +259,8 @@ def chat_plan(request: ChatRequest, context: Context, request_id: str) -> Plan:
         wants_progress=bool(request.return_progress),
         template=request.chat_template,
     )
+    calls_tools = bool(tools) and choice.mode != "none"
+    return with_strategy(plan, request, context, effort=controls.effort, calls_tools=calls_tools)
 
 
 def check_tools(context: Context) -> None:

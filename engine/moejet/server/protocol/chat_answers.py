@@ -6,7 +6,7 @@ from typing import Any
 
 from moejet.server.config import ReasoningField
 from moejet.server.errors import ApiError
-from moejet.server.generation import ChoiceEnd, Piece, Plan, Progress, Tokens, Totals
+from moejet.server.generation import ChoiceEnd, Piece, Plan, Progress, StrategyStep, Tokens, Totals
 from moejet.server.protocol.answers import Answer
 from moejet.server.protocol.chat import ChatRequest
 from moejet.server.protocol.common import (
@@ -15,8 +15,10 @@ from moejet.server.protocol.common import (
     timings,
     usage,
 )
+from moejet.server.protocol.strategies import candidate_list, step_note, strategy_note
 from moejet.server.sse import DONE, KEEP_ALIVE
 from moejet.server.sse import event as _event
+from moejet.server.strategies import Outcome
 from moejet.server.tool_calls import (
     ContentDelta,
     OutputEvent,
@@ -52,6 +54,7 @@ class ChatRenderer:
         self._wants_logprobs = plan.jobs[0].params.logprobs is not None
         options = request.stream_options
         self._wants_usage = bool(options and options.include_usage)
+        self._wants_steps = bool(options and options.include_progress)
         both = ("reasoning_content", "reasoning")
         self._reasoning_keys = both if reasoning_field == "both" else (reasoning_field,)
 
@@ -59,13 +62,27 @@ class ChatRenderer:
         role = {"role": "assistant", "content": ""}
         return [self._chunk(i, dict(role)) for i in range(self._n)]
 
-    def event(self, event: Piece | ChoiceEnd | Progress) -> list[bytes]:
+    def event(self, event: Piece | ChoiceEnd | Progress | StrategyStep) -> list[bytes]:
+        if isinstance(event, StrategyStep):
+            if not self._wants_steps:
+                return [KEEP_ALIVE]
+            choice = {"index": 0, "delta": {}, "finish_reason": None}
+            note = step_note(self._plan, event)
+            return [_event({**self._head(), "choices": [choice], "moejet": note})]
         if isinstance(event, Progress):
             return [_event({**self._head(), "choices": [], **progress(event)})]
         if isinstance(event, ChoiceEnd):
             reason = finish_reason(event.finish_reason, event.num_calls)
+            delta, more = self._told(event.outcome)
             return [
-                self._chunk(event.choice, {}, event.tokens, reason, stop_reason=event.stop_reason)
+                self._chunk(
+                    event.choice,
+                    delta,
+                    event.tokens,
+                    reason,
+                    stop_reason=event.stop_reason,
+                    **more,
+                )
             ]
         delta = self._delta(event.event)
         return [self._chunk(event.choice, delta, event.tokens)] if delta else []
@@ -117,8 +134,9 @@ class ChatRenderer:
         tokens: Tokens | None = None,
         reason: str | None = None,
         stop_reason: str | int | None = None,
+        **more: Any,
     ) -> bytes:
-        entry: dict[str, Any] = {"index": choice, "delta": delta, "finish_reason": reason}
+        entry: dict[str, Any] = {"index": choice, "delta": delta, "finish_reason": reason, **more}
         if stop_reason is not None:
             entry["stop_reason"] = stop_reason
         if self._wants_logprobs:
@@ -126,12 +144,22 @@ class ChatRenderer:
             entry["logprobs"] = {"content": found, "refusal": None} if found else None
         return _event({**self._head(), "choices": [entry]})
 
+    def _told(self, outcome: Outcome | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of a strategy: fields of the message, and of the choice."""
+        if outcome is None:
+            return {}, {}
+        candidates = candidate_list(self._plan, outcome) if self._plan.returns_candidates else None
+        more = {} if candidates is None else {"reasoning_candidates": candidates}
+        return {"reasoning_strategy": strategy_note(self._plan, outcome)}, more
+
     def _choice(self, answer: Answer) -> dict[str, Any]:
+        told, more = self._told(answer.outcome)
         message: dict[str, Any] = {
             "role": "assistant",
             "content": "".join(answer.content)
             or (None if answer.calls or answer.reasoning else ""),
             "refusal": None,
+            **told,
         }
         if answer.reasoning:
             message |= dict.fromkeys(self._reasoning_keys, "".join(answer.reasoning))
@@ -154,4 +182,5 @@ class ChatRenderer:
             "logprobs": logprobs,
             "finish_reason": finish_reason(answer.finish_reason, len(answer.calls)),
             "stop_reason": answer.stop_reason,
+            **more,
         }

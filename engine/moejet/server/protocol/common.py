@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moejet.grammar import Grammar
+from moejet.reasoning.effort import effort_budgets
 from moejet.request import SamplingParams, TokenLogprobs
 from moejet.server.backend import ModelCard
 from moejet.server.config import ServerConfig
@@ -15,6 +16,7 @@ from moejet.server.generation import Progress, Totals
 from moejet.server.prompts import PromptMaker
 from moejet.server.protocol.fields import MAX_SALT_CHARS, SamplingFields
 from moejet.server.short import short
+from moejet.server.strategies import engine_usage
 from moejet.server.tool_calls import ToolFormat
 from moejet.tokenizer import Tokenizer
 
@@ -31,6 +33,11 @@ class Context:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.prompts.tokenizer
+
+    @property
+    def effort_budgets(self) -> Mapping[str, int | None]:
+        """Tokens of thinking that the model gets at each effort."""
+        return effort_budgets(self.card.loaded_as or self.card.name)
 
     def check_model(self, name: str | None) -> None:
         """A request that names another model was meant for somebody else."""
@@ -176,12 +183,14 @@ def string_field(item: Mapping[str, Any], name: str, where: str) -> str:
 
 def usage(totals: Totals) -> dict[str, Any]:
     """In OpenAI's Chat form. reasoning_tokens: all tokens of the thinking, tags that the model wrote included."""
+    engine = {} if totals.outcome is None else {"engine": engine_usage(totals.outcome)}
     return {
         "prompt_tokens": totals.prompt_tokens,
         "completion_tokens": totals.completion_tokens,
         "total_tokens": totals.prompt_tokens + totals.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": totals.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": totals.reasoning_tokens},
+        **engine,
     }
 
 

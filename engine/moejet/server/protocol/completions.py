@@ -8,7 +8,7 @@ from typing import Any
 from moejet.request import SamplingParams, TokenLogprobs
 from moejet.server.backend import Backend, Job
 from moejet.server.errors import ApiError, wrong
-from moejet.server.generation import ChoiceEnd, Piece, Plan, Progress, Totals
+from moejet.server.generation import ChoiceEnd, Piece, Plan, Progress, StrategyStep, Totals
 from moejet.server.protocol.answers import Answer
 from moejet.server.protocol.common import (
     Context,
@@ -164,7 +164,9 @@ class CompletionRenderer:
             chunks += [self._chunk(choice, "", None, "length") for choice in range(len(chunks))]
         return chunks
 
-    def event(self, event: Piece | ChoiceEnd | Progress) -> list[bytes]:
+    def event(self, event: Piece | ChoiceEnd | Progress | StrategyStep) -> list[bytes]:
+        if isinstance(event, StrategyStep):
+            return []
         if isinstance(event, Progress):
             return [_event({**self._head(), "choices": [], **progress(event)})]
         logprobs = self._logprobs(event.choice, event.tokens.logprobs)

@@ -158,6 +158,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # random padding, which nobody has to send
     continuous_usage_stats: Literal[False] | None = None
+    include_progress: bool | None = None  # of a strategy
 
 
 class SamplingFields(ApiModel):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from moejet.server.errors import ApiError, wrong
-from moejet.server.generation import ChoiceEnd, Piece, Plan, Progress, Totals
+from moejet.server.generation import ChoiceEnd, Piece, Plan, Progress, StrategyStep, Totals
 from moejet.server.protocol.answers import Answer
 from moejet.server.protocol.chat import answer_grammar, conversation_plan
 from moejet.server.protocol.common import Context, response_grammar, sampling_params, string_field
@@ -143,7 +143,7 @@ def _plan(
     tools = parse_tools(request.tools)
     choice = parse_tool_choice(request.tool_choice, tools)
     extra = {k: v for k, v in (request.model_extra or {}).items() if k in REASONING_FIELDS}
-    controls = normalise_reasoning(extra, context.tokenizer)
+    controls = normalise_reasoning(extra, context.tokenizer, effort_budgets=context.effort_budgets)
     params = sampling_params(
         fields,
         context,
@@ -291,8 +291,8 @@ class MessagesRenderer:
         message = {**self._head(), "content": [], "stop_reason": None, "stop_sequence": None}
         return [_event("message_start", message={**message, "usage": used})]
 
-    def event(self, event: Piece | ChoiceEnd | Progress) -> list[bytes]:
-        if isinstance(event, Progress):
+    def event(self, event: Piece | ChoiceEnd | Progress | StrategyStep) -> list[bytes]:
+        if isinstance(event, Progress | StrategyStep):
             return [self.keep_alive]
         if isinstance(event, ChoiceEnd):
             self._end = event

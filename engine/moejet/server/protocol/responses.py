@@ -24,6 +24,7 @@ from moejet.server.protocol.fields import (
     anything,
     one_of,
 )
+from moejet.server.protocol.strategies import StrategyFields, with_strategy
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
 from moejet.server.short import short
 from moejet.server.tool_calls import (
@@ -45,7 +46,7 @@ _REMEMBERED = {
 }
 
 
-class ResponsesRequest(ApiModel):
+class ResponsesRequest(ApiModel, StrategyFields):
     """A conversation to be continued."""
 
     harmless = _HARMLESS
@@ -87,7 +88,9 @@ def responses_plan(request: ResponsesRequest, context: Context, request_id: str)
     tools = parse_tools(request.tools)
     choice = parse_tool_choice(request.tool_choice, tools, parallel=request.parallel_tool_calls)
     controls = normalise_reasoning(
-        {k: v for k, v in extra.items() if k in REASONING_FIELDS}, context.tokenizer
+        {k: v for k, v in extra.items() if k in REASONING_FIELDS},
+        context.tokenizer,
+        effort_budgets=context.effort_budgets,
     )
     grammar = answer_grammar(context, tools, choice, _text_grammar(request.text))
     params = sampling_params(
@@ -111,6 +114,8 @@ def responses_plan(request: ResponsesRequest, context: Context, request_id: str)
         choice=choice,
         params=params,
     )
+    calls_tools = bool(tools) and choice.mode != "none"
+    plan = with_strategy(plan, request, context, effort=controls.effort, calls_tools=calls_tools)
     return ResponsesPlan(plan, controls.effort)
 
 

@@ -6,13 +6,15 @@ import uuid
 from typing import Any
 
 from moejet.server.errors import ApiError
-from moejet.server.generation import ChoiceEnd, Piece, Progress, Totals
+from moejet.server.generation import ChoiceEnd, Piece, Progress, StrategyStep, Totals
 from moejet.server.protocol.answers import Answer
 from moejet.server.protocol.common import (
     chat_logprobs,
 )
 from moejet.server.protocol.responses import ResponsesPlan, ResponsesRequest
+from moejet.server.protocol.strategies import candidate_list, step_note, strategy_note
 from moejet.server.sse import KEEP_ALIVE, event
+from moejet.server.strategies import engine_usage
 from moejet.server.tool_calls import (
     ContentDelta,
     ReasoningDelta,
@@ -54,7 +56,12 @@ class ResponsesRenderer:
             self._event("response.in_progress", response=response),
         ]
 
-    def event(self, event: Piece | ChoiceEnd | Progress) -> list[bytes]:
+    def event(self, event: Piece | ChoiceEnd | Progress | StrategyStep) -> list[bytes]:
+        if isinstance(event, StrategyStep):
+            options = self._request.stream_options
+            if options is None or not options.include_progress:
+                return [KEEP_ALIVE]
+            return [self._event("response.moejet.progress", **step_note(self._plan, event))]
         if isinstance(event, Progress):
             return []
         if isinstance(event, ChoiceEnd):
@@ -192,6 +199,11 @@ class ResponsesRenderer:
     def _response(self, status: str, totals: Totals | None = None) -> dict[str, Any]:
         request, job = self._request, self._plan.jobs[0]
         limit = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        told: dict[str, Any] = {}
+        if totals is not None and (outcome := totals.outcome) is not None:
+            told["reasoning_strategy"] = strategy_note(self._plan, outcome)
+            if self._plan.returns_candidates:
+                told["reasoning_candidates"] = candidate_list(self._plan, outcome)
         return {
             "id": self._plan.request_id,
             "object": "response",
@@ -213,6 +225,7 @@ class ResponsesRenderer:
             "tools": request.tools or [],
             "top_p": job.params.top_p,
             "truncation": "disabled",
+            **told,
             "usage": _usage(totals) if totals is not None else None,
             "metadata": (request.model_extra or {}).get("metadata") or {},
         }
@@ -223,10 +236,12 @@ def _status(finish_reason: str) -> str:
 
 
 def _usage(totals: Totals) -> dict[str, Any]:
+    engine = {} if totals.outcome is None else {"engine": engine_usage(totals.outcome)}
     return {
         "input_tokens": totals.prompt_tokens,
         "input_tokens_details": {"cached_tokens": totals.cached_tokens},
         "output_tokens": totals.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": totals.reasoning_tokens},
         "total_tokens": totals.prompt_tokens + totals.completion_tokens,
+        **engine,
     }
