@@ -137,8 +137,8 @@ struct ThreadPool::State {
   // The region: written by the caller before epoch is raised, read by workers after they see it.
   Task* task = nullptr;
   std::atomic<bool> stop{false};  // a late worker reads it at any time
-  bool has_phase = false;    // written by worker 0 while all others wait
-  std::exception_ptr error;  // under error_mutex
+  bool has_phase = false;         // written by worker 0 while all others wait
+  std::exception_ptr error;       // under error_mutex
   std::mutex error_mutex;
   std::atomic<bool> failed{false};
 
