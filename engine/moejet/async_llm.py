@@ -205,6 +205,7 @@ class AsyncLLM:
         self._thread = EngineThread(engine, **limits, read_ceiling=ceiling)
         self._workers = ThreadPoolExecutor(_PROMPT_THREADS, thread_name_prefix="moejet-prompt")
         self._runs: AsyncRuns | None = None
+        self._runs_lock = threading.Lock()
         # Not at exit: then the engine's thread is ended and waited for.
         weakref.finalize(self, self._thread.inbox.put, ("stop", None)).atexit = False
 
@@ -351,8 +352,9 @@ class AsyncLLM:
         """
         from moejet.reasoning.async_runs import AsyncRuns, StrategyStream, Wanted
 
-        if self._runs is None:
-            self._runs = AsyncRuns(self._thread)
+        with self._runs_lock:
+            if self._runs is None:
+                self._runs = AsyncRuns(self._thread)
         wanted = Wanted(prompt, strategy, params, budget, seed, answers, template_kwargs)
         return StrategyStream(self._runs, wanted)
 

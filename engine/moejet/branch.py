@@ -178,6 +178,11 @@ class Branch:
         return len(self._request.token_ids) - self._request.num_prompt_tokens, len(self.text)
 
     @property
+    def number(self) -> int:
+        """Of all branches and requests of its engine, which no other has."""
+        return self._request.order
+
+    @property
     def is_computed(self) -> bool:
         """Whether `fork` has nothing to compute first."""
         return len(self._request.token_ids) - self._request.num_computed_tokens <= 1
@@ -196,7 +201,7 @@ class Branch:
             self.advance(max_tokens=0)
         with self.llm.exclusive():
             forks = [self._fork() for _ in range(n)]
-        self._forks += forks
+        self._forks = [fork for fork in self._forks if not fork._is_released] + forks
         return forks
 
     def append(self, more: str | Sequence[int]) -> None:

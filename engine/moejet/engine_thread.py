@@ -61,7 +61,8 @@ class Guest(Protocol):
     num_runs: how many things it has under way, for which a draining end waits
     """
 
-    num_runs: int
+    @property
+    def num_runs(self) -> int: ...
 
     def deliver(self, deltas: Iterable[StreamDelta]) -> None:
         """What a step gave, to all requests; on the engine's thread."""

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 import pytest
 
 from moejet import LLM, AsyncLLM, EngineClosedError, EngineDeadError, QueueFullError, SamplingParams
-from moejet.reasoning import Budget, Progress, Result, Run, Sample, Single, Task, solve
+from moejet.reasoning import (
+    Best,
+    Budget,
+    Progress,
+    Result,
+    Run,
+    Sample,
+    Single,
+    Task,
+    Verifier,
+    solve,
+)
 from moejet.testing.number_answers import NumberAnswers
 
 NUMBERS = NumberAnswers()
@@ -176,3 +187,104 @@ def test_a_dead_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         await llm.close(drain=False)
 
     asyncio.run(asyncio.wait_for(body(), 60))
+
+
+@dataclass(frozen=True)
+class Untidy:
+    """Fails in its clean-up, or in the condition that it stops at."""
+
+    in_condition: bool
+
+    def run(self, task: Task) -> Run[Result]:
+        [branch] = yield from task.open()
+        yield from task.tell("note", "begun")
+        try:
+            until = (lambda text, ids: 1 // (len(ids) < 5) > 1) if self.in_condition else None
+            yield from task.advance([branch], until=until, max_tokens=5 if until else 100_000)
+        finally:
+            if not self.in_condition:
+                raise RuntimeError("the clean-up failed")
+        raise AssertionError("unreachable")
+
+
+def test_what_fails_in_a_strategy_never_ends_the_engine() -> None:
+    async def body(llm: AsyncLLM) -> None:
+        with pytest.raises(ZeroDivisionError):
+            await llm.solve(PROMPTS[0], Untidy(True), answers=NUMBERS).result()
+        stream = llm.solve(PROMPTS[0], Untidy(False), answers=NUMBERS)
+        await anext(stream)
+        stream.close()
+        assert (await llm.solve(PROMPTS[0], Single(), answers=NUMBERS).result()).answer
+        assert llm.is_healthy
+
+    run(body)
+
+
+def test_a_stream_that_was_refused_can_be_started_later() -> None:
+    async def body(llm: AsyncLLM) -> None:
+        streams = [llm.solve(PROMPTS[0], Endless(), answers=NUMBERS) for _ in range(16)]
+        for stream in streams:
+            await stream.start()
+        late = llm.solve(PROMPTS[0], Single(), answers=NUMBERS)
+        with pytest.raises(QueueFullError):
+            await late.start()
+        for stream in streams:
+            stream.close()
+        for _ in range(500):
+            try:
+                await late.start()
+                break
+            except QueueFullError:
+                await asyncio.sleep(0.01)
+        assert (await late.result()).answer is not None
+
+    run(body)
+
+
+def test_closing_wakes_who_reads() -> None:
+    async def body(llm: AsyncLLM) -> None:
+        stream = llm.solve(PROMPTS[0], Endless(), answers=NUMBERS)
+        await anext(stream)
+        reader = asyncio.create_task(anext(stream, None))
+        await asyncio.sleep(0.02)
+        stream.close()
+        assert await asyncio.wait_for(reader, 5) is None
+
+    run(body)
+
+
+def test_a_second_model_is_refused_where_nobody_would_run_it(llm: LLM) -> None:
+    async def body(mine: AsyncLLM) -> None:
+        strategy = Sample(2, select=Best(Verifier(llm, yes="1", no="0")))
+        with pytest.raises(ValueError, match="second model"):
+            await mine.solve(PROMPTS[0], strategy, answers=NUMBERS).result()
+
+    run(body)
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """Opens branches again after the cache has lost the prompt."""
+
+    def run(self, task: Task) -> Run[Result]:
+        yield from task.open()
+        assert task._root is not None
+        request = task._root._request
+        task.llm.engine.scheduler._take_blocks(request)
+        request.num_computed_tokens = 0
+        assert not task._root.is_computed
+        result = yield from Single().run(task)
+        return result
+
+
+def test_a_prompt_that_the_cache_has_lost_costs_others_nothing() -> None:
+    async def body(llm: AsyncLLM) -> None:
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=300)
+        others = [asyncio.create_task(llm.chat(p, params).result()) for p in PROMPTS]
+        await asyncio.sleep(0.05)
+        for _ in range(5):
+            assert (await llm.solve(PROMPTS[0], Evicted(), answers=NUMBERS).result()).answer
+        for task in others:
+            assert len((await task).outputs[0].token_ids) == 300
+
+    run(body)

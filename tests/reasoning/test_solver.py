@@ -1,5 +1,6 @@
 """Strategies on the embedded tiny reasoner: the driver, budgets, sampling and votes."""
 
+import random
 import threading
 import time
 from collections import Counter
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from moejet import LLM, SamplingParams
+from moejet.reasoning import AtTransitions, BetaStop, Probed
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.result import Candidate, Progress, Result
 from moejet.reasoning.sample import Sample
@@ -297,3 +299,66 @@ def test_no_two_samples_share_a_seed(llm: LLM, monkeypatch: pytest.MonkeyPatch) 
         llm, PROMPTS[0], nested, params=params, answers=NUMBERS, seed=7, budget=Budget(branches=1)
     )
     assert set(seeds) == first
+
+
+def test_nested_samples_keep_to_the_width_of_the_budget(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    step = llm.engine.step
+
+    def counted() -> object:
+        result = step()
+        widths.append(len(llm.engine.scheduler.running))
+        return result
+
+    monkeypatch.setattr(llm.engine, "step", counted)
+    solve(llm, PROMPTS[0], Sample(4, Sample(4)), answers=NUMBERS, budget=Budget(branches=2))
+    assert max(widths) == 2
+
+
+def test_what_is_enough_does_not_depend_on_who_ends_first(llm: LLM) -> None:
+    class Jittery(NumberAnswers):
+        def group(self, answers: Sequence[str]) -> list[int]:
+            time.sleep(random.random() * 0.01)
+            return super().group(answers)
+
+    results = {
+        tuple(
+            c.text
+            for c in solve(
+                llm,
+                PROMPTS[2],
+                Sample(12, stop=BetaStop(0.9), wave=4),
+                params=SamplingParams(temperature=1.3),
+                answers=Jittery(),
+                seed=4,
+            ).candidates
+        )
+        for _ in range(5)
+    }
+    assert len(results) == 1
+
+
+def test_what_is_released_is_forgotten(llm: LLM) -> None:
+    @dataclass(frozen=True)
+    class Many:
+        def run(self, task: Task) -> Run[Result]:
+            for _ in range(20):
+                branches = yield from task.open(10)
+                task.release(branches)
+            assert len(task._opened) == 1
+            assert task._root is not None
+            assert len(task._root._forks) <= 10
+            result = yield from Single().run(task)
+            return result
+
+    assert solve(llm, PROMPTS[0], Many(), answers=NUMBERS).answer is not None
+
+
+def test_pieces_keep_to_the_limit_of_the_whole(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    for strategy in (Single(), Probed(every=8, agree=99), AtTransitions(threshold=1.0)):
+        result = solve(llm, PROMPTS[1], strategy, params=params, answers=NUMBERS)
+        assert result.candidate.num_tokens == 30
+        assert result.candidate.finish_reason == "length"

@@ -48,16 +48,20 @@ class Wanted:
     template_kwargs: Mapping[str, Any] | None = None
 
 
+_Event = Progress | Result | BaseException | None  # None: the stream was closed
+
+
 class StrategyStream:
     """A strategy's run: iterate over its progress, the last item is the `Result`; or await `result()`.
 
-    Leaving the iteration early, `close`, and cancelling the task that reads end the run. For one event loop.
+    `close` and cancelling the task that reads end the run; leave an iteration early by way of `contextlib.aclosing`,
+    or the run goes on for nobody. For one event loop.
     """
 
     def __init__(self, runs: AsyncRuns, wanted: Wanted):
         self._runs = runs
         self._wanted = wanted
-        self._events: asyncio.Queue[Progress | Result | BaseException] = asyncio.Queue()
+        self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._has_ended = False
 
@@ -65,7 +69,11 @@ class StrategyStream:
         """Begins the run. Raises QueueFullError, EngineClosedError or EngineDeadError; twice does nothing."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
-            self._runs.begin(self, self._wanted)
+            try:
+                self._runs.begin(self, self._wanted)
+            except BaseException:
+                self._loop = None  # it can be tried again
+                raise
         return self
 
     def __aiter__(self) -> StrategyStream:
@@ -82,6 +90,8 @@ class StrategyStream:
             raise
         if isinstance(event, Progress):
             return event
+        if event is None:
+            raise StopAsyncIteration
         self._has_ended = True
         if isinstance(event, BaseException):
             raise event
@@ -98,36 +108,41 @@ class StrategyStream:
         """Ends the run, if it still goes on, and the iteration."""
         if self._loop is not None and not self._has_ended:
             self._runs.cancel(self)
+            self.put(None)  # somebody may be reading
         self._has_ended = True
 
     async def aclose(self) -> None:
         """The same, by the name that contextlib.aclosing expects."""
         self.close()
 
-    def put(self, event: Progress | Result | BaseException) -> None:
+    def put(self, event: _Event) -> None:
         """On any thread."""
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:
             logger.debug("the event loop of a strategy's stream is closed")
+            self._runs.cancel(self)
 
 
 class AsyncRuns:
     """The `Guest` of an engine's thread that drives strategies there."""
 
     def __init__(self, thread: EngineThread, *, max_runs: int = MAX_RUNS):
-        self.num_runs = 0
         self.max_runs = max_runs
         self._thread = thread
         self._llm = LLM.over(thread.engine)
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="moejet-strategy")
-        self._driver = Driver(_Watched(self._executor, self._go_on_later))
+        self._driver = Driver(_Watched(self._executor, self._go_on_later), only=self._llm)
         self._active: dict[StrategyStream, Active] = {}
         self._streams: set[StrategyStream] = set()  # those that have not been told their end
         thread.guest = self
 
     # On any thread.
+
+    @property
+    def num_runs(self) -> int:
+        return len(self._streams)
 
     def begin(self, stream: StrategyStream, wanted: Wanted) -> None:
         self._thread.check_process()
@@ -142,7 +157,6 @@ class AsyncRuns:
         except BaseException:
             self._streams.discard(stream)
             raise
-        self.num_runs = len(self._streams)
 
     def cancel(self, stream: StrategyStream) -> None:
         if self._thread.is_own_process():
@@ -223,7 +237,6 @@ class AsyncRuns:
 
     def _forget(self, stream: StrategyStream) -> None:
         self._streams.discard(stream)
-        self.num_runs = len(self._streams)
         # Not at once: whoever ends it may hold the lock that is needed for this.
         self._thread.inbox.put(("call", self._thread.notify))
 

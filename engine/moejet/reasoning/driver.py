@@ -6,9 +6,10 @@ tells it which requests have ended (`moejet.reasoning.solver`).
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from moejet.reasoning.cost import expected_distinct_experts
 from moejet.reasoning.result import Background, Progress
 from moejet.reasoning.task import Gather, Ledger, Run
 from moejet.request import CompletionOutput, RequestOutput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -43,6 +46,7 @@ class _Gathering:
     active: dict[int, Active] = field(default_factory=dict)
     num_started: int = 0
     num_ended: int = 0
+    num_asked: int = 0  # of the first results, how many the stop rule has seen
 
 
 class Submits(Protocol):
@@ -54,7 +58,9 @@ class Submits(Protocol):
 class Driver:
     """Keeps generators going. Used by one thread; only `executor`'s threads do something beside it."""
 
-    def __init__(self, executor: Submits):
+    def __init__(self, executor: Submits, *, only: BranchHost | None = None):
+        """only: the one model that may be used, if nobody would run others"""
+        self._only = only
         self._executor = executor
         self._active: set[Active] = set()  # those of a Gather included
         self._top: set[Active] = set()
@@ -85,7 +91,7 @@ class Driver:
             return
         self._active.discard(active)
         self._drop(active)
-        active.run.close()
+        _close(active.run)
 
     def cancel_all(self) -> None:
         for active in list(self._active):
@@ -113,7 +119,7 @@ class Driver:
             if future is None or not future.done() or active not in self._active:
                 continue
             active.future = None
-            error = future.exception()
+            error = CancelledError() if future.cancelled() else future.exception()
             if error is None:
                 self._resume(active, future.result())
             else:
@@ -134,7 +140,12 @@ class Driver:
                 work, outputs = active.advance, [active.outputs[i] for i in active.request_ids]
                 assert work is not None
                 active.advance = None
-                self._resume(active, work.segments(outputs))
+                try:
+                    segments = work.segments(outputs)
+                except Exception as error:  # of a condition that the strategy gave
+                    self._throw(active, error)
+                else:
+                    self._resume(active, segments)
 
     def charge(self, llm: BranchHost) -> None:
         """Divides what the engine has done since the last time among the runs that wait for it."""
@@ -207,6 +218,10 @@ class Driver:
             self._throw(active, error)
 
     def _begin(self, active: Active, work: Advance) -> None:
+        if self._only is not None and work.llm is not self._only:
+            raise ValueError(
+                "a strategy with a second model does not run on an AsyncLLM: use moejet.reasoning.solve"
+            )
         self._counters.setdefault(work.llm, _totals(work.llm))
         ids = work.llm.begin(work.starts)
         active.advance, active.request_ids, active.outputs = work, ids, {}
@@ -245,13 +260,12 @@ class Driver:
             return
         gathering.results[index] = result
         gathering.num_ended += 1
+        is_enough = False
         if error is None and work.stop is not None:
             try:
-                is_enough = work.stop(gathering.results)
+                is_enough = _is_enough(gathering, work.stop)
             except Exception as raised:
-                error, is_enough = raised, False
-        else:
-            is_enough = False
+                error = raised
         if error is not None:
             self._drop(owner)
             self._throw(owner, error)
@@ -276,7 +290,32 @@ class Driver:
             for child in list(gathering.active.values()):
                 self.cancel(child)
             for run in gathering.work.runs[gathering.num_started :]:
-                run.close()
+                _close(run)
+
+
+def _is_enough(gathering: _Gathering, stop: Callable[[Sequence[Any]], bool]) -> bool:
+    """Whether the results of the first runs are enough, all of which have ended; the others' are then forgotten.
+
+    So the outcome does not depend on which of them ended first.
+    """
+    complete = next(
+        (i for i in range(gathering.num_started) if i in gathering.active), gathering.num_started
+    )
+    for count in range(gathering.num_asked + 1, complete + 1):
+        gathering.num_asked = count
+        if stop(gathering.results[:count]):
+            rest = len(gathering.results) - count
+            gathering.results[count:] = [None] * rest
+            return True
+    return False
+
+
+def _close(run: Run[Any]) -> None:
+    """Ends a generator, whatever its clean-up does."""
+    try:
+        run.close()
+    except Exception:
+        logger.exception("a strategy that was ended failed to clean up")
 
 
 def _totals(llm: BranchHost) -> tuple[int, int, int, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from moejet.branch import Branch, Segment
 from moejet.policy import Action, Keep, Stop, TokenPolicy
 from moejet.reasoning.result import Result
-from moejet.reasoning.task import Run, Task, with_policy
+from moejet.reasoning.task import Run, Task, room_of, with_policy
 from moejet.request import SamplingParams
 from moejet.sample_state import SampleState
 from moejet.tokenizer import Tokenizer
@@ -36,13 +36,21 @@ class _Exit:
     probe_tokens: int = 20
     probe_params: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0))
 
+    def _may_go_on(self, task: Task, branch: Branch) -> bool:
+        """Whether it still thinks, may, and leaves a trial its place in the context."""
+        if not branch.is_thinking or branch.is_finished or task.is_exhausted:
+            return False
+        texts = len(self.probe) + len(self.closing) + 2 * len(_closing_tag(task))
+        left = task.llm.max_context - len(branch.prompt_token_ids) - len(branch.token_ids)
+        return (
+            room_of(task, branch) > 0 and left > texts + 1
+        )  # a text has at most a token per character
+
     def _try(self, task: Task, branch: Branch) -> Run[tuple[str | None, str, Branch]]:
         """The answer that a fork gives now, its words, and the fork."""
         [fork] = yield from task.fork(branch)
-        close = task.tokenizer.think_tags
-        assert close is not None, "a model without tags does not think"
         before = len(fork.text)
-        task.append(fork, self.probe.format(close=close[1]))
+        task.append(fork, self.probe.format(close=_closing_tag(task)))
         yield from task.advance([fork], max_tokens=self.probe_tokens, params=self.probe_params)
         words = fork.text[before:]
         return task.answers.extract(fork.content or words), words, fork
@@ -58,10 +66,10 @@ class _Exit:
         tries: int,
     ) -> Run[Result]:
         if is_early and branch.is_thinking:
-            assert task.tokenizer.think_tags is not None
-            task.append(branch, f"{self.closing}{task.tokenizer.think_tags[1]}\n\n")
+            task.append(branch, f"{self.closing}{_closing_tag(task)}\n\n")
         if not branch.is_finished and not (segment and segment.finish_reason == "length"):
-            [segment] = yield from task.advance([branch], seeds=[seed])
+            room = room_of(task, branch)
+            [segment] = yield from task.advance([branch], max_tokens=max(0, room), seeds=[seed])
         candidate = task.candidate(branch, segment)
         if is_early:
             candidate = replace(candidate, stop_reason="early exit")
@@ -85,11 +93,12 @@ class Probed(_Exit):
         seed = task.next_seed()
         equal, last, tries = 0, None, 0
         segment: Segment | None = None
-        while branch.is_thinking and not branch.is_finished and not task.is_exhausted:
-            [segment] = yield from task.advance([branch], max_tokens=self.every, seeds=[seed])
+        while self._may_go_on(task, branch):
+            most = min(self.every, room_of(task, branch))
+            [segment] = yield from task.advance([branch], max_tokens=most, seeds=[seed])
             if segment.stop_reason == "budget":
                 break
-            if not branch.is_thinking:
+            if not self._may_go_on(task, branch):
                 segment = None
                 break
             answer, words, fork = yield from self._try(task, branch)
@@ -127,9 +136,12 @@ class AtTransitions(_Exit):
         [branch] = yield from task.open()
         seed, tries = task.next_seed(), 0
         segment: Segment | None = None
-        while branch.is_thinking and not branch.is_finished and not task.is_exhausted:
+        while self._may_go_on(task, branch):
             held = with_policy(task.params, _HoldAt(task.tokenizer, self.words, is_first=not tries))
-            [segment] = yield from task.advance([branch], params=held, seeds=[seed])
+            most = room_of(task, branch)
+            [segment] = yield from task.advance(
+                [branch], max_tokens=most, params=held, seeds=[seed]
+            )
             if not branch.is_thinking or segment.finish_reason == "length":
                 break
             before = branch.statistics
@@ -148,6 +160,12 @@ class AtTransitions(_Exit):
             segment = None
         result = yield from self._finish(task, branch, segment, seed, tries=tries)
         return result
+
+
+def _closing_tag(task: Task) -> str:
+    tags = task.tokenizer.think_tags
+    assert tags is not None, "a model without tags does not think"
+    return tags[1]
 
 
 class _HoldAt(TokenPolicy):

@@ -79,6 +79,10 @@ class Weighted:
     scorer: Scorer
     temperature: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r} must be a positive number or None")
+
     def choose(self, task: Task, candidates: Sequence[Candidate]) -> Run[Result]:
         scored = yield from with_scores(task, candidates, self.scorer)
         scores = [candidate.scores[SCORE] for candidate in scored]
@@ -168,6 +172,7 @@ class Shortest:
         answers = [c for c in result.candidates if c.answer is not None]
         if result.answer is None:
             return result
+        yield from task.classify(candidate.answer for candidate in answers)
         groups = task.answers.group([result.answer, *(c.answer or "" for c in answers)])
         agreeing = [c for c, group in zip(answers, groups[1:], strict=True) if group == 0]
         shortest = min(agreeing, key=lambda c: (c.num_tokens, -c.mean.logprob))

@@ -14,7 +14,7 @@
 | beam:NxM, dvts:NxM | step-wise beam of N with M children each; N / M independent subtrees |
 | particles:N, mcts:N | N particles; N rollouts |
 
-As an object: {"name": "vote", "n": 16, ...}; more fields are those of the strategy. A scorer can be named after the
+As an object: {"name": "beam", "n": 16, "width": 4, "scorer": "logprob"}. A scorer can be named after the
 number, or as "scorer": `best:16:logprob`. Without one it is the model's step head if it has one, else self-certainty.
 """
 

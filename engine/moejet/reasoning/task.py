@@ -75,8 +75,8 @@ class Strategy(Protocol):
 class Gather:
     """Runs to be driven at the same time, `limit` of them at once; what they return comes back in their order.
 
-    stop: asked with the results so far, None where there is none yet, whenever one ends; once it says yes the others
-    are ended and stay None
+    stop: asked about the results of the first run, of the first two and so on, each time as soon as all of these have
+    ended; once it says yes the others are ended and are None
     """
 
     runs: Sequence[Run[Any]]
@@ -101,7 +101,7 @@ class Ledger:
     live: int = 1
     holding: int = 0
     has_cut: bool = False
-    generating: set[Branch] = field(default_factory=set)
+    generating: set[int] = field(default_factory=set)  # numbers of branches
 
     @property
     def num_left(self) -> int | None:
@@ -143,7 +143,7 @@ class Task:
         self.seed = ledger.seed if seed is None else seed
         self._num_seeds = 0
         self._root: Branch | None = None
-        self._opened: list[Branch] = []
+        self._opened: dict[Branch, None] = {}
         self._children: list[Task] = []
 
     @property
@@ -214,7 +214,7 @@ class Task:
 
     def open(self, n: int = 1) -> Run[list[Branch]]:
         """n branches that hold the prompt, which is computed once."""
-        if self._root is None:
+        if self._root is None or not self._root.is_computed:  # the second if its cache was needed
             salt = self.ledger.cache_salt
             root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt, cache_salt=salt))
             yield Advance(self.llm, [root], max_tokens=0, params=SamplingParams())
@@ -222,7 +222,9 @@ class Task:
                 self.usage.prompt_tokens = len(self.prompt_token_ids)
             else:
                 self.usage.appended_tokens += len(self.prompt_token_ids)
-            self._root = self._root or root
+            if self._root is not None:
+                self.release([self._root])
+            self._root = root
         return [self._add(fork) for fork in self._root.fork(n)]
 
     def fork(self, branch: Branch, n: int = 1) -> Run[list[Branch]]:
@@ -307,10 +309,11 @@ class Task:
         stop: Callable[[Sequence[T | None]], bool] | None = None,
     ) -> Run[list[T | None]]:
         """Drives runs at the same time, see `Gather`."""
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit!r} must be at least 1")
         if not runs:
             return []
-        most = self.ledger.budget.branches
-        limit = min(x for x in (len(runs), limit, most) if x is not None)
+        limit = min(len(runs), self._width, sys.maxsize if limit is None else limit)
         self.ledger.live += limit - 1
         try:
             results: list[T | None] = yield Gather(runs, limit, stop)
@@ -355,7 +358,9 @@ class Task:
     ) -> Candidate:
         """What a branch has become; segment: its last one, which knows why it ended."""
         statistics = branch.statistics
-        is_cut = segment is not None and segment.finish_reason == "length"
+        is_cut = segment is not None and (
+            segment.finish_reason == "length" or segment.stop_reason == "wall_s"
+        )
         is_open = branch.is_thinking
         return Candidate(
             text=branch.text,
@@ -377,16 +382,17 @@ class Task:
         """Gives their cache back, before the task ends."""
         for branch in branches:
             branch.release()
+            self._opened.pop(branch, None)
 
     def close(self) -> None:
         """Releases every branch that was opened here."""
         for child in self._children:
             child.close()
-        self.release(self._opened)
-        self._opened.clear()
+        self._children.clear()
+        self.release(list(self._opened))
 
     def _add(self, branch: Branch) -> Branch:
-        self._opened.append(branch)
+        self._opened[branch] = None
         return branch
 
     def _limited(self, params: SamplingParams) -> SamplingParams:
@@ -430,7 +436,9 @@ class Task:
             chosen = sum(branch.statistics.num_tokens for branch in branches) - chosen
             usage.injected_tokens += sum(gains) - chosen
             usage.thinking_tokens += sum(b.num_thinking_tokens for b in branches) - thoughts
-            ledger.generating.update(b for b, gain in zip(branches, gains, strict=True) if gain)
+            ledger.generating.update(
+                b.number for b, gain in zip(branches, gains, strict=True) if gain
+            )
             usage.branches = len(ledger.generating)
         return segments, shares
 
@@ -449,6 +457,14 @@ class Task:
         ledger.held += sum(shares)
         ledger.holding += 1
         return list(shares)
+
+
+def room_of(task: Task, branch: Branch, params: SamplingParams | None = None) -> int:
+    """Tokens that a branch may still have, by the context and by `params.max_tokens`, which limits it as a whole."""
+    length = len(branch.token_ids)
+    room = task.llm.max_context - len(branch.prompt_token_ids) - length
+    most = (params or task.params).max_tokens
+    return room if most is None else min(room, most - length)
 
 
 def with_policy(params: SamplingParams, policy: TokenPolicy) -> SamplingParams:

@@ -47,9 +47,11 @@ class VoteShare:
     ) -> Run[list[float]]:
         given = [candidate.answer for candidate in found if candidate.answer is not None]
         wanted = [candidate.answer for candidate in candidates if candidate.answer is not None]
-        yield from task.classify(given)
+        yield from task.classify([*given, *wanted])
         groups = task.answers.group([*given, *wanted])
-        shares = iter([groups[: len(given)].count(g) / len(given) for g in groups[len(given) :]])
+        shares = iter(
+            [groups[: len(given)].count(g) / max(1, len(given)) for g in groups[len(given) :]]
+        )
         return [next(shares) if c.answer is not None else 0.0 for c in candidates]
 
 

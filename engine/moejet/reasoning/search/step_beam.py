@@ -83,6 +83,7 @@ class StepBeam:
             if all(beam.is_over for beam in beams):
                 break
             beams = yield from self._widen(task, beams)
+        beams = [beam for beam in beams if not beam.is_refused] or beams
         candidates = [_candidate(task, beam) for beam in beams]
         task.release([beam.branch for beam in beams])
         result = yield from conclude(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moejet.branch import Branch, Segment, Until
-from moejet.reasoning.task import Run, Task
+from moejet.reasoning.task import Run, Task, room_of
 from moejet.request import SamplingParams
 
 
@@ -99,7 +99,7 @@ def check_count(name: str, value: object, low: int = 1, *, or_none: bool = False
 def _advance(
     task: Task, branches: Sequence[Branch], steps: Steps | None, params: SamplingParams
 ) -> Run[list[Step]]:
-    limits = [_room(task, branch, params) for branch in branches]
+    limits = [room_of(task, branch, params) for branch in branches]
     if steps is not None and steps.max_tokens is not None:
         limits = [min(limit, steps.max_tokens) for limit in limits]
     live = [i for i, limit in enumerate(limits) if limit > 0]
@@ -116,13 +116,6 @@ def _advance(
         _step(branch, found.get(i, Segment("", (), "length", None)), steps)
         for i, branch in enumerate(branches)
     ]
-
-
-def _room(task: Task, branch: Branch, params: SamplingParams) -> int:
-    """Tokens that a branch may still have."""
-    length = len(branch.token_ids)
-    room = task.llm.max_context - len(branch.prompt_token_ids) - length
-    return room if params.max_tokens is None else min(room, params.max_tokens - length)
 
 
 def _step(branch: Branch, segment: Segment, steps: Steps | None) -> Step:
