@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_abandoned: list[Any] = []  # of runners whose device did not come to rest
+
 # Of logits that are on the device at a time.
 _LOGITS_BYTES = 64 << 20
 
@@ -171,11 +173,23 @@ class GpuRunner:
                     self.expert_cache.close()
                 if self.bridge is not None:
                     self.bridge.close()
-            finally:
-                self._synchronize()
-                if self.ring is not None:
-                    self.ring.close()
-                self._steps.clear()
+            except BaseException:
+                if not self._is_idle():
+                    # Waiting might never end, and what the device may still use has to stay.
+                    _abandoned.append((self.ring, dict(self._steps)))
+                    raise
+                self._release()
+                raise
+            self._release()
+
+    def _release(self) -> None:
+        self._synchronize()
+        if self.ring is not None:
+            self.ring.close()
+        self._steps.clear()
+
+    def _is_idle(self) -> bool:
+        return self.device.type != "cuda" or torch.cuda.current_stream(self.device).query()
 
     @property
     def placement(self) -> Placement:

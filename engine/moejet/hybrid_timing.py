@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,14 +121,12 @@ class Profile:
                     left -= count
 
         self._run(1, lambda: read_prompt(num_tokens if warm_up is None else warm_up))
-        return Readings(
-            num_tokens=num_tokens,
-            handover_s=None,
-            hand_over=self._hand_over(
-                num_tokens, inputs=2 * num_tokens * engine.model_config.hidden_size, results=0
-            ),
-            **self._read(num_prompts, read_prompt),
-        )
+        readings = self._read(num_prompts, read_prompt)
+        inputs = 2 * num_tokens * engine.model_config.hidden_size
+        hand_over = self._hand_over(num_tokens, inputs=inputs, results=0)
+        if readings["cpu_layers"] == 0:  # all experts in RAM were streamed
+            hand_over = replace(hand_over, layers=0)
+        return Readings(num_tokens=num_tokens, handover_s=None, hand_over=hand_over, **readings)
 
     def handover_seconds(self, rows: int) -> float | None:
         """What a layer takes in a step that does nothing else and of which the CPU has nothing to compute."""
@@ -224,11 +223,12 @@ class Profile:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        bridge = self._runner.bridge
+        bridge, cache = self._runner.bridge, self._runner.expert_cache
         if bridge is None:
             yield
             return
-        with bridge.answering_at_once():
+        # Answers of zero change what later layers ask for, which the cache must not learn from.
+        with bridge.answering_at_once(), nullcontext() if cache is None else cache.resting():
             yield
 
     def _counters(self) -> dict[str, Any]:

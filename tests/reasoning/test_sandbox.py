@@ -42,13 +42,22 @@ def _fds() -> list[str]:
 
 
 def sandbox_processes() -> list[int]:
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    """Those that this process began, and orphans; other tests may run beside it."""
+    parents = {}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
             if str(sandbox.CHILD).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(int(pid))
+                status = Path(f"/proc/{pid}/stat").read_text()
+                parents[pid] = int(status.rpartition(")")[2].split()[1])
         except OSError:
             continue
+    found = []
+    for pid in parents:
+        above = pid
+        while above in parents:
+            above = parents[above]
+        if above in (os.getpid(), 1):
+            found.append(pid)
     return found
 
 

@@ -26,8 +26,9 @@ that fails or takes long costs time and nothing else.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -214,6 +215,7 @@ class ExpertCache:
         self._slot_numbers = torch.arange(most_slots, dtype=torch.int32, device=device)
         self._free = [on_host(largest, dtype=torch.uint8) for _ in range(num_buffers)]
         self._is_in_place = False
+        self._is_resting = False
         self._is_stale = False  # the table on the device
         self._fetches: list[_Fetch] = []
         self._snapshot: _Snapshot | None = None
@@ -239,7 +241,8 @@ class ExpertCache:
         self._finish_fetches()
         self._send_copied()
         self._advances += 1
-        if snapshot is not None and self._advances % self.choose_every == 0:
+        is_due = snapshot is not None and self._advances % self.choose_every == 0
+        if is_due and not self._is_resting:
             self._begin_fetches()
         if self._is_stale:
             self._device_table.copy_(self._table, non_blocking=True)
@@ -247,6 +250,15 @@ class ExpertCache:
         self._counts.copy_(self._device_counts, non_blocking=True)
         self._snapshot = _Snapshot(self._stream.mark_model(), self._steps - 1, was_cached)
         self._steps = 1
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Steps within neither count nor bring new experts."""
+        self._is_resting = True
+        try:
+            yield
+        finally:
+            self._is_resting = False
 
     def read_in_place(self) -> None:
         """From now on experts go to the device from where they are: all of them are pinned, until `close`."""
@@ -265,8 +277,8 @@ class ExpertCache:
         uses = counts.view(np.uint32) - self._last_counts.view(np.uint32)
         self._last_counts = counts
         uses = uses[:, : snapshot.was_cached.shape[1]].astype(np.int64)
-        if snapshot.steps == 0:
-            return  # what was tried out before the first step
+        if snapshot.steps == 0 or self._is_resting:
+            return  # what was tried out before the first step, or is not to count
         self.counters.uses += int(uses.sum())
         self.counters.hits += int(uses[snapshot.was_cached].sum())
         self.policy.observe(uses, snapshot.steps)

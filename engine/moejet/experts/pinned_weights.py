@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import time
@@ -14,6 +15,8 @@ from torch import Tensor
 
 _cuda: Any = torch.cuda  # whose runtime functions have no types
 _ALREADY_REGISTERED = 712
+_MADV_DONTFORK, _MADV_DOFORK = 10, 11
+_libc = ctypes.CDLL(None, use_errno=True)
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class PinnedWeights:
                 _forget_error(device)
                 raise RuntimeError(f"cudaHostRegister fails with error {code}")
             self._parts.append(part)
+            _advise(part, _MADV_DONTFORK)
         size = sum(part.numel() for part in self._parts)
         logger.info("pinned %.2f GiB in %.1f s", size / 2**30, time.perf_counter() - start)
 
@@ -55,7 +59,15 @@ def _unregister(parts: list[Tensor], process: int) -> None:
         return
     for part in parts:
         _cuda.cudart().cudaHostUnregister(part.data_ptr())
+        _advise(part, _MADV_DOFORK)
     parts.clear()
+
+
+def _advise(part: Tensor, advice: int) -> None:
+    """Pinned pages are copied by a fork at once: a child, which cannot use them, does without."""
+    address, size = ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(part.numel())
+    if _libc.madvise(address, size, advice):
+        logger.debug("madvise(%d): error %d", advice, ctypes.get_errno())
 
 
 def _forget_error(device: torch.device) -> None:
