@@ -42,23 +42,28 @@ def _fds() -> list[str]:
 
 
 def sandbox_processes() -> list[int]:
-    """Those that this process began, and orphans; other tests may run beside it."""
-    parents = {}
+    """Those that came of this process, and orphans; other tests may run beside it."""
+    parents: dict[int, int] = {}
+    sandboxes = []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         try:
+            status = Path(f"/proc/{pid}/stat").read_text()
+            parents[pid] = int(status.rpartition(")")[2].split()[1])
             if str(sandbox.CHILD).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                status = Path(f"/proc/{pid}/stat").read_text()
-                parents[pid] = int(status.rpartition(")")[2].split()[1])
+                sandboxes.append(pid)
         except OSError:
             continue
-    found = []
-    for pid in parents:
-        above = pid
-        while above in parents:
-            above = parents[above]
-        if above in (os.getpid(), 1):
-            found.append(pid)
-    return found
+
+    def is_own(pid: int) -> bool:
+        is_orphan = True
+        while pid > 1:
+            if pid == os.getpid():
+                return True
+            is_orphan = is_orphan and pid in sandboxes
+            pid = parents.get(pid, 0)
+        return is_orphan
+
+    return [pid for pid in sandboxes if is_own(pid)]
 
 
 @pytest.fixture(autouse=True)
