@@ -20,6 +20,9 @@ from moejet.server.reasoning_controls import REASONING_FIELDS
 from moejet.testing.scripted_backend import ScriptedBackend
 from moejet.ticket import EngineDeadError, EngineStepError, QueueFullError
 
+# The last test counts what the others have seen.
+pytestmark = pytest.mark.xdist_group("openapi")
+
 LLM = AsyncLLM()
 APP = asgi_app(LLM, max_n=2)
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP, headers={"host": "localhost"})
