@@ -42,7 +42,7 @@ def _fds() -> list[str]:
 
 
 def sandbox_processes() -> list[int]:
-    """Those that came of this process, and orphans; other tests may run beside it."""
+    """Those that came of this process, and orphans; these not where other tests run beside it, whose they may be."""
     parents: dict[int, int] = {}
     sandboxes = []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
@@ -55,7 +55,7 @@ def sandbox_processes() -> list[int]:
             continue
 
     def is_own(pid: int) -> bool:
-        is_orphan = True
+        is_orphan = "PYTEST_XDIST_WORKER" not in os.environ
         while pid > 1:
             if pid == os.getpid():
                 return True
