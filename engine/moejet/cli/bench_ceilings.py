@@ -22,21 +22,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moejet bench ceilings`."""
     parser.epilog = __doc__
     parser.add_argument("--json", action="store_true", help="print one JSON object in one line")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument("-t", "--threads", type=options.count, metavar="N", help="CPU threads")
     parser.add_argument(
-        "--seconds", type=float, default=0.5, metavar="X", help="for each figure (default 0.5)"
+        "--seconds",
+        type=options.positive,
+        default=0.5,
+        metavar="X",
+        help="for each figure (default 0.5)",
     )
     parser.add_argument(
-        "--megabytes", type=int, metavar="N", help="memory to read (default: by cache size)"
+        "--megabytes",
+        type=options.count,
+        metavar="N",
+        help="memory to read (default: by cache size)",
     )
 
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    if not 0 < args.seconds <= 60:
-        raise ValueError(f"--seconds {args.seconds} must be above 0, at most 60")
-    if args.megabytes is not None and args.megabytes < 1:
-        raise ValueError(f"--megabytes {args.megabytes} must be at least 1")
+    if args.seconds > 60:
+        raise ValueError(f"--seconds={args.seconds:g} must be at most 60")
     options.quiet_openmp()
     from moejet.ceilings import measure_ceilings, read_buffer_bytes
     from moejet.experts.cpu_experts import create_pool

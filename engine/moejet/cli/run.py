@@ -68,6 +68,7 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError("--system does not go with --raw: a raw prompt has no messages")
     if args.strategy is not None:
         check_options(args)
+    options.sampling_changes(args)
     with options.open_llm(model, options.engine_options(args)) as llm:
         params = with_level(options.sampling_params(args, llm), args.effort, model, llm)
         if args.strategy is not None:

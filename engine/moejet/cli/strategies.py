@@ -6,9 +6,11 @@ import math
 import secrets
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast
 
+from moejet.cli import options
 from moejet.cli.effort import resolve_strategy
 from moejet.cli.terminal import AnswerWriter, note
 from moejet.cli.tree import print_tree
@@ -29,7 +31,18 @@ def check_options(args: argparse.Namespace) -> None:
         ("logprobs", "--logprobs", "leave it out"),
     ):
         if getattr(args, name) is not None:
-            raise ValueError(f"{option} does not go with --strategy: {remedy}")
+            given = f"{option}={getattr(args, name)}"
+            raise ValueError(f"{given} does not go with --strategy: {remedy}")
+    check_specs([resolve_strategy(args.strategy.strip(), args.effort)])
+
+
+def check_specs(specs: Sequence[str]) -> None:
+    """What can be known to be wrong with specifications before anything is loaded."""
+    options.quiet_openmp()
+    from moejet.reasoning.specs import parse_strategy
+
+    for spec in specs:
+        parse_strategy(spec, None)
 
 
 def run_strategy(

@@ -10,9 +10,11 @@ from moejet.reasoning.select import Majority, Select
 from moejet.reasoning.single import Single
 from moejet.reasoning.stopping import StopRule
 from moejet.reasoning.task import Run, Strategy, Task
+from moejet.validation import checked, require_int
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Sample:
     """n runs of `inner` (self-consistency, arXiv 2203.11171, with `Majority`); best-of-n with a `Best` as select.
 
@@ -27,11 +29,8 @@ class Sample:
     wave: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n", "wave"):
-            value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not is_count and (name, value) != ("wave", None):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        require_int("n", self.n, 1)
+        require_int("wave", self.wave, 1, or_none=True)
 
     def run(self, task: Task) -> Run[Result]:
         stop = self.stop

@@ -20,7 +20,6 @@ number, or as "scorer": `best:16:logprob`. Without one it is the model's step he
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from moejet.reasoning.select import Best, Borda, MinimumBayesRisk, Shortest, Wei
 from moejet.reasoning.single import Single
 from moejet.reasoning.stopping import BetaStop
 from moejet.reasoning.task import Strategy
+from moejet.validation import near_miss, require_int, short
 
 SCORERS = ("head", "logprob", "self_certainty", "confidence", "gap", "entropy")
 MAX_SAMPLES = 1024
@@ -86,17 +86,18 @@ def strategy_names() -> tuple[str, ...]:
 
 
 def parse_strategy(
-    spec: str | Mapping[str, Any], llm: LLM, *, max_samples: int | None = None
+    spec: str | Mapping[str, Any], llm: LLM | None, *, max_samples: int | None = None
 ) -> Strategy:
     """A strategy for a model from a specification. Raises ValueError, naming what is wrong with it.
 
+    llm: None, before there is one, checks all but whether it has a step head
     max_samples: the largest number that it may hold
     """
     if isinstance(spec, Mapping):
         return _build(_from_object(spec, llm), max_samples)
     if not isinstance(spec, str) or not (match := _TEXT.fullmatch(spec.strip())):
         raise ValueError(
-            f"strategy={spec!r} is not understood: write NAME, NAME:NUMBER or NAME:NUMBER:SCORER, "
+            f"strategy={short(spec)} is not understood: write NAME, NAME:NUMBER or NAME:NUMBER:SCORER, "
             "for example vote:16 or best:16:logprob"
         )
     name, numbers, scorer = match.groups()
@@ -104,21 +105,23 @@ def parse_strategy(
     return _build(_Spec(_known(name), given, _scorer(scorer, llm)), max_samples)
 
 
-def _from_object(spec: Mapping[str, Any], llm: LLM) -> _Spec:
+def _from_object(spec: Mapping[str, Any], llm: LLM | None) -> _Spec:
     names = {"name", "n", "width", "scorer"}
-    unknown = sorted(set(spec) - names)
-    if unknown:
-        raise ValueError(
-            f"strategy.{unknown[0]} is unknown; known fields: {', '.join(sorted(names))}"
-        )
+    for name in spec:
+        if name not in names:
+            hint = f"known fields: {', '.join(sorted(names))}"
+            raise ValueError(
+                f"strategy.{str(name)[:80]} is unknown{near_miss(name, names)}; {hint}"
+            )
     if not isinstance(spec.get("name"), str):
-        raise ValueError(f"strategy.name must be one of {', '.join(_BUILDERS)}")
+        raise ValueError(
+            f"strategy.name={short(spec.get('name'))} must be one of {', '.join(_BUILDERS)}"
+        )
     numbers: list[int] = []
     for key in ("n", "width"):
         if (value := spec.get(key)) is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"strategy.{key}={value!r} must be an integer of at least 1")
+        require_int(f"strategy.{key}", value, 1)
         if key == "width" and not numbers:
             raise ValueError("strategy.width needs strategy.n")
         numbers.append(value)
@@ -127,40 +130,41 @@ def _from_object(spec: Mapping[str, Any], llm: LLM) -> _Spec:
 
 def _known(name: str) -> str:
     if name not in _BUILDERS:
-        close = difflib.get_close_matches(name, _BUILDERS, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"strategy {name!r} is unknown: {hint}known: {', '.join(_BUILDERS)}")
+        raise ValueError(
+            f"strategy={short(name)} is not one of {', '.join(_BUILDERS)}{near_miss(name, _BUILDERS)}"
+        )
     return name
 
 
 def _build(spec: _Spec, max_samples: int | None) -> Strategy:
     most = _NUMBERS.get(spec.name, 1)
     if len(spec.numbers) > most:
-        raise ValueError(f"strategy {spec.name!r} takes {most or 'no'} number{'s' * (most > 1)}")
+        raise ValueError(f"strategy={spec.name!r} takes {most or 'no'} number{'s' * (most > 1)}")
     for number in spec.numbers:
         if not 1 <= number <= MAX_SAMPLES:
-            raise ValueError(f"strategy {spec.name}:{number} must be between 1 and {MAX_SAMPLES}")
+            raise ValueError(f"strategy={spec.name}:{number} must be between 1 and {MAX_SAMPLES}")
     strategy = _BUILDERS[spec.name](spec)
     samples = max(spec.used, default=1)
     if max_samples is not None and samples > max_samples:
         raise ValueError(
-            f"strategy {spec.name!r} asks for {samples} samples, and {max_samples} are allowed: "
+            f"strategy={spec.name!r} asks for {samples} samples, and {max_samples} are allowed: "
             f"write {spec.name}:{max_samples}"
         )
     return strategy
 
 
-def _scorer(name: Any, llm: LLM) -> AnyScorer:
-    has_head = llm.engine.step_head is not None
+def _scorer(name: Any, llm: LLM | None) -> AnyScorer:
+    has_head = llm is None or llm.engine.step_head is not None
     if name is None:
         name = "head" if has_head else "self_certainty"
     if name not in SCORERS:
-        raise ValueError(f"scorer {name!r} must be one of {', '.join(SCORERS)}")
+        hint = near_miss(name, SCORERS)
+        raise ValueError(f"strategy.scorer={short(name)} must be one of {', '.join(SCORERS)}{hint}")
     if name != "head":
         return Confidence(name)
-    if not has_head:
+    if llm is not None and not has_head:
         raise ValueError(
-            f"scorer 'head' needs a model with a step head, and {llm.config.model} has none: "
+            f"strategy.scorer='head' needs a model with a step head, and {llm.config.model} has none: "
             f"choose one of {', '.join(SCORERS[1:])}"
         )
     return StepHead()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from moejet.branch import Advance, Branch, Segment, Until
 from moejet.llm import LLM, Message
@@ -65,6 +65,7 @@ class KnownAnswers:
         return [classes.index(name) for name in classes]
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """A way to come to an answer. Implementations are frozen dataclasses without state of their own."""
 

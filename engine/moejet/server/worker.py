@@ -256,12 +256,10 @@ def _loaded(backend: LocalBackend) -> frames.Loaded:
 
 
 def _load_failure(error: Exception) -> frames.LoadFailed:
-    from moejet.cli.main import EXPECTED_ERRORS, describe_error
+    from moejet.cli.main import describe_error
 
-    if isinstance(error, EXPECTED_ERRORS):
-        return frames.LoadFailed(*describe_error(error))
-    logger.error("loading failed", exc_info=error)
-    return frames.LoadFailed(f"loading failed: {type(error).__name__}: {error}", 1)
+    logger.debug("loading failed", exc_info=error)
+    return frames.LoadFailed(*describe_error(error))
 
 
 def _end_with(parent: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from moejet.branch import Branch, Segment, Until
 from moejet.reasoning.task import Run, Task, room_of
 from moejet.request import SamplingParams
+from moejet.validation import checked, require_int, require_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Steps:
     """A step ends with `delimiter`, behind something that is not white space, or after `max_tokens`.
 
@@ -37,9 +39,8 @@ class Steps:
     divides_answer: bool = False
 
     def __post_init__(self) -> None:
-        if self.delimiter is not None and not (isinstance(self.delimiter, str) and self.delimiter):
-            raise ValueError(f"delimiter={self.delimiter!r} must be a non-empty string or None")
-        check_count("max_tokens", self.max_tokens, or_none=self.delimiter is not None)
+        require_text("delimiter", self.delimiter, or_none=True)
+        require_int("max_tokens", self.max_tokens, 1, or_none=self.delimiter is not None)
 
     @classmethod
     def mini(cls, num_tokens: int = 32) -> Steps:
@@ -88,12 +89,6 @@ def complete(
     """Lets branches, none of which has ended, go on to their end."""
     steps = yield from _advance(task, branches, None, params or task.params)
     return steps
-
-
-def check_count(name: str, value: object, low: int = 1, *, or_none: bool = False) -> None:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    if not is_count and not (or_none and value is None):
-        raise ValueError(f"{name}={value!r} must be an integer of at least {low}")
 
 
 def _advance(
