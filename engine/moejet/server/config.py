@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Literal
 
-from moejet.validation import checked, require_int, require_number
+from moejet.validation import checked, require_int, require_number, short
 
 ReasoningField = Literal["both", "reasoning_content", "reasoning"]
 
@@ -68,10 +68,10 @@ class ServerConfig:
         for name in ("header_timeout_s", "body_timeout_s", "keep_alive_s"):
             require_number(name, getattr(self, name), above=0, hint="seconds")
         if any(not key for key in self.api_keys):
-            raise ValueError("api_keys holds an empty key: leave it out, or give the key")
+            raise ValueError("api_keys holds '', an empty key: leave it out, or give the key")
         if not (self.api_keys or self.insecure or is_loopback(self.host)):
             raise ValueError(
-                f"host={self.host!r} can be reached by others, and no api_keys are given: give one "
+                f"host={short(self.host)} can be reached by others, and no api_keys are given: give one "
                 "(--api-key), listen on 127.0.0.1, or say --insecure"
             )
 
