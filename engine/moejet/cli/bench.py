@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from moejet.cli import options
 from moejet.cli.bench_hybrid import HybridBench, write_report
 from moejet.cli.environment import describe_environment, moment, summary
+from moejet.cli.plot import add_plot_option, check_plot, save_rows
 from moejet.cli.results import add_json_option, line_writer, written
 from moejet.cli.table import Column, Row, keep, percent, write_table
 from moejet.cli.terminal import note
@@ -110,6 +111,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_device_options(parser)
     parser.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md")
     add_json_option(parser)
+    add_plot_option(parser, "tokens per second over the context's depth")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -121,12 +123,16 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError(f"-r {args.r} must be at least 1")
     if args.threads is not None and 0 in args.threads:
         raise ValueError("-t 0 must be a positive number of threads")
+    check_plot(args.plot)
+    kept: list[Row] = []
     with line_writer(args.json) as write:
-        rows = written(_measure_all(args, tests), write)
+        rows = keep(written(_measure_all(args, tests), write), kept)
         if args.json == "-":
             list(rows)
         else:
             WRITERS[args.output](rows)
+    if args.plot is not None:
+        save_rows(kept, args.plot)
     return 0
 
 

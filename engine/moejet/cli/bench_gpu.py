@@ -13,6 +13,7 @@ from typing import Any
 
 from moejet.cli import options
 from moejet.cli.environment import describe_environment, moment, summary
+from moejet.cli.plot import add_plot_option, check_plot, save_rows
 from moejet.cli.results import add_json_option, line_writer, written
 from moejet.cli.table import Column, Row, keep, percent, write_table
 from moejet.cli.terminal import note
@@ -28,10 +29,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--vram", type=float, metavar="GIB", help="use at most so much of the GPU's memory"
     )
     add_json_option(parser)
+    add_plot_option(parser, "the roofline of this run with the measured points")
 
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    check_plot(args.plot)
     options.quiet_openmp()
     import torch
 
@@ -58,6 +61,8 @@ def execute(args: argparse.Namespace) -> int:
             write_table(_COLUMNS, rows)
             note(summary(environment))
     wrong = sum(row["ms_p50"] is None for row in kept)
+    if args.plot is not None:
+        save_rows(kept, args.plot)
     if wrong:
         print(f"moejet: error: {wrong} cases gave a wrong answer", file=sys.stderr)
     return 1 if wrong else 0

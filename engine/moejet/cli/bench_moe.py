@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from moejet.cli import options
 from moejet.cli.environment import describe_environment, moment, summary
+from moejet.cli.plot import add_plot_option, check_plot, save_rows
 from moejet.cli.results import add_json_option, line_writer, written
-from moejet.cli.table import Column, Row, percent, write_table
+from moejet.cli.table import Column, Row, keep, percent, write_table
 from moejet.cli.terminal import note
 from moejet.config import EXPERT_FORMATS, GGUF_FORMATS
 from moejet.presets import PRESETS
@@ -71,6 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_isa_option(parser)
     options.add_arithmetic_option(parser)
     add_json_option(parser)
+    add_plot_option(parser, "the roofline of this run with the measured points")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -84,12 +86,14 @@ def execute(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
     if 0 in args.tokens:
         raise ValueError("--tokens 0 must be a positive number of tokens")
+    check_plot(args.plot)
     options.quiet_openmp()
     from moejet.testing.moe_bench import WrongAnswerError
 
+    kept: list[Row] = []
     with ExitStack() as stack:
         write = stack.enter_context(line_writer(args.json))
-        rows = written(_measure_all(args, stack), write)
+        rows = keep(written(_measure_all(args, stack), write), kept)
         try:
             if args.json == "-":
                 list(rows)
@@ -98,6 +102,8 @@ def execute(args: argparse.Namespace) -> int:
         except WrongAnswerError as error:
             print(f"moejet: error: {error}", file=sys.stderr)
             return 1
+    if args.plot is not None:
+        save_rows(kept, args.plot)
     return 0
 
 
