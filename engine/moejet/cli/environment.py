@@ -111,5 +111,6 @@ def git_state(package: Path) -> tuple[str | None, bool | None]:
     if not git("ls-files", "--error-unmatch", "__init__.py"):
         return None, None
     # Results of earlier benchmarks do not change what is measured.
-    status = git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results")
+    outputs = [f":(top,exclude)bench/{name}" for name in ("results", "figures")]
+    status = git("status", "--porcelain", "--", ":/", *outputs)
     return git("rev-parse", "HEAD"), None if status is None else bool(status)

@@ -1,0 +1,120 @@
+"""bench/suite.py and bench/figures.py: that they run, end in time, and that the README shows the committed lines."""
+
+import argparse
+import importlib.util
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from moejet.cli.main import build_parser, split_command
+from moejet.cli.results import read_results
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_FIGURE_BYTES = 60_000
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"bench/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def suite():
+    return load("suite")
+
+
+@pytest.fixture(scope="module")
+def figures(suite):
+    return load("figures")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_commands_are_commands(suite, quick):
+    chosen = suite.cases(quick, suite.MODEL)
+    for case in chosen:
+        name, arguments = split_command(["bench", *case.arguments])
+        assert isinstance(build_parser(name).parse(arguments), argparse.Namespace)
+    assert sum(case.expected_s for case in chosen) <= (60 if quick else 360)
+
+
+def test_a_run_writes_lines_and_a_table(suite, tmp_path, monkeypatch, capsys):
+    layer = (
+        "moe",
+        "--shape",
+        "deepseek-v2-lite",
+        "--experts",
+        "6",
+        "--layers",
+        "1",
+        "--tokens",
+        "2",
+    )
+    cases = [
+        suite.Case("layer", (*layer, "--format", "int8", "--seconds", "0.01", "--json", "-"), 1),
+        suite.Case("broken", ("moe", "--tokens", "0"), 1),
+        suite.Case("late", ("--help",), 1000),
+    ]
+    monkeypatch.setattr(suite, "cases", lambda quick, model: cases)
+    results = tmp_path / "new/lines.jsonl"
+    assert suite.main(["--results", str(results), "--minutes", "1"]) == 1
+    [row] = read_results(results)
+    for key in ("commit", "load_average", "memory_read_gbps", "read_gbps", "instruction_sets"):
+        assert key in row
+    shown = capsys.readouterr()
+    assert "missing: broken: exit code 2" in shown.err
+    assert "late" not in shown.err.partition("missing")[2].replace("late: about", "")
+    text = results.with_suffix(".md").read_text()
+    assert "| `int8` | 2 |" in text
+    assert text in shown.out
+    assert suite.main(["--table", str(results)]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_a_run_ends_in_time(suite, tmp_path):
+    slow = suite.Case("slow", ("ceilings", "--seconds", "60", "--json", "-"), 1)
+    rows, missing = suite.measure([slow, slow], 0.01, tmp_path / "lines")
+    assert rows == []
+    assert "slow: stopped after 1 s" in missing[0]
+    assert missing[1] == "slow: no time left"
+
+
+def test_of_several_lines_of_a_case_the_last_counts(suite):
+    line = {"bench": "ceilings", "name": "dram_read", "threads": 2}
+    assert suite.latest([{**line, "value": 1}, {**line, "value": 2}]) == [{**line, "value": 2}]
+
+
+def test_the_readme_shows_the_committed_lines(figures, capsys):
+    assert figures.main(["--check"]) == 0, capsys.readouterr().err
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for figure in figures.figures():
+        assert f"]({figure.path.relative_to(ROOT)})" in text
+        assert figure.path.stat().st_size < MAX_FIGURE_BYTES
+    assert {f.path for f in figures.figures()} == set(figures.FIGURES.iterdir())
+
+
+def test_other_lines_are_noticed(figures, monkeypatch, tmp_path, capsys):
+    lines = read_results(figures.REASONING)
+    lines[0]["rows"][0]["tokens"] += 1
+    changed = tmp_path / "lines.jsonl"
+    changed.write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(figures, "REASONING", changed)
+    assert figures.main(["--check"]) == 1
+    assert "accuracy.svg is not of these results: run" in capsys.readouterr().err
+
+
+def test_the_figures_are_drawn(figures, tmp_path):
+    pytest.importorskip("matplotlib")
+    for figure in figures.figures():
+        path = figure.save(tmp_path)
+        assert figure.description in path.read_text(encoding="utf-8")
+        root = ElementTree.parse(path).getroot()
+        shown = " ".join(text.strip() for text in root.itertext())
+        names = {p["series"] if isinstance(p, dict) else p.name for p in figure.points}
+        for text in (figure.title, *names):
+            assert text in shown
