@@ -1,6 +1,7 @@
 """bench/suite.py and bench/figures.py: that they run, end in time, and that the README shows the committed lines."""
 
 import argparse
+import ast
 import importlib.util
 import json
 import sys
@@ -82,6 +83,21 @@ def test_a_run_ends_in_time(suite, tmp_path):
     assert rows == []
     assert "slow: stopped after 1 s" in missing[0]
     assert missing[1] == "slow: no time left"
+
+
+def test_every_line_says_where_it_was_measured():
+    """Where a literal names its benchmark, the facts of `describe_environment` are unpacked beside it."""
+    found = []
+    for path in [*ROOT.glob("bench/**/*.py"), *ROOT.glob("engine/moejet/cli/bench*.py")]:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            names = node.keys if isinstance(node, ast.Dict) else []
+            if any(isinstance(name, ast.Constant) and name.value == "bench" for name in names):
+                found.append(path.name)
+                assert None in names, f"{path}, line {node.lineno}"
+                assert "describe_environment(" in text, path
+        assert 'open("a' not in text, f"{path}: lines are written by moejet.cli.results"
+    assert len(set(found)) > 15
 
 
 def test_of_several_lines_of_a_case_the_last_counts(suite):
