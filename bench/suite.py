@@ -1,12 +1,12 @@
 """The README's table of figures, measured on this machine: ceilings, kernels and models, one after another.
 
-    python bench/suite.py [--results FILE] [--minutes 12] [--quick]
+    python bench/suite.py [--results FILE] [--minutes 15] [--quick] [--small]
     python bench/suite.py --table FILE          # the table of a file that is there
 
 Appends result lines to FILE (build/bench.jsonl) and writes the table of this run beside it, as Markdown. Ends within
 --minutes: a case that would begin later or lasts longer is left out and named. Each case is a process of its own; every
-line has the ceilings measured beside it, the load, commit and versions. Takes about 5 minutes on two cores and 12 GB of
-free memory, of which a smaller machine measures a slice of the model; --quick takes about one minute and 1 GB.
+line has the ceilings measured beside it, the load, commit and versions. On two idle cores it takes about 7 minutes and
+16 GB of free memory, --small (a smaller layer, a slice of the model) 2 GB, --quick about one minute and 2 GB.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from moejet import topology
-from moejet.cli.bench_kinds import KINDS
 from moejet.cli.results import line_writer, read_results
 from moejet.cli.table import percent
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
-MODEL, SLICE = "deepseek-v2-lite", "deepseek-v2-lite:layers=4"
-MODEL_BYTES = (
-    12 << 30
-)  # of int4_g32 experts, a cache of 16,896 tokens, and what reads of memory need
+PRINT = ("--json", "-")
+LARGE_BYTES = (
+    16 << 30
+)  # free memory for a layer in bf16 of V3's sizes, and for the whole V2-Lite in int4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +45,30 @@ class Case:
     expected_s: float
 
 
-def cases(quick: bool, model: str) -> list[Case]:
-    """In the order of the table."""
-    layer = ("moe", "--shape", "deepseek-v2-lite", "--gigabytes", "1.2", "--json", "-")
+def cases(quick: bool, large: bool) -> list[Case]:
+    """In the order of the table. large: what takes LARGE_BYTES."""
+    if large and not quick:
+        layer = ("moe", "--shape", "deepseek-v3", "--experts", "96")
+        model = ("--synthetic", "deepseek-v2-lite")
+    else:
+        layer = ("moe", "--shape", "deepseek-v2-lite", "--gigabytes", "1.2")
+        model = ("--synthetic", "deepseek-v2-lite:layers=4")
     if quick:
-        moe = ("--format", "int4_g32,bf16", "--tokens", "1,64,512", "--seconds", "0.5")
-        depths = ("-p", "128", "-n", "16", "-d", "0,1024,4096", "-r", "2", "--json", "-")
+        kernels = ("--format", "int4_g32,bf16", "--tokens", "1,64", "--seconds", "0.5")
+        depths = ("-p", "128", "-n", "16", "-d", "0,4096", "-r", "2")
         return [
-            Case("ceilings", ("ceilings", "--seconds", "0.1", "--json", "-"), 10),
-            Case("layer", (*layer, *moe), 15),
-            Case("slice", ("--synthetic", SLICE, *depths), 25),
+            Case("ceilings", ("ceilings", "--seconds", "0.1", *PRINT), 10),
+            Case("layer", (*layer, *kernels, *PRINT), 15),
+            Case("model", (*model, *depths, *PRINT), 25),
         ]
-    moe = ("--format", "int4_g32,int8,fp8,bf16", "--tokens", "1,4,16,64,256,1024", "--seconds", "2")
-    depths = ("-p", "512", "-n", "32", "-d", "0,1024,4096,16384", "--json", "-")
+    kernels = ("--format", "int4_g32,int8,fp8,bf16", "--tokens", "1,4,16,64")
+    depths = ("-p", "512", "-n", "32", "-d", "0,512,4096,16384")
     return [
-        Case("ceilings", ("ceilings", "--json", "-"), 20),
-        Case("layer", (*layer, *moe), 100),
-        Case("model", ("--synthetic", model, *depths), 150),
-        Case("batch", ("--synthetic", model, "-p", "0", "-n", "16", "-b", "16", "--json", "-"), 60),
-        Case("tiny reasoner", ("-p", "256", "-n", "128", "--json", "-"), 15),
+        Case("ceilings", ("ceilings", *PRINT), 20),
+        Case("layer", (*layer, *kernels, *PRINT), 160),
+        Case("model", (*model, *depths, *PRINT), 180),
+        Case("batch", (*model, "-p", "0", "-n", "16", "-d", "512", "-b", "16", *PRINT), 40),
+        Case("tiny reasoner", ("-p", "256", "-n", "128", *PRINT), 15),
     ]
 
 
@@ -111,11 +115,9 @@ def measure(chosen: Sequence[Case], minutes: float, results: Path) -> tuple[list
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """Of several lines of one case the last."""
-    found = {}
-    for row in rows:
-        found[row["bench"], *(str(row.get(key)) for key in KINDS[row["bench"]].keys)] = row
-    return list(found.values())
+    """Of several lines of one case the last. Cases are told apart by what the table shows of them."""
+    names = ("bench", "shape", "model", "format", "dense", "tokens", "test", "threads")
+    return list({tuple(row.get(name) for name in names): row for row in rows}.values())
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -167,25 +169,22 @@ def _models(rows: Sequence[Row]) -> str:
 
 
 def _machine(rows: Sequence[Row]) -> str:
+    """Where and when that was, and what memory and arithmetic did meanwhile. Older lines do not say all of it."""
     first = rows[0]
-    reads = [row.get("read_gbps", row["memory_read_gbps"]) for row in rows]
-    loads = [row["load_average"][0] for row in rows if row["load_average"]]
-    parts = [
-        f"{first['cpu']}, {first['threads']} threads ({', '.join(first['instruction_sets'])})",
-        f"memory reads {min(reads):.1f} to {max(reads):.1f} GB/s while this ran",
-    ]
-    peaks: dict[str, list[float]] = {}
+    reads = [v for row in rows if (v := row.get("read_gbps", row.get("memory_read_gbps")))]
+    ceilings: dict[str, list[float]] = {"memory reads, GB/s": reads}
     for row in rows:
-        if row.get("ceiling") and row.get("ceiling_tflops"):
-            peaks.setdefault(row["ceiling"], []).append(row["ceiling_tflops"])
-    parts += [f"{name} {min(v):.2f} to {max(v):.2f} T/s" for name, v in peaks.items()]
-    if loads:
-        parts.append(f"load {min(loads):.1f} to {max(loads):.1f}")
-    commits = dict.fromkeys(
-        f"{str(row['commit'])[:10]}{' with changes' * bool(row['dirty'])}" for row in rows
-    )
+        if row.get("ceiling_tflops"):
+            ceilings.setdefault(f"{row['ceiling']}, T/s", []).append(row["ceiling_tflops"])
+    ceilings["load"] = [row["load_average"][0] for row in rows if row.get("load_average")]
+    spans = [f"{name}: {min(v):.3g} to {max(v):.3g}" for name, v in ceilings.items() if v]
+    isas = f" ({', '.join(first['instruction_sets'])})" if "instruction_sets" in first else ""
+    names = (f"{str(row['commit'])[:10]}{' with changes' * bool(row['dirty'])}" for row in rows)
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    return f"{'; '.join(parts)}; {first['time'][:10]}, commit {', '.join(commits)}; {versions}."
+    return (
+        f"{first['cpu']}, {first['threads']} threads{isas}, {first['time'][:10]}. While this ran: "
+        f"{'; '.join(spans)}. Commit {', '.join(dict.fromkeys(names))}; {versions}."
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -193,13 +192,13 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=ROOT / "build/bench.jsonl", metavar="FILE")
-    parser.add_argument("--minutes", type=float, default=12.0, metavar="X", help="at most")
+    parser.add_argument("--minutes", type=float, default=15.0, metavar="X", help="at most")
     parser.add_argument("--quick", action="store_true", help="few cases, a minute")
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="measure nothing, show this file"
     )
     parser.add_argument(
-        "--model", metavar="PRESET[:layers=N]", help="default: what fits into memory"
+        "--small", action="store_true", help="what 2 GB can hold (default where 16 are not free)"
     )
     args = parser.parse_args(arguments)
     if args.table is not None:
@@ -208,9 +207,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.minutes > 0:
         parser.error(f"--minutes {args.minutes} must be above 0")
     available = topology.available_bytes()
-    fits = available is None or available >= MODEL_BYTES
+    large = not args.small and (available is None or available >= LARGE_BYTES)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    chosen = cases(args.quick, args.model or (MODEL if fits else SLICE))
+    chosen = cases(args.quick, large)
+    print(f"about {sum(case.expected_s for case in chosen) / 60:.0f} minutes", file=sys.stderr)
     rows, missing = measure(chosen, args.minutes, args.results)
     if rows:
         text = table(rows)

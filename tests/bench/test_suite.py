@@ -35,13 +35,13 @@ def figures(suite):
     return load("figures")
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_the_commands_are_commands(suite, quick):
-    chosen = suite.cases(quick, suite.MODEL)
+@pytest.mark.parametrize(("quick", "large"), [(True, True), (False, True), (False, False)])
+def test_the_commands_are_commands(suite, quick, large):
+    chosen = suite.cases(quick, large)
     for case in chosen:
         name, arguments = split_command(["bench", *case.arguments])
         assert isinstance(build_parser(name).parse(arguments), argparse.Namespace)
-    assert sum(case.expected_s for case in chosen) <= (60 if quick else 360)
+    assert sum(case.expected_s for case in chosen) <= (60 if quick else 420)
 
 
 def test_a_run_writes_lines_and_a_table(suite, tmp_path, monkeypatch, capsys):
@@ -61,7 +61,7 @@ def test_a_run_writes_lines_and_a_table(suite, tmp_path, monkeypatch, capsys):
         suite.Case("broken", ("moe", "--tokens", "0"), 1),
         suite.Case("late", ("--help",), 1000),
     ]
-    monkeypatch.setattr(suite, "cases", lambda quick, model: cases)
+    monkeypatch.setattr(suite, "cases", lambda quick, large: cases)
     results = tmp_path / "new/lines.jsonl"
     assert suite.main(["--results", str(results), "--minutes", "1"]) == 1
     [row] = read_results(results)
@@ -101,7 +101,7 @@ def test_every_line_says_where_it_was_measured():
 
 
 def test_of_several_lines_of_a_case_the_last_counts(suite):
-    line = {"bench": "ceilings", "name": "dram_read", "threads": 2}
+    line = {"bench": "model", "model": "m", "test": "tg8", "threads": 2}
     assert suite.latest([{**line, "value": 1}, {**line, "value": 2}]) == [{**line, "value": 2}]
 
 

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,9 +163,10 @@ def _draw_ceilings(axes: Any, points: Sequence[Row]) -> None:
     axes.plot(slope, [v * middle / 1e3 for v in slope], "--", color="0.3", linewidth=1)
     axes.annotate(
         f"memory reads {middle:.1f} GB/s",
-        (x[0], x[0] * high / 1e3),
-        (0, 5),
+        (x[0], x[0] * low / 1e3),
+        (4, -5),
         textcoords="offset points",
+        va="top",
         fontsize=7,
     )
     for name, found in peaks.items():
@@ -242,13 +244,17 @@ def save_accuracy(
 ) -> None:
     """Each strategy's accuracy, with its interval, over the tokens that it takes."""
     with _picture(path, (7.5, 4.2), description) as figure:
-        from matplotlib.ticker import StrMethodFormatter
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
         axes = figure.subplots()
+        beside = Counter[float]()
         for point, style in zip(points, _styles(), strict=False):
+            # Strategies that share their samples take the same tokens: side by side, all of them are seen.
+            aside = 1.04 ** beside[point.tokens]
+            beside[point.tokens] += 1
             below, above = point.accuracy - point.low, point.high - point.accuracy
             axes.errorbar(
-                [point.tokens],
+                [point.tokens * aside],
                 [point.accuracy],
                 yerr=[[below], [above]],
                 linestyle="none",
@@ -258,8 +264,9 @@ def save_accuracy(
                 **style,
             )
         axes.set(xscale="log", xlabel="tokens of a run", ylabel=ylabel, title=title)
-        for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            axis_formatter(StrMethodFormatter("{x:.0f}"))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
