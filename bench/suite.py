@@ -84,7 +84,8 @@ def run(case: Case, timeout_s: float) -> Iterator[Row]:
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                yield json.loads(line)
+                if line.startswith("{") and line.endswith("}\n"):
+                    yield json.loads(line)
         finally:
             timer.cancel()
     if process.returncode:

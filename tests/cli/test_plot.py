@@ -55,13 +55,11 @@ def test_points_over_depth_are_named_by_what_differs():
     ("rows", "words"),
     [
         ([LAYER, {**LAYER, "tokens": 4}], ["memory reads 20.0 GB/s", "avx2_int8 0.40", "s on X"]),
-        ([{**LAYER, "ceiling": None, "ceiling_tflops": None}], ["memory reads"]),
-        ([KERNEL], ["norm", "on G"]),
+        ([{**KERNEL, "matmul_tflops": None}], ["norm", "on G"]),
         (
             [model("pp8"), model("tg8"), model("tg8", 64)],
             ["prefill", "decode", "m on X, 2 threads"],
         ),
-        ([model("tg8")], ["decode"]),
     ],
 )
 def test_pictures(tmp_path, rows, words):
@@ -72,10 +70,9 @@ def test_pictures(tmp_path, rows, words):
         assert word in text
 
 
-@pytest.mark.parametrize("suffix", [".png", ".pdf"])
-def test_pictures_carry_what_they_are_of(tmp_path, suffix):
+def test_a_picture_carries_what_it_is_of(tmp_path):
     pytest.importorskip("matplotlib")
-    path = tmp_path / f"x{suffix}"
+    path = tmp_path / "x.png"
     plot.save_roofline(plot.roofline_points([LAYER]), path, "title", description="data 123")
     assert b"data 123" in path.read_bytes()
 
