@@ -31,6 +31,7 @@ BASE = {
     "bench ceilings": [],
     "bench moe": [],
     "bench gpu": [],
+    "bench compare": ["{lines}", "{lines}"],
     "plan": ["deepseek-v3", "--no-measure"],
     "cache": [],
     "serve": ["--port", "0"],
@@ -119,7 +120,9 @@ def drive(monkeypatch, tmp_path):
     """Runs a command line up to where work would begin: (exit code or None for accepted, stdout, stderr)."""
     problems = tmp_path / "problems.jsonl"
     problems.write_text(PROBLEM)
-    places = {"problems": problems, "dir": tmp_path}
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"bench": "moe"}\n')
+    places = {"problems": problems, "dir": tmp_path, "lines": lines}
     monkeypatch.setenv("MOEJET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -132,6 +135,7 @@ def drive(monkeypatch, tmp_path):
     monkeypatch.setattr("moejet.cli.bench_gpu._limit_memory", _accept)
     monkeypatch.setattr("moejet.cli.bench_gpu.describe_environment", _accept)
     monkeypatch.setattr("moejet.cli.doctor.execute", _accept)
+    monkeypatch.setattr("moejet.cli.bench_compare.read_results", _accept)
     monkeypatch.setattr("moejet.cli.pull.pull", _accept)
     monkeypatch.setattr("moejet.cli.pull.local_snapshot", _accept)
 

@@ -8,7 +8,7 @@ ARGUMENTS = ("bench", "ceilings", "--seconds", "0.01", "--megabytes", "8", "-t",
 
 
 def test_json_is_one_line_with_everything(moejet):
-    result = moejet(*ARGUMENTS, "--json")
+    result = moejet(*ARGUMENTS, "--json", "-")
     assert result.code == 0, result.err
     assert result.out.count("\n") == 1
     facts = json.loads(result.out)
@@ -34,7 +34,7 @@ def test_table_and_reasons(moejet):
     [
         (("--seconds", "0"), "--seconds='0' must be a number above 0"),
         (("--megabytes", "0"), "--megabytes='0' must be a whole number of at least 1"),
-        (("-t", "100000"), "num_threads=100000"),
+        (("-t", "100000"), "--threads=100000"),
         (("--jsn",), "did you mean '--json'?"),
     ],
 )
