@@ -23,7 +23,7 @@ import torch
 from moejet.cli.environment import describe_environment
 from moejet.config import EngineConfig, ModelConfig
 from moejet.experts.cpu_experts import CpuExperts, create_pool
-from moejet.layers.linear import DenseWeights
+from moejet.layers.dense import DenseWeights
 from moejet.loading import create_model
 from moejet.presets import parse_preset
 from moejet.testing.byte_tokenizer import write_tokenizer

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from moejet.config import EngineConfig, ModelConfig, env_max_isa, env_num_threads, use_reference
+from moejet.config import EngineConfig, ModelConfig
+from moejet.environment import env_max_isa, env_num_threads, use_reference
 from moejet.presets import PRESETS
 
 V3 = {

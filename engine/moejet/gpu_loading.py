@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moejet.config import EngineConfig, ModelConfig, env_device
+from moejet.config import EngineConfig, ModelConfig
+from moejet.environment import env_device
 from moejet.experts.bridge import CpuBridge, CudaStream, Stream
 from moejet.experts.cache_policy import CachePolicy
 from moejet.experts.cpu_experts import CpuExperts
@@ -146,7 +147,7 @@ def create_gpu_runner(
         stream: Stream = CudaStream(place)
         fetches: FetchStream = CudaFetchStream(place)
     else:
-        from moejet.testing.simulated_stream import SimulatedFetchStream, SimulatedStream
+        from moejet.experts.simulated_stream import SimulatedFetchStream, SimulatedStream
 
         place = torch.device("cpu")
         simulated = SimulatedStream()

@@ -36,7 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moejet.config import EXPERT_FORMATS, openmp_spins
+from moejet.config import EXPERT_FORMATS
+from moejet.environment import openmp_spins
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 
 if TYPE_CHECKING:

@@ -21,16 +21,17 @@ from moejet.extension import resolve_isa
 from moejet.gpu_loading import choose_device, create_gpu_runner, vram_budget
 from moejet.gpu_runner import GpuRunner
 from moejet.json_file import read_json_object
-from moejet.layers.linear import DenseWeights
+from moejet.layers.dense import DenseWeights
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.plan import GIB, Machine, make_plan, process_bytes
 from moejet.prefix_tier import attach_prefixes, prefix_directory
 from moejet.request import SamplingParams
+from moejet.resolve import resolve_model
 from moejet.runner import ModelRunner, Runner
 from moejet.step_head import read_step_head
 from moejet.tokenizer import Tokenizer
-from moejet.weights import Checkpoint, load_weights, resolve_model
+from moejet.weights import Checkpoint, load_weights
 from moejet.weights.gguf_model import GgufCheckpoint
 from moejet.weights.gguf_tokenizer import gguf_tokenizer
 from moejet.weights.gpu_weights import GPU_LAYOUT_VERSION

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejet.cli import options
+from moejet.cli.main import fail
 from moejet.cli.terminal import note
-from moejet.config import env_api_key
+from moejet.environment import env_api_key
 from moejet.progress import ProgressLine, bar
 
 if TYPE_CHECKING:
@@ -313,7 +314,6 @@ class _Gate:
 async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.socket) -> int:
     import uvicorn
 
-    from moejet.cli.main import fail
     from moejet.server.app import asgi_app
     from moejet.server.connection import protocol_class
     from moejet.server.supervisor import LoadError

@@ -21,7 +21,8 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moejet.config import env_log_level
+from moejet.environment import env_log_level
+from moejet.expected_errors import EXPECTED_ERRORS, describe_error
 from moejet.server import frames
 from moejet.server.backend import LocalBackend, Stream
 from moejet.server.frames import Channel
@@ -256,8 +257,6 @@ def _loaded(backend: LocalBackend) -> frames.Loaded:
 
 
 def _load_failure(error: Exception) -> frames.LoadFailed:
-    from moejet.cli.main import EXPECTED_ERRORS, describe_error
-
     if isinstance(error, EXPECTED_ERRORS):
         return frames.LoadFailed(*describe_error(error))
     logger.error("loading failed", exc_info=error)

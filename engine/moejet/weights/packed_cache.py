@@ -38,7 +38,8 @@ from torch import Tensor
 
 from moejet import atomic_file, framed_file, topology
 from moejet.atomic_file import Abandoned, read_all, replace_atomically, reserve, write_all
-from moejet.config import EngineConfig, ModelConfig, env_cache_dir
+from moejet.config import EngineConfig, ModelConfig
+from moejet.environment import env_cache_dir
 from moejet.extension import load_extension
 from moejet.weights.device_copies import DeviceCopies
 from moejet.weights.gguf import list_shards
