@@ -9,7 +9,7 @@ import pytest
 from moejet.resolve import TINY_REASONER, resolve_model
 from moejet.testing.checkpoints import tiny_checkpoint
 from moejet.testing.hub import StandInHub
-from moejet.weights import Checkpoint
+from moejet.weights.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,10 @@ from torch import Tensor
 from moejet.progress import ProgressLine
 from moejet.testing import damage
 from moejet.testing.checkpoints import tiny_checkpoint, write_safetensors
-from moejet.weights import (
-    Checkpoint,
-    LoadProgress,
-    LoadReport,
-    TensorSpec,
-    load_weights,
-)
+from moejet.weights.checkpoint import Checkpoint
+from moejet.weights.loader import LoadReport, load_weights
+from moejet.weights.progress import LoadProgress
+from moejet.weights.spec import TensorSpec
 from moejet.weights.stored import StoredWeight
 
 
@@ -360,7 +357,9 @@ def test_progress_line() -> None:
 
 MEASURE = """
 import resource, sys, torch
-from moejet.weights import Checkpoint, TensorSpec, load_weights
+from moejet.weights.checkpoint import Checkpoint
+from moejet.weights.spec import TensorSpec
+from moejet.weights.loader import load_weights
 checkpoint = Checkpoint.open(sys.argv[1])
 read = []
 specs = {i.name: TensorSpec(i.shape, lambda t: read.append(float(t[0, 0]))) for i in checkpoint}

@@ -26,7 +26,7 @@ from moejet.experts import cpu_experts
 from moejet.experts.cpu_experts import create_pool
 from moejet.ops.linear import PackedMatrices
 from moejet.testing.checkpoints import tiny_checkpoint
-from moejet.weights import packed_cache
+from moejet.weights import packed_cache, packed_files
 from moejet.weights.packed_cache import CacheFile
 
 PROMPT = list(range(10, 30))
@@ -475,7 +475,7 @@ def test_killed_at_random_points(model: Path, directory: Path, tmp_path: Path, u
         assert process.wait(timeout=60 + import_seconds) == -signal.SIGKILL
         assert tokens(model) == expected
         for name in files(directory):
-            if name.endswith(packed_cache.SUFFIX):
+            if name.endswith(packed_files.SUFFIX):
                 fd = os.open(directory / name, os.O_RDONLY)
                 packed_cache.verify_blobs(fd, packed_cache.read_header(fd))
                 os.close(fd)
@@ -491,8 +491,8 @@ def test_leftovers_are_swept_unless_their_writer_lives(directory: Path) -> None:
         os.utime(file, (1, 1))
     with alive.open("rb+") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        assert packed_cache.abandoned_files(directory) == [dead]
-        packed_cache.sweep(directory)
+        assert packed_files.abandoned_files(directory) == [dead]
+        packed_files.sweep(directory)
     assert files(directory) == [alive.name]
 
 

@@ -118,8 +118,8 @@ class Worker:
 
     def _open(self, load: frames.Load, loop: asyncio.AbstractEventLoop) -> AsyncLLM:
         from moejet.async_llm import AsyncLLM
-        from moejet.weights import LoadProgress
         from moejet.weights.loader import on_load_progress
+        from moejet.weights.progress import LoadProgress
 
         sent_s = -math.inf
 
