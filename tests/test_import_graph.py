@@ -35,8 +35,8 @@ LAYERS = {
     "models": "models",
     "runners": "ceilings cpu_program gpu_ceilings gpu_memory gpu_runner plan runner sampler scoring",
     "engine": """
-        block_file block_pool commit decode_traffic engine gpu_loading group isolation loading prefix_store prefix_tier
-        scheduler step_head
+        block_file block_pool choices commit decode_traffic engine gpu_loading group isolation loading prefix_store
+        prefix_tier scheduler step_head
     """,
     "library": "branch engine_thread hf hybrid_timing llm session timing",
     "reasoning": "reasoning",

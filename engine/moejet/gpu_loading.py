@@ -55,7 +55,7 @@ def choose_device(config: EngineConfig, model_config: ModelConfig) -> str:
     config: as `for_model` returns it.
     """
     wanted = env_device() if config.device == "auto" else config.device
-    obstacle = "" if wanted == "cpu" else _obstacle(config, model_config, wanted)
+    obstacle = "" if wanted == "cpu" else gpu_obstacle(config, model_config, wanted)
     if obstacle and wanted != "auto":
         raise ValueError(f"device={wanted!r} is not possible: {obstacle}")
     if obstacle and torch.cuda.is_available():
@@ -72,7 +72,7 @@ def choose_device(config: EngineConfig, model_config: ModelConfig) -> str:
     return device
 
 
-def _obstacle(config: EngineConfig, model_config: ModelConfig, device: str) -> str:
+def gpu_obstacle(config: EngineConfig, model_config: ModelConfig, device: str) -> str:
     """Why a GPU cannot be used, or nothing."""
     if device != "simulated":
         if not torch.cuda.is_available():

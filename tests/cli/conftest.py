@@ -40,6 +40,9 @@ class FakeLLM:
     def __exit__(self, *error: object) -> None:
         self.is_closed = True
 
+    def describe(self) -> str:
+        return "int8 experts · 1 thread"
+
     def default_sampling(self) -> SamplingParams:
         return SamplingParams(temperature=0.8, top_p=0.95)
 

@@ -74,7 +74,7 @@ def test_exceptions_become_exit_codes(moejet, llm, error, code, message, monkeyp
     if message:
         assert f"moejet: error: {message}" in result.err
     else:
-        assert result.err == ""
+        assert result.err.splitlines() == [llm.describe()]
     assert llm.num_aborts == 1
     assert llm.is_closed
 

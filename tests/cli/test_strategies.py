@@ -37,7 +37,7 @@ def test_a_vote_tells_its_progress_and_its_cost(moejet, tiny):
     assert result.code == 0
     assert result.out.startswith("Plan: 090, A - 034")
     assert result.out.endswith("\n\nThe answer is 208.\n")
-    *told, vote, figures = result.err.splitlines()
+    _, *told, vote, figures = result.err.splitlines()
     assert sorted(told) == [f"answer {i} of 3: 208" for i in (1, 2, 3)]
     assert "208: 3" in vote
     for part in ("prompt 27 tokens · ", "3 branches", "expert loads (", "confidence 1.00"):
@@ -222,7 +222,7 @@ class Searching:
 def test_the_tree_comes_before_the_answer(moejet, tiny, monkeypatch):
     monkeypatch.setattr("moejet.reasoning.specs.parse_strategy", lambda spec, llm: Searching())
     result = moejet("run", "--strategy", "mcts:4", PROMPT)
-    lines = result.err.splitlines()
+    _, *lines = result.err.splitlines()
     assert lines[0] == "step 1: 2 of 4 are kept"
     assert lines.count(lines[0]) == 1
     first = lines.index("○ the question")

@@ -20,14 +20,13 @@ from moejet.hub import (
     TransferProgress,
     cache_root,
     find_orphans,
-    gib,
     is_offline,
     local_snapshot,
     pull,
     remove_orphans,
     verify_snapshot,
 )
-from moejet.progress import ProgressLine
+from moejet.progress import ProgressLine, counted, gib
 
 _EPILOG = """\
 examples:
@@ -128,7 +127,7 @@ def _pull(args: argparse.Namespace) -> int:
         "files": [{"path": f.path, "size": f.size, "hash": f.blob} for f in result.files],
     }
     if not (args.quiet or args.dry_run):
-        note(f"complete: {_count(len(result.files), 'file')}, {gib(result.num_bytes)}, checked")
+        note(f"complete: {counted(len(result.files), 'file')}, {gib(result.num_bytes)}, checked")
     return _finish(args, result.path, fields)
 
 
@@ -153,7 +152,7 @@ def _verify(args: argparse.Namespace) -> int:
         fields = {"correct": found.correct, "corrupt": found.corrupt, "unnamed": found.unnamed}
         print(json.dumps({"model": args.model, "path": str(path), **fields}))
     elif not args.quiet:
-        note(f"{_count(len(found.correct), 'file')} of {args.model} correct, {gib(total)} read")
+        note(f"{counted(len(found.correct), 'file')} of {args.model} correct, {gib(total)} read")
         if found.unnamed:
             note(f"{', '.join(found.unnamed)}: no hash to compare with")
     if found.corrupt:
@@ -171,7 +170,7 @@ def _sweep(args: argparse.Namespace) -> int:
     if not args.quiet:
         for orphan in orphans:
             note(f"{gib(orphan.size):>12}  {orphan.kind:<12}  {orphan.path.relative_to(root)}")
-        note(f"{_count(len(orphans), 'file')} in {root} that nothing needs, {gib(total)}")
+        note(f"{counted(len(orphans), 'file')} in {root} that nothing needs, {gib(total)}")
     freed = 0 if args.dry_run else remove_orphans(orphans)
     if args.json:
         print(json.dumps({"cache": str(root), "freed": freed, "orphans": _as_json(orphans)}))
@@ -204,7 +203,7 @@ class _Printer(Reporter):
         if self._list_files:
             for file in files:
                 note(f"{gib(file.size):>12}  {file.path}")
-        text = f"{self._model}: {_count(len(files), 'file')}, {gib(total)}"
+        text = f"{self._model}: {counted(len(files), 'file')}, {gib(total)}"
         self._print(f"{text}, {gib(present)} of it here already" if present else text)
 
     def progress(self, progress: TransferProgress) -> None:
@@ -222,7 +221,3 @@ class _Printer(Reporter):
     def _print(self, text: str) -> None:
         self._printed_at = self._clock()
         note(text)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)

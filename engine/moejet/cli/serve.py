@@ -352,6 +352,7 @@ async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.
             gate.app = app
             _retry_on_signal(backend)
             print(f"{backend.card.name} is served at {_url(config, sock)}", flush=True)
+            _tell(backend.card.description)
             _tell("a page to talk to it is there, too; Ctrl-C ends the server")
             ending = asyncio.create_task(
                 _end(server, backend, stopped, hastened, args.drain_timeout)

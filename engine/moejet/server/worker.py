@@ -252,7 +252,12 @@ def _loaded(backend: LocalBackend) -> frames.Loaded:
     if card.tokenizer is not None:
         parts = frames.TokenizerParts(**card.tokenizer.parts())
     return frames.Loaded(
-        card.max_context, card.vocab_size, card.default_sampling, parts, card.strategies
+        card.max_context,
+        card.vocab_size,
+        card.default_sampling,
+        parts,
+        card.strategies,
+        card.description,
     )
 
 
