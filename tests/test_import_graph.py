@@ -38,7 +38,7 @@ LAYERS = {
         block_file block_pool choices commit decode_traffic engine gpu_loading group isolation loading prefix_store
         prefix_tier scheduler step_head
     """,
-    "library": "branch engine_thread hf hybrid_timing llm session timing",
+    "library": "branch engine_thread hf hf_layer hybrid_timing llm session timing",
     "reasoning": "reasoning",
     "asynchronous library": "async_llm",
     "server": "server",

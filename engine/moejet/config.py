@@ -117,14 +117,8 @@ class ModelConfig:
         return float(self.qk_head_dim**-0.5 * self.rope.softmax_mscale)
 
     @property
-    def num_expert_parameters(self) -> int:
-        """Weights of all routed experts."""
-        expert = 3 * self.hidden_size * self.moe_intermediate_size
-        return self.num_moe_layers * self.num_experts * expert
-
-    @property
     def num_dense_parameters(self) -> int:
-        """Weights of everything else; norms and biases are too small to count."""
+        """Weights of all but routed experts; norms and biases are too small to count."""
         heads, q_in = self.num_attention_heads, self.q_lora_rank or self.hidden_size
         attention = (self.q_lora_rank or 0) * self.hidden_size + q_in * heads * self.qk_head_dim
         attention += self.hidden_size * self.latent_dim

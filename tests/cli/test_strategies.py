@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from moejet import LLM
-from moejet.cli import options
+from moejet.cli import options, tree
 from moejet.cli.effort import EFFORTS as OFFERED
-from moejet.cli.tree import print_tree, tree_lines
 from moejet.reasoning import effort
 from moejet.reasoning.result import Node, Progress, Result
 from moejet.reasoning.sample import Sample
@@ -166,7 +165,13 @@ NODES = (
 )
 
 
-def test_a_tree_is_drawn():
+def tree_lines(nodes, width=100) -> list[str]:
+    out = io.StringIO()
+    tree.print_tree(nodes, out, width=width)
+    return out.getvalue().splitlines()
+
+
+def test_a_tree_is_drawn(monkeypatch):
     assert tree_lines(NODES) == [
         "○ the question",
         "├─ ✗ 0.25 3x add 2 then stop",
@@ -176,12 +181,13 @@ def test_a_tree_is_drawn():
         "   └─ ● 0.12 that is 9",
     ]
     assert tree_lines(NODES, width=12)[1] == "├─ ✗ 0.25 3…"
-    assert tree_lines(NODES, most=2)[2:] == ["... 4 more"]
     assert tree_lines([Node(0, -1, "")]) == ["·"]
     assert tree_lines(()) == []
+    monkeypatch.setattr(tree, "MAX_LINES", 2)
+    assert tree_lines(NODES)[2:] == ["... 4 more"]
 
 
-def test_trees_without_a_root_and_of_great_depth():
+def test_trees_without_a_root_and_of_great_depth(monkeypatch):
     # Branches of an opening that is no node itself.
     assert tree_lines([Node(7, 3, "a"), Node(8, 3, "b"), Node(9, 7, "c")]) == [
         "· a",
@@ -189,7 +195,8 @@ def test_trees_without_a_root_and_of_great_depth():
         "· b",
     ]
     chain = [Node(i, i - 1, str(i)) for i in range(5000)]
-    assert len(tree_lines(chain, most=10_000)) == 5000
+    monkeypatch.setattr(tree, "MAX_LINES", 10_000)
+    assert len(tree_lines(chain)) == 5000
 
 
 def test_a_terminal_gets_colours_and_no_control_characters(monkeypatch):
@@ -201,9 +208,9 @@ def test_a_terminal_gets_colours_and_no_control_characters(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     nodes = [Node(0, -1, "a \x1b[2J", state="chosen"), Node(1, 0, "b", state="pruned")]
     screen, file = Screen(), io.StringIO()
-    print_tree(nodes, screen)
+    tree.print_tree(nodes, screen)
     assert screen.getvalue() == "\x1b[32m★ a ␛[2J\x1b[0m\n\x1b[2m└─ ✗ b\x1b[0m\n"
-    print_tree(nodes, file)
+    tree.print_tree(nodes, file)
     assert file.getvalue() == "★ a \x1b[2J\n└─ ✗ b\n"
 
 

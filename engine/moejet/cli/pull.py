@@ -6,7 +6,7 @@ The directory goes to stdout, everything else to stderr.
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,18 +186,11 @@ def _as_json(orphans: Sequence[Orphan]) -> list[dict[str, Any]]:
 class _Printer(Reporter):
     """A line that is redrawn on terminals; elsewhere a line per file and one every half minute."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        list_files: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, model: str, *, list_files: bool = False) -> None:
         self._model = model
         self._list_files = list_files
         self._line = ProgressLine()
-        self._clock = clock
-        self._printed_at = clock()
+        self._printed_at = time.monotonic()
 
     def plan(self, files: Sequence[HubFile], total: int, present: int) -> None:
         if self._list_files:
@@ -208,7 +201,7 @@ class _Printer(Reporter):
 
     def progress(self, progress: TransferProgress) -> None:
         self._line.update(progress)
-        if not self._line.enabled and self._clock() - self._printed_at >= _SECONDS_BETWEEN_LINES:
+        if not self._line.enabled and time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES:
             self._print(str(progress))
 
     def file_done(self, file: HubFile, progress: TransferProgress) -> None:
@@ -219,5 +212,5 @@ class _Printer(Reporter):
         self._line.close()
 
     def _print(self, text: str) -> None:
-        self._printed_at = self._clock()
+        self._printed_at = time.monotonic()
         note(text)
