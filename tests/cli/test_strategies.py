@@ -1,14 +1,11 @@
 """`moejet run --strategy`, `--effort` of run and chat, and trees of searches."""
 
-import contextlib
 import io
 import json
-from collections.abc import Iterator
 
 import pytest
 
-from moejet import LLM
-from moejet.cli import options, tree
+from moejet.cli import tree
 from moejet.cli.effort import EFFORTS as OFFERED
 from moejet.reasoning import effort
 from moejet.reasoning.result import Node, Progress, Result
@@ -16,19 +13,6 @@ from moejet.reasoning.sample import Sample
 from moejet.reasoning.task import Run, Task
 
 PROMPT = "Take 90, subtract 34, then divide by 7 and add 200."
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LLM]:
-    with LLM(num_threads=1) as llm:
-        yield llm
-
-
-@pytest.fixture
-def tiny(shared: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
-    """One model for all commands, which do not close it."""
-    monkeypatch.setattr(options, "open_llm", lambda model, given: contextlib.nullcontext(shared))
-    return shared
 
 
 def test_a_vote_tells_its_progress_and_its_cost(moejet, tiny):
