@@ -21,6 +21,7 @@ from moejet.experts.expert_ring import ExpertRing
 from moejet.experts.hybrid_experts import HybridExperts
 from moejet.experts.placement import Placement
 from moejet.experts.resident_experts import ResidentExperts
+from moejet.experts.simulated_stream import SimulatedFetchStream, SimulatedStream
 from moejet.gpu_memory import (
     FETCH_BYTES,
     RESERVE_BYTES,
@@ -147,8 +148,6 @@ def create_gpu_runner(
         stream: Stream = CudaStream(place)
         fetches: FetchStream = CudaFetchStream(place)
     else:
-        from moejet.experts.simulated_stream import SimulatedFetchStream, SimulatedStream
-
         place = torch.device("cpu")
         simulated = SimulatedStream()
         stream, close, fetches = simulated, simulated.close, SimulatedFetchStream()
