@@ -35,6 +35,7 @@ SUBCOMMANDS = {
     "bench ceilings": ("moejet.cli.bench_ceilings", "measure what this machine can do at most"),
     "bench moe": ("moejet.cli.bench_moe", "measure one layer of routed experts"),
     "bench gpu": ("moejet.cli.bench_gpu", "measure the GPU kernels"),
+    "bench compare": ("moejet.cli.bench_compare", "compare two files of results"),
 }
 
 
