@@ -4,7 +4,6 @@
 """
 
 import argparse
-import errno
 import io
 import logging
 import os
@@ -15,7 +14,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import moejet
-from moejet.config import env_log_level
+from moejet.environment import env_log_level
+from moejet.expected_errors import describe_error
 from moejet.validation import near_miss, short
 
 # Command -> (module, one line of help). Modules are imported when their command is used.
@@ -44,21 +44,6 @@ EXIT_CODES = {
     2: "wrong input",
     130: "Ctrl-C",
     141: "the reader of the output went away",
-}
-# What to do about errors of the operating system.
-_REMEDIES = {
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path",
-    errno.EISDIR: "give a file",
-    errno.EEXIST: "choose another name, or remove it",
-    errno.EACCES: "check its permissions",
-    errno.EPERM: "check its permissions",
-    errno.EROFS: "choose a place that can be written to",
-    errno.ENOSPC: "free some space, or choose another place",
-    errno.EDQUOT: "free some space, or choose another place",
-    errno.EMFILE: "raise the limit (ulimit -n)",
-    errno.ENAMETOOLONG: "give a shorter one",
-    errno.EIO: "check the disk",
 }
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
@@ -218,28 +203,6 @@ def _dispatch(arguments: list[str]) -> int:
             traceback.print_exc()
         text, code = describe_error(error)
         return fail(text if parser is None else parser.in_options(text), code)
-
-
-def describe_error(error: Exception) -> tuple[str, int]:
-    """One line and an exit code."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(error, UnicodeError):
-        return f"{lines[0]}: text must be UTF-8", 2
-    if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return str(error), 2
-    if isinstance(error, ImportError):
-        return f"{error}; 'moejet doctor' checks the installation", 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-        text = lines[0] if str(error) else "out of memory"
-        return f"{text}: free some memory, or use a smaller --expert-format or --max-context", 1
-    if isinstance(error, OSError) and error.strerror:
-        remedy = _REMEDIES.get(error.errno or 0)
-        where = f"{short(error.filename)}: " if error.filename else ""
-        return f"{where}{error.strerror}{f': {remedy}' if remedy else ''}", 1
-    if isinstance(error, OSError | FloatingPointError):
-        return str(error), 1
-    name = type(error).__name__
-    return f"{name}: {lines[0]} (unexpected: run it again with --debug, and report what it says)", 1
 
 
 def fail(message: str, code: int) -> int:
