@@ -335,6 +335,7 @@ def test_wrong_prompts_are_refused_before_anything_is_queued(make):
         await refused(lambda: llm.complete("a", {"temperature": 0}), "SamplingParams")
         await refused(lambda: llm.complete("a", SHORT, priority="high"), "priority='high'")
         await refused(lambda: llm.complete("a", SHORT, request_id=""), "request_id=''")
+        await refused(lambda: llm.complete("a", SHORT, request_id="branch-3"), "branch-3")
         await refused(lambda: llm.chat([]).result(), "messages is empty")
         await refused(lambda: llm.chat([{"role": "user"}]).start(), "content is missing")
         stream = llm.generate("")

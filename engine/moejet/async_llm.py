@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moejet.branch import BRANCH_ID
 from moejet.config import EngineConfig, ModelConfig
 from moejet.decode_traffic import read_ceiling
 from moejet.engine_thread import EngineThread
@@ -471,6 +472,8 @@ class AsyncLLM:
 def _check_request(request_id: Any, priority: Any) -> None:
     if request_id is not None and (not isinstance(request_id, str) or not request_id):
         raise ValueError(f"request_id={request_id!r} must be a non-empty string")
+    if request_id is not None and request_id.startswith(BRANCH_ID):
+        raise ValueError(f"request_id={request_id!r} is for branches of strategies: choose another")
     if not isinstance(priority, int) or isinstance(priority, bool):
         raise ValueError(f"priority={priority!r} must be an integer; smaller ones run first")
 

@@ -31,6 +31,7 @@ from moejet.statistics import TokenStatistics
 if TYPE_CHECKING:
     from moejet.engine import Engine
 
+BRANCH_ID = "branch-"  # how the request ids of branches begin, and no other's
 Until = str | int | Collection[str | int] | Callable[[str, Sequence[int]], bool] | None
 
 
@@ -79,7 +80,6 @@ class Branch:
         self,
         llm: BranchHost,
         prompt_token_ids: Sequence[int],
-        prompt: str | None,
         *,
         cache_salt: str | None = None,
     ):
@@ -89,7 +89,7 @@ class Branch:
             engine.rules.check_prompt(ids, SamplingParams())
             number = engine.next_number()
             request = Request(
-                request_id=f"branch-{number}",
+                request_id=f"{BRANCH_ID}{number}",
                 index=0,
                 prompt_token_ids=tuple(ids),
                 params=SamplingParams(cache_salt=cache_salt),
@@ -99,7 +99,7 @@ class Branch:
                 order=number,
                 is_branch=True,
             )
-            thinking, tags = engine.rules.thinking_of(prompt, ids)
+            thinking, tags = engine.rules.thinking_of(ids)
             self._assembler = OutputAssembler(
                 engine.tokenizer, request.params, think_tags=tags, thinking=thinking
             )
@@ -261,7 +261,7 @@ class Branch:
         number = engine.next_number()
         request = replace(
             source,
-            request_id=f"branch-{number}",
+            request_id=f"{BRANCH_ID}{number}",
             order=number,
             block_table=[],
             block_hashes=list(source.block_hashes),

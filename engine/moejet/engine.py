@@ -146,15 +146,16 @@ class Engine:
         seed = self.seed_of(params, number)
         room = self.max_context - len(prompt_token_ids)
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
-        thinking, tags = self.rules.thinking_of(prompt, prompt_token_ids)
+        thinking, tags = self.rules.thinking_of(prompt_token_ids)
+        token_ids = tuple(prompt_token_ids)
         samples = [
             Request(
                 request_id=request_id,
                 index=index,
-                prompt_token_ids=tuple(prompt_token_ids),
+                prompt_token_ids=token_ids,
                 params=params,
                 seed=derive_seed(seed, index),
-                max_total_tokens=len(prompt_token_ids) + limit,
+                max_total_tokens=len(token_ids) + limit,
                 eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
                 order=number,
                 priority=priority,

@@ -146,8 +146,7 @@ class LLM:
 
         prompt: a text, token ids, or a conversation, which goes through the chat template.
         """
-        text, tokens = self.read_prompt(prompt, **template_kwargs)
-        return Branch(self, tokens, text)
+        return Branch(self, self.read_prompt(prompt, **template_kwargs)[1])
 
     def read_prompt(
         self, prompt: str | Sequence[int] | Sequence[Message], **template_kwargs: Any

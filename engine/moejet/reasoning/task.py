@@ -216,7 +216,7 @@ class Task:
         """n branches that hold the prompt, which is computed once."""
         if self._root is None or not self._root.is_computed:  # the second if its cache was needed
             salt = self.ledger.cache_salt
-            root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt, cache_salt=salt))
+            root = self._add(Branch(self.llm, self.prompt_token_ids, cache_salt=salt))
             yield Advance(self.llm, [root], max_tokens=0, params=SamplingParams())
             if self.usage.prompt_tokens == 0:
                 self.usage.prompt_tokens = len(self.prompt_token_ids)
