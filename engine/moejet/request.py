@@ -248,6 +248,8 @@ class RequestOutput:
 class StreamDelta:
     """What one step added to one sample; `finish_reason` on its last, `output` on the very last of the request.
 
+    stop_reason: with finish_reason "stop", the stop string or token that ended the sample, or what a policy gave
+
     error: what ended it with finish_reason "abort": something that a policy of this request raised or, with
     is_step_error, that went wrong whenever it was computed.
     tool_markers: where tokens of this delta are markers of tool calls, counted in characters of the sample's reasoning
@@ -267,6 +269,7 @@ class StreamDelta:
     is_step_error: bool = False
     tool_markers: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    stop_reason: str | int | None = None
 
 
 class RequestState(Enum):
