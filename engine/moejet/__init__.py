@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "LLM": "moejet.llm",
     "AsyncLLM": "moejet.async_llm",
-    "RequestStream": "moejet.async_llm",
+    "RequestStream": "moejet.request_stream",
     "QueueFullError": "moejet.ticket",
     "EngineStepError": "moejet.ticket",
     "EngineDeadError": "moejet.ticket",
@@ -33,7 +33,6 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from moejet.async_llm import AsyncLLM as AsyncLLM
-    from moejet.async_llm import RequestStream as RequestStream
     from moejet.config import EngineConfig as EngineConfig
     from moejet.config import ModelConfig as ModelConfig
     from moejet.grammar import Grammar as Grammar
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from moejet.request import StreamDelta as StreamDelta
     from moejet.request import Timings as Timings
     from moejet.request import TokenLogprobs as TokenLogprobs
+    from moejet.request_stream import RequestStream as RequestStream
     from moejet.ticket import EngineClosedError as EngineClosedError
     from moejet.ticket import EngineDeadError as EngineDeadError
     from moejet.ticket import EngineStepError as EngineStepError

@@ -20,9 +20,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
-from moejet.branch import Advance, Branch, Segment, Until
-from moejet.llm import LLM, Message
+from moejet.advance import Advance
+from moejet.branch import Branch, Segment, Until
+from moejet.llm import LLM
 from moejet.policy import TokenPolicy
+from moejet.prompt_reader import Message
 from moejet.reasoning.budget import Budget, Deadline
 from moejet.reasoning.result import Background, Candidate, Node, Progress, Result, ScoredStep, Usage
 from moejet.request import SamplingParams
