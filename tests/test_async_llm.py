@@ -664,7 +664,7 @@ def test_who_breaks_every_step_ends_alone(make, expected, monkeypatch, place, n)
     if place == "forward":
         runner.execute = forward
     else:
-        monkeypatch.setattr("moejet.engine.sample", sampler)
+        monkeypatch.setattr("moejet.step_compute.sample", sampler)
 
     async def main() -> None:
         good = [asyncio.ensure_future(_tokens(llm.generate(p, SHORT))) for p in PROMPTS[:9]]

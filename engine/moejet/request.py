@@ -329,6 +329,11 @@ class Request:
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
 
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether more of them may come; of a branch, perhaps only the latents of those it has."""
+        return len(self.token_ids) < self.max_total_tokens
+
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         self.state = RequestState.FINISHED
         self.finish_reason = reason
