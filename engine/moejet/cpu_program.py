@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moejet import huge_pages
+from moejet.batch import Batch, int64_tensor
 from moejet.config import ModelConfig
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.extension import load_extension
@@ -30,7 +31,6 @@ from moejet.layers.moe import MoE
 
 if TYPE_CHECKING:
     from moejet._C import ExpertWeights, ThreadPool
-    from moejet.batch import Batch
     from moejet.models.deepseek import DeepseekForCausalLM
 
 
@@ -80,8 +80,8 @@ class CpuProgram:
             batch.token_ids,
             batch.positions,
             batch.slot_mapping,
-            torch.tensor(batch.query_lens),
-            torch.tensor(batch.context_lens),
+            int64_tensor(batch.query_lens),
+            int64_tensor(batch.context_lens),
             batch.block_tables,
             batch.logits_indices,
             logits,

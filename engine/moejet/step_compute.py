@@ -91,17 +91,15 @@ class StepComputer:
 
     def _score_steps(self, head: StepHead, batch: Batch) -> None:
         """Notes the head's score of the last computed token of each sample that is watched."""
-        hidden = self._runner.hidden(len(batch.sampled))
-        if hidden is None:
-            return
-        counts = dict(zip(batch.requests, batch.query_lens, strict=True))
         rows = [
             (row, request)
             for row, request in enumerate(batch.sampled)
             if request.sample_state is not None and request.scores is None
         ]
-        if not rows:
+        hidden = self._runner.hidden(len(batch.sampled)) if rows else None
+        if hidden is None:
             return
+        counts = dict(zip(batch.requests, batch.query_lens, strict=True))
         scores = head.scores(hidden[[row for row, _ in rows]])
         for (_, request), score in zip(rows, scores, strict=True):
             assert request.sample_state is not None
