@@ -28,6 +28,7 @@ from moejet.layers.gpu import GpuGatedMLP
 from moejet.layers.linear import GatedMLP, RMSNorm
 from moejet.layers.mla import MLA
 from moejet.layers.moe import MoE
+from moejet.ops.router_topk import group_rank
 
 if TYPE_CHECKING:
     from moejet._C import ExpertWeights, ThreadPool
@@ -169,9 +170,6 @@ class CpuProgram:
 
     def _record_moe(self, moe: MoE) -> list[Tensor]:
         config, router = self._config, moe.router
-        group_rank = "none"
-        if config.topk_method != "greedy" and config.n_group > 1:
-            group_rank = "best_two" if config.topk_method == "noaux_tc" else "best"
         self._native.router(
             router.weight,
             router.bias,
@@ -180,7 +178,7 @@ class CpuProgram:
             self._topk_ids,
             self._topk_weights,
             config.scoring_func,
-            group_rank,
+            group_rank(config),
             config.n_group,
             config.topk_group,
             config.norm_topk_prob,

@@ -137,7 +137,7 @@ def adjust_logits(row: Tensor, request: Request) -> Tensor:
     """
     params, row = request.params, row.clone()
     if params.repetition_penalty != 1.0:
-        seen = int64_tensor(request.token_ids).unique()
+        seen = torch.unique(int64_tensor(request.token_ids))
         values = row[seen]
         penalty = params.repetition_penalty
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
