@@ -273,6 +273,19 @@ def test_bad_options_and_closed_engine(path):
         llm.generate("a")
 
 
+def test_threads_end_even_if_something_else_cannot_be_closed(path):
+    llm = LLM(path, **OPTIONS)
+
+    def fail():
+        raise OSError("the disk is gone")
+
+    llm.engine.at_close.callback(fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.engine.probe()
+
+
 def test_two_models_at_once(path, llm):
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     with LLM(path, **OPTIONS) as second:

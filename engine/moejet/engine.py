@@ -12,7 +12,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,7 @@ class Engine:
         self.default_params = SamplingParams()
         self.step_head: StepHead | None = None
         self.prefix_key: dict[str, Any] = {}  # what decides about a prefix's latents
-        self.on_close: Callable[[], None] = lambda: None
+        self.at_close = ExitStack()  # what is called then, the last one first
         self.on_scheduled: Callable[[Batch], None] = lambda batch: None
         self.scheduler = Scheduler(
             block_pool,
@@ -340,11 +340,11 @@ class Engine:
 
     def close(self) -> None:
         """Aborts every request and releases the threads."""
-        for request_id in list(self._groups):
-            self.abort(request_id)
-        for request in list(self.scheduler.held):
-            self.scheduler.drop(request)
-        self.on_close()
+        with self.at_close:
+            for request_id in list(self._groups):
+                self.abort(request_id)
+            for request in list(self.scheduler.held):
+                self.scheduler.drop(request)
 
     @contextmanager
     def scratch_request(self, token_ids: list[int]) -> Iterator[Request]:

@@ -234,7 +234,6 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     timings: Timings
-    finished: bool = True
     prompt_logprobs: tuple[float, ...] | None = None
     prompt_top: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
