@@ -37,7 +37,8 @@ from moejet.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from moejet.reasoning.async_runs import AsyncRuns, StrategyStream
     from moejet.reasoning.budget import Budget
-    from moejet.reasoning.task import Answers, Strategy
+    from moejet.reasoning.answer_classes import Answers
+    from moejet.reasoning.task import Strategy
 
 _MAX_QUEUED_REQUESTS = 512
 _MAX_QUEUED_TOKENS = 1 << 20

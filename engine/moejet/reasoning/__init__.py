@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 _EXPORTS = {
     "Adaptive": "moejet.reasoning.search.adaptive",
     "AnswerKey": "moejet.reasoning.answers",
-    "Answers": "moejet.reasoning.task",
+    "Answers": "moejet.reasoning.answer_classes",
     "AtTransitions": "moejet.reasoning.early_exit",
     "Best": "moejet.reasoning.select",
     "BetaStop": "moejet.reasoning.stopping",
@@ -81,6 +81,7 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from moejet.reasoning.answer_classes import Answers as Answers
     from moejet.reasoning.answers import AnswerKey as AnswerKey
     from moejet.reasoning.budget import Budget as Budget
     from moejet.reasoning.deepconf import DeepConf as DeepConf
@@ -143,7 +144,6 @@ if TYPE_CHECKING:
     from moejet.reasoning.stopping import Decided as Decided
     from moejet.reasoning.stopping import StopRule as StopRule
     from moejet.reasoning.stopping import Unanimous as Unanimous
-    from moejet.reasoning.task import Answers as Answers
     from moejet.reasoning.task import Run as Run
     from moejet.reasoning.task import Strategy as Strategy
     from moejet.reasoning.task import Task as Task

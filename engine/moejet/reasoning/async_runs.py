@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from moejet.engine_thread import EngineThread
 from moejet.llm import LLM
+from moejet.reasoning.answer_classes import Answers
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.driver import Active, Driver
 from moejet.reasoning.result import Progress, Result
 from moejet.reasoning.solver import Prompt, make_task, supervised
 from moejet.reasoning.specs import parse_strategy
-from moejet.reasoning.task import Answers, Strategy
+from moejet.reasoning.task import Strategy
 from moejet.request import StreamDelta
 from moejet.ticket import QueueFullError
 

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 from moejet.branch import Advance, BranchHost
 from moejet.reasoning.cost import expected_distinct_experts
+from moejet.reasoning.ledger import Ledger
 from moejet.reasoning.result import Background, Progress
-from moejet.reasoning.task import Gather, Ledger, Run
+from moejet.reasoning.task import Gather, Run
 from moejet.request import CompletionOutput, RequestOutput
 
 logger = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ class _Exit:
 
     def _may_go_on(self, task: Task, branch: Branch) -> bool:
         """Whether it still thinks, may, and leaves a trial its place in the context."""
-        if not branch.is_thinking or branch.is_finished or task.is_exhausted:
+        if not branch.is_thinking or branch.is_finished or task.is_ending:
             return False
         texts = len(self.probe) + len(self.closing) + 2 * len(_closing_tag(task))
         left = task.llm.max_context - len(branch.prompt_token_ids) - len(branch.token_ids)

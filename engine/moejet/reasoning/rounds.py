@@ -34,7 +34,7 @@ class VerifyRounds:
     def run(self, task: Task) -> Run[Result]:
         candidates: list[Candidate] = []
         chosen: Candidate | None = None
-        while len(candidates) < self.most and not (candidates and task.is_exhausted):
+        while len(candidates) < self.most and not (candidates and task.is_ending):
             result = yield from self.inner.run(task)
             candidates.append(result.candidate)
             yield from task.classify([result.answer])

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from moejet.branch import Branch
 from moejet.llm import LLM
+from moejet.policy import TokenPolicy
 from moejet.reasoning.result import Candidate, ScoredStep
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
@@ -218,18 +219,17 @@ def next_token_shares(
     if first[0] == first[1]:
         raise ValueError(f"{good!r} and {bad!r} begin with the same token: choose other words")
     task.usage.model_evaluations += len(prompts)
-    shares: list[list[float]] = [[] for _ in prompts]
-    runs = [
-        _read_logits(task.on(list(tokenizer.encode(prompt)), llm=model), first, share)
-        for prompt, share in zip(prompts, shares, strict=True)
-    ]
-    yield from task.gather(runs)
-    return [share[0] for share in shares]
+    runs = [_share_of(task, model, prompt, first) for prompt in prompts]
+    shares = yield from task.gather(runs)
+    return [0.5 if share is None else share for share in shares]
 
 
-def _read_logits(task: Task, token_ids: Sequence[int], share: list[float]) -> Run[None]:
-    """The share of token_ids[0] among the two, by a policy that looks at the logits and keeps nothing."""
-    from moejet.policy import TokenPolicy
+def _share_of(task: Task, model: LLM, prompt: str, token_ids: Sequence[int]) -> Run[float]:
+    """The share of token_ids[0] among the two, by a policy that looks at the logits and keeps nothing.
+
+    Where the budget allows no look it is 0.5: nothing is known.
+    """
+    share = [0.5]
 
     class Look(TokenPolicy):
         needs_logits = True
@@ -238,10 +238,12 @@ def _read_logits(task: Task, token_ids: Sequence[int], share: list[float]) -> Ru
             good, bad = (float(row[i]) for i in token_ids)  # type: ignore[index]
             share[:] = [1 / (1 + math.exp(min(700.0, bad - good)))]
 
-    [branch] = yield from task.open()
+    asked = yield from task.on(prompt, llm=model)
+    [branch] = yield from asked.open()
     params = SamplingParams(temperature=0.0, max_tokens=1, policy=Look)
-    yield from task.advance([branch], params=params)
-    task.close()
+    yield from asked.advance([branch], params=params)
+    asked.close()
+    return share[0]
 
 
 def _check_head(llm: LLM) -> None:

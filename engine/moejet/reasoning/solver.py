@@ -20,10 +20,12 @@ from functools import partial
 from typing import Any
 
 from moejet.llm import LLM, Message
+from moejet.reasoning.answer_classes import Answers
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.driver import Driver
+from moejet.reasoning.ledger import Ledger
 from moejet.reasoning.result import Progress, Result
-from moejet.reasoning.task import Answers, Ledger, Run, Strategy, Task, messages_of
+from moejet.reasoning.task import Run, Strategy, Task, messages_of
 from moejet.request import SamplingParams
 
 _THREADS = 4  # for what runs in the background

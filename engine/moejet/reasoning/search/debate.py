@@ -48,7 +48,7 @@ class Debate:
                 "note", f"round {number}", answers=[answer.answer for answer in answers]
             )
             yield from task.classify(answer.answer for answer in answers)
-            if task.is_exhausted or (self.stops_agreed and self._agree(task, answers)):
+            if task.is_ending or (self.stops_agreed and self._agree(task, answers)):
                 break
             own = [
                 reply(own[i], answers[i].content, self._others(answers, i)) for i in range(self.k)
