@@ -173,10 +173,14 @@ class EngineThread:
             wakes = [self._end(ticket)]
         wake(wakes)
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Runs a function on the engine's thread, between two steps; it must not raise."""
+    def check_accepting(self) -> None:
+        """Raises EngineClosedError or EngineDeadError where nothing new may be begun."""
         with self._changed:
             self._check_accepting()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Runs a function on the engine's thread, between two steps; it must not raise. Takes no lock."""
+        if self.is_own_process():
             self.inbox.put(("call", function))
 
     def notify(self) -> None:

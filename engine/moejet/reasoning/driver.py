@@ -105,6 +105,10 @@ class Driver:
             found.setdefault(llm, []).append(request_id)
         return found
 
+    def requests_of(self, ledger: Ledger) -> list[str]:
+        """Those of one run."""
+        return [i for (_, i), active in self._by_request.items() if active.ledger is ledger]
+
     @property
     def num_runs(self) -> int:
         """Of those that were started here, how many have not ended."""
