@@ -220,7 +220,9 @@ class Searching:
 
 
 def test_the_tree_comes_before_the_answer(moejet, tiny, monkeypatch):
-    monkeypatch.setattr("moejet.reasoning.specs.parse_strategy", lambda spec, llm: Searching())
+    monkeypatch.setattr(
+        "moejet.reasoning.specs.parse_strategy", lambda spec, llm, load: Searching()
+    )
     result = moejet("run", "--strategy", "mcts:4", PROMPT)
     lines = result.err.splitlines()
     assert lines[0] == "step 1: 2 of 4 are kept"

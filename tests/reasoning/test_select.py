@@ -249,16 +249,16 @@ def test_the_step_head_knows_wrong_lines(llm: LLM) -> None:
     pairs = np.array(right)[:, None] - np.array(wrong)[None]
     auc = float((pairs > 0).mean() + 0.5 * (pairs == 0).mean())
     assert auc > 0.75
-    product = StepHead("product", pattern=r"[A-J]:")
+    product, pattern = StepHead("product"), r"[A-J]:"
     steps = (
         ScoredStep("Plan: 1", 0.1),
         ScoredStep("A: 1", 0.2),
         ScoredStep("B: 1", 0.5),
         ScoredStep("A: 2", 0.9),
     )
-    assert product._of(steps) == pytest.approx(0.45)
-    assert StepHead("last", pattern=r"[A-J]:")._of(steps) == 0.9
-    assert StepHead("min")._of(steps) == 0.1
+    assert product.of_steps(steps, pattern) == pytest.approx(0.45)
+    assert StepHead("last").of_steps(steps, pattern) == 0.9
+    assert StepHead("min").of_steps(steps, None) == 0.1
 
 
 @dataclass(frozen=True)

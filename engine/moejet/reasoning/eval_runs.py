@@ -167,20 +167,20 @@ def prompt_of(
     system: str | None,
     template: Mapping[str, Any],
 ) -> Prompt:
-    """The problem as the model is asked: messages, or their text if the chat template has to be told something.
+    """The problem as the model is asked. Raises ValueError, naming the problem, if the model cannot read it.
 
-    Raises ValueError, naming the problem, if the model cannot read it.
+    template: what the chat template is told
     """
     text = f"{problem.prompt}\n\n{instruction}" if instruction else problem.prompt
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": text})
-    prompt, token_ids = llm.read_prompt(messages, **template)
+    _, token_ids = llm.read_prompt(messages, **template)
     if len(token_ids) >= llm.max_context:
         raise ValueError(
             f"problem {problem.id!r} has {len(token_ids)} tokens, max_context={llm.max_context} "
             "leaves no room for an answer: raise --max-context or remove the problem"
         )
-    return prompt if template and prompt is not None else messages
+    return messages
 
 
 def run_jobs(
@@ -192,6 +192,7 @@ def run_jobs(
     *,
     key: AnswerKey,
     shape: Shape,
+    template: Mapping[str, Any],
     params: SamplingParams,
     budget: Budget,
     concurrency: int,
@@ -211,6 +212,7 @@ def run_jobs(
         budget=budget,
         seeds=[job.seed for job in jobs],
         answers=key,
+        template_kwargs=template,
         concurrency=concurrency,
         on_result=done,
     )

@@ -155,6 +155,7 @@ def marco(
     *,
     width: int = 3,
     rollouts: int = 16,
+    parallel: int = 1,
     params: SamplingParams | None = None,
 ) -> MCTS:
     """Marco-o1's search: steps or mini-steps, reward by the mean share of chosen tokens among the five likeliest."""
@@ -163,6 +164,7 @@ def marco(
         Scored(Confidence("top5_share")),
         rollouts,
         params=params,
+        parallel=parallel,
     )
 
 
