@@ -20,7 +20,6 @@ _KEY = re.compile(r"\s*([a-z_]+)\s*=\s*")
 _BARE = re.compile(r'[^,()"\s](?:[^,()"]*[^,()"\s])?')
 _COMMA = re.compile(r"\s*,")
 _CLOSE = re.compile(r"\s*\)\s*")
-_HEAD_OPTIONS = ("n", "width", "scorer")
 
 
 @dataclass(frozen=True, slots=True)
