@@ -47,6 +47,30 @@ def test_a_vote_tells_its_progress_and_its_cost(moejet, tiny):
     assert moejet("run", "--strategy", "single", "-q", PROMPT).err == ""
 
 
+def test_names_with_options_and_second_models(moejet, shared, monkeypatch):
+    opened: list[str] = []
+
+    def open_llm(model, given):
+        opened.append(model)
+        return contextlib.nullcontext(shared)
+
+    monkeypatch.setattr(options, "open_llm", open_llm)
+    for spec in (
+        "best:2,scorer=step_head",
+        "debate:2,rounds=1",
+        "mutual,inner=(vote:2),second=other",
+        "mutual,inner=(vote:2),second=tiny-reasoner",
+        "mcts:2x2,parallel=2",
+    ):
+        result = moejet("run", "--strategy", spec, "--temperature", "0.5", "--seed", "1", PROMPT)
+        assert result.code == 0, result.err
+        assert result.out.endswith("The answer is 208.\n"), spec
+        assert ("├─" in result.err or "└─" in result.err) == spec.startswith("mcts")
+    # The model that answers is not loaded a second time.
+    assert [name for name in opened if name != "tiny-reasoner"] == ["other"]
+    assert len(opened) == 6
+
+
 def test_json_is_the_whole_result(moejet, tiny):
     result = moejet("run", "--strategy", "vote:2", "--json", "--seed", "3", PROMPT)
     assert result.err == ""

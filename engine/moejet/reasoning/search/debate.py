@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from moejet.llm import Message
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, conversation, reply
-from moejet.reasoning.search.steps import check_count
 from moejet.reasoning.select import Majority, Select
 from moejet.reasoning.task import Run, Task
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from moejet.grammar import Grammar
 from moejet.llm import Message
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, question, reply, with_question
-from moejet.reasoning.search.steps import check_count
 from moejet.reasoning.search.tree import Tree
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams

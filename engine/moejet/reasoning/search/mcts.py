@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from moejet.branch import Branch, Segment
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.scorers import Confidence, StepScorer
 from moejet.reasoning.search.actions import Action, Child, NextStep, Place, rstar_actions
-from moejet.reasoning.search.steps import Steps, check_count, complete
+from moejet.reasoning.search.steps import Steps, complete
 from moejet.reasoning.search.tree import Final, Tree, conclude
 from moejet.reasoning.select import SCORE
 from moejet.reasoning.task import Run, Task

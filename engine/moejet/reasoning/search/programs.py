@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, conversation, question, reply, with_question
-from moejet.reasoning.search.steps import check_count
 from moejet.reasoning.single import Single
 from moejet.reasoning.task import Run, Strategy, Task
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from moejet.branch import Branch
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.scorers import StepScorer
-from moejet.reasoning.search.steps import Step, Steps, check_count, complete
+from moejet.reasoning.search.steps import Step, Steps, complete
 from moejet.reasoning.search.tree import Final, Tree, conclude
 from moejet.reasoning.select import SCORE
 from moejet.reasoning.task import Run, Task

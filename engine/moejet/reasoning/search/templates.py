@@ -13,9 +13,9 @@ from importlib import resources
 from pathlib import Path
 
 from moejet.llm import LLM
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Result
 from moejet.reasoning.search.prompting import ask, question, with_question
-from moejet.reasoning.search.steps import check_count
 from moejet.reasoning.search.tree import Tree
 from moejet.reasoning.task import Run, Task
 
