@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 
@@ -36,3 +36,9 @@ class KnownAnswers:
             return self.answers.group(answers)
         classes = [self.classes[answer] for answer in answers]
         return [classes.index(name) for name in classes]
+
+    def count(self, answer: str | None, others: Iterable[str | None]) -> int:
+        """How many of the others are equal to an answer."""
+        if answer is None:
+            return 0
+        return self.group([answer, *(other for other in others if other is not None)])[1:].count(0)

@@ -71,5 +71,5 @@ class Debate:
         return "\n\n".join([self.heading, *parts, self.closing])
 
     def _agree(self, task: Task, answers: Sequence[Candidate]) -> bool:
-        given = [answer.answer for answer in answers if answer.answer is not None]
-        return len(given) == len(answers) and set(task.answers.group(given)) == {0}
+        given = [answer.answer for answer in answers]
+        return task.answers.count(given[0], given) == len(given)

@@ -53,7 +53,7 @@ class MutualCheck:
         for number, candidate in enumerate(able):
             begin = number * len(self.masks)
             given = [answers[p] for p in prefixes[begin : begin + len(self.masks)]]
-            agreement = _share(task, candidate.answer or "", given)
+            agreement = task.answers.count(candidate.answer, given) / len(given)
             checked.append(replace(candidate, scores={**candidate.scores, AGREEMENT: agreement}))
         kept = [c for c in checked if c.scores[AGREEMENT] >= self.need]
         message = f"{len(kept)} of {len(checked)} candidates are confirmed"
@@ -95,11 +95,6 @@ def _complete(other: Task, prefixes: Sequence[str]) -> Run[list[str | None]]:
             answers.append(other.answers.extract(own))
     other.close()
     return answers
-
-
-def _share(task: Task, answer: str, given: Sequence[str | None]) -> float:
-    found = [a for a in given if a is not None]
-    return task.answers.group([answer, *found])[1:].count(0) / len(given)
 
 
 def _choose(task: Task, candidates: Sequence[Candidate]) -> tuple[Candidate, float]:
