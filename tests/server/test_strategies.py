@@ -411,9 +411,9 @@ def controlled(site: Site, action: str, spec: str, **more: Any) -> Any:
         first = json.loads(next(lines))
         site.wait_until(lambda: site.backend.counters()["generated_tokens"] > before)
         path = f"{url}/requests/{first['id']}/{action}"
-        assert httpx.post(path).status_code == 200
+        assert httpx.post(path, timeout=60).status_code == 200
         *_, last = map(json.loads, lines)
-    assert httpx.post(path).status_code == 404
+    assert httpx.post(path, timeout=60).status_code == 404
     return last["choices"][0]
 
 
