@@ -13,7 +13,7 @@ import moejet
 from moejet.cli import options
 from moejet.cli.effort import add_effort_option, template_of, with_level
 from moejet.cli.plot import add_plot_option, check_plot, save_accuracy
-from moejet.cli.strategies import check_specs
+from moejet.cli.strategies import check_specs, models_by_name
 from moejet.cli.terminal import note
 from moejet.progress import ProgressLine, bar, duration
 
@@ -142,8 +142,11 @@ def execute(args: argparse.Namespace) -> int:
         seed=_seed(args),
         duplicates=args.duplicates,
     )
-    with options.open_llm(args.model, options.engine_options(args)) as llm:
-        evaluation = Evaluation(llm, problems, shape, args)
+    with (
+        options.open_llm(args.model, options.engine_options(args)) as llm,
+        models_by_name(llm, args.model, args) as load,
+    ):
+        evaluation = Evaluation(llm, problems, shape, args, load)
         found = evaluation.run()
     _write(found, args)
     return 0
@@ -169,7 +172,12 @@ class Evaluation:
     """Everything that is fixed before the first run."""
 
     def __init__(
-        self, llm: "LLM", problems: "list[Problem]", shape: "Shape", args: argparse.Namespace
+        self,
+        llm: "LLM",
+        problems: "list[Problem]",
+        shape: "Shape",
+        args: argparse.Namespace,
+        load: "Callable[[str], LLM]",
     ):
         from moejet.reasoning.datasets import answer_key
         from moejet.reasoning.eval_runs import INSTRUCTIONS, jobs_of, prompt_of
@@ -181,19 +189,20 @@ class Evaluation:
             with_level(options.sampling_params(args, llm), args.effort, args.model, llm), seed=None
         )
         self.strategies = {
-            spec: parse_strategy(spec, llm) for spec in specs_of(args.strategy, args.effort)
+            spec: parse_strategy(spec, llm, load=load)
+            for spec in specs_of(args.strategy, args.effort)
         }
         self.jobs = jobs_of(problems, args.samples, _seed(args), limit=args.limit)
         self.problems = problems[: args.limit]
         self.instruction = INSTRUCTIONS[shape] if args.instruction is None else args.instruction
-        template = template_of(args.effort, llm)
+        self.template = template_of(args.effort, llm)
         self.prompts = {
             problem.id: prompt_of(
                 llm,
                 problem,
                 instruction=self.instruction,
                 system=args.system,
-                template=template,
+                template=self.template,
             )
             for problem in self.problems
         }
@@ -267,6 +276,7 @@ class Evaluation:
                     self.prompts,
                     key=self.key,
                     shape=self.shape,
+                    template=self.template,
                     params=self.params,
                     budget=Budget(total_tokens=self.args.budget_tokens),
                     concurrency=self.args.concurrency,

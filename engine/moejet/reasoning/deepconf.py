@@ -83,7 +83,7 @@ class DeepConf:
         count = self.warmup if is_online else self.total
         candidates = yield from self._trace(task, count, None)
         bar = float(np.quantile([c.scores[LOWEST] for c in candidates], 1 - self.keep))
-        while is_online and len(candidates) < self.total and not task.is_exhausted:
+        while is_online and len(candidates) < self.total and not task.is_ending:
             finished = [c for c in candidates if c.stop_reason != STOPPED]
             if self.stop is not None and self.stop.is_enough(finished, task.answers):
                 yield from task.tell("stop", f"{len(candidates)} traces are enough")

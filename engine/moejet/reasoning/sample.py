@@ -49,7 +49,9 @@ class Sample:
         choice = yield from self.select.choose(task, candidates)
         return choice
 
-    def _one(self, task: Task, number: int) -> Run[Result]:
+    def _one(self, task: Task, number: int) -> Run[Result | None]:
+        if number and task.is_ending:
+            return None
         result = yield from self.inner.run(task)
         answer = result.answer
         yield from task.classify([answer])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moejet.request import SamplingParams, StreamDelta, TokenLogprobs
+from moejet.server.prompts import PromptMaker
 from moejet.server.strategies import SolveJob, StrategyRun
 from moejet.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ class Job:
     request_id: str
     token_ids: list[int]
     params: SamplingParams
-    prompt: str | None = None  # the text behind token_ids, which tells whether the thinking is open
+    prompt: str | None = None  # the text behind token_ids, for the log
     priority: int = 0
 
 
@@ -95,6 +96,7 @@ class LocalBackend:
             tokenizer = None
         self._llm = llm
         self._is_owned = is_owned
+        self._prompts = PromptMaker(tokenizer, llm.max_context)
         self.card = ModelCard(
             name=name,
             max_context=llm.max_context,
@@ -115,7 +117,7 @@ class LocalBackend:
     async def solve(self, job: SolveJob) -> StrategyRun:
         from moejet.server.local_strategy import LocalStrategy
 
-        return await LocalStrategy.start(self._llm, job)
+        return await LocalStrategy.start(self._llm, job, self._prompts)
 
     async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
         return await self._llm.score_top(token_ids, num_top)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moejet.grammar import Grammar
-from moejet.llm import Message
+from moejet.prompt_reader import Message
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, question, reply, with_question
 from moejet.reasoning.search.tree import Tree
@@ -62,7 +62,7 @@ class JsonSteps:
         tree, steps = Tree(), list[dict[str, str]]()
         messages = with_question(task, f"{self.instruction}\n\n{question(task)}")
         spent, node, is_last = 0, 0, False
-        while not is_last and not task.is_exhausted:
+        while not is_last and not task.is_ending:
             step, text, tokens = yield from self._step(task, messages, params)
             spent += tokens
             if step is None:
@@ -97,7 +97,7 @@ class JsonSteps:
             step = parse_step(said.content)
             if step is not None:
                 return step, said.content, spent
-            if task.is_exhausted:
+            if task.is_ending:
                 break
         yield from task.tell("note", f"no valid step in {self.tries} tries")
         return None, "", spent

@@ -68,7 +68,8 @@ class ParticleFilter:
         tree, rng = Tree(), random.Random(task.next_seed())
         particles = [_Particle(branch, 0) for branch in (yield from task.open(self.n))]
         for depth in range(1, self.max_steps + 1):
-            yield from self._advance(task, tree, particles, is_last=depth == self.max_steps)
+            is_last = depth == self.max_steps or task.is_ending
+            yield from self._advance(task, tree, particles, is_last=is_last)
             if task.is_exhausted or all(particle.is_over for particle in particles):
                 break
             weights = normalised([particle.log_weight for particle in particles])

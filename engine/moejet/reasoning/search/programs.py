@@ -21,7 +21,8 @@ class ChainOfThought:
 
     def run(self, task: Task) -> Run[Result]:
         messages = with_question(task, f"{question(task)}\n\n{self.instruction}")
-        result = yield from self.inner.run(task.on(messages))
+        asked = yield from task.on(messages)
+        result = yield from self.inner.run(asked)
         return result
 
 
@@ -38,7 +39,8 @@ class PlanAndSolve:
         messages = with_question(task, f"{question(task)}\n\n{self.plan}")
         plan = yield from ask(task, messages)
         yield from task.tell("note", "a plan has been made", plan=plan.content)
-        result = yield from self.inner.run(task.on(reply(messages, plan.content, self.solve)))
+        asked = yield from task.on(reply(messages, plan.content, self.solve))
+        result = yield from self.inner.run(asked)
         return replace(result, details={**result.details, "plan": plan.content})
 
 
@@ -72,7 +74,7 @@ class SelfCritique:
         critiques: list[str] = []
         messages = conversation(task)
         for number in range(1, self.rounds + 1):
-            if task.is_exhausted:
+            if task.is_ending:
                 break
             messages = reply(messages, candidates[-1].content, self.criticise)
             critique = yield from ask(task, messages)
@@ -80,7 +82,7 @@ class SelfCritique:
             if self.accept.casefold() in critique.content.casefold():
                 yield from task.tell("stop", f"critique {number} finds no mistakes")
                 break
-            if task.is_exhausted:
+            if task.is_ending:
                 break
             messages = reply(messages, critique.content, self.improve)
             candidates.append((yield from ask(task, messages)))

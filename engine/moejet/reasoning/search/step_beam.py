@@ -79,7 +79,8 @@ class StepBeam:
             for number, branch in enumerate((yield from task.open(self.n)))
         ]
         for depth in range(1, self.max_steps + 1):
-            yield from self._advance(task, tree, beams, is_last=depth == self.max_steps)
+            is_last = depth == self.max_steps or task.is_ending
+            yield from self._advance(task, tree, beams, is_last=is_last)
             if task.is_exhausted:
                 break
             beams = yield from self._prune(task, tree, beams, depth)
