@@ -48,7 +48,7 @@ class Environment:
 
     def run(self, program: str, *arguments: str) -> str:
         process = self.start(program, *arguments)
-        out, error = process.communicate(timeout=120)
+        out, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
         return out
 
