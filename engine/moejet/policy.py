@@ -108,8 +108,8 @@ class ForceContinuation(TokenPolicy):
     """Lets the model think on: `text` replaces the end of its thinking, the first `times` times (arXiv 2501.19393).
 
     The end is the closing tag or an eos. Of a tag of several tokens only the last one is replaced.
-    greedy: from the first forced text on the most likely token is taken, whatever the temperature: a first attempt gains
-    by variety, looking again at it by care.
+    greedy: from the first forced text on the most likely token is taken, whatever the temperature: a first attempt
+    gains by variety, looking again at it by care.
     """
 
     def __init__(self, times: int, text: str = "Wait", *, greedy: bool = False):
@@ -124,9 +124,10 @@ class ForceContinuation(TokenPolicy):
     def on_logits(self, state: SampleState, row: Tensor) -> Tensor | None:
         if self.num_forced == 0:
             return None
-        only = row.new_zeros(row.shape, dtype=torch.bool)
-        only[row.argmax()] = True
-        return only
+        best = row.argmax()
+        edited = row.new_full(row.shape, float("-inf"))
+        edited[best] = row[best]
+        return edited
 
     def on_token(self, state: SampleState, token_id: int) -> Action:
         if not state.is_thinking or self.num_forced >= self.times:
