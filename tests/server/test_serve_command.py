@@ -93,7 +93,7 @@ def test_options_are_checked_before_the_model_is_loaded(tmp_path, capsys, monkey
             (("--port", "70000"), "port=70000"),
             (("--port", port), f"port {port}: Address already in use; choose another"),
             (("--api-key-file", str(empty)), "holds no key"),
-            (("--api-key-file", str(tmp_path / "none")), "No such file"),
+            (("--api-key-file", str(tmp_path / "none")), "does not exist"),
             (("--hots", "x"), "did you mean '--host'?"),
             (("--drain-timeout", "inf"), "--drain-timeout=inf must be between 0 and"),
             (("--drain-timeout", "-1"), "--drain-timeout=-1 must be between 0 and"),
