@@ -95,9 +95,9 @@ def test_options_are_checked_before_the_model_is_loaded(tmp_path, capsys, monkey
             (("--api-key-file", str(empty)), "holds no key"),
             (("--api-key-file", str(tmp_path / "none")), "does not exist"),
             (("--hots", "x"), "did you mean '--host'?"),
-            (("--drain-timeout", "inf"), "--drain-timeout=inf must be between 0 and"),
-            (("--drain-timeout", "-1"), "--drain-timeout=-1 must be between 0 and"),
-            (("--header-timeout", "nan"), "header_timeout_s=nan must be above 0"),
+            (("--drain-timeout", "inf"), "--drain-timeout='inf' must be a number between 0"),
+            (("--drain-timeout", "-1"), "--drain-timeout='-1' must be a number between 0"),
+            (("--header-timeout", "nan"), "--header-timeout='nan' must be a number above 0"),
             (("--max-restarts", "-1"), "--max-restarts=-1 must be 0 or more"),
             (("--host", "no.such.host.invalid", "--insecure"), "is no address of this machine"),
         ):
