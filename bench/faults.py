@@ -55,7 +55,15 @@ class Faults:
                 return
             await deed()
 
-    async def _kill(self, number: int = signal.SIGKILL) -> None:
+    async def kill_evenly(self, times: int, seconds: float) -> None:
+        """So many kills, at equal distances."""
+        begin_s = time.perf_counter()
+        for number in range(times):
+            due_s = begin_s + seconds * (number + 1) / (times + 1)
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            await self._kill(is_signalled=False)
+
+    async def _kill(self, number: int = signal.SIGKILL, *, is_signalled: bool = True) -> None:
         pid = self.server.engine_pid
         if pid is None:
             return
@@ -63,7 +71,7 @@ class Faults:
         begin_s = time.perf_counter()
         with self.ledger.outage("kill"):
             os.kill(pid, number)
-            if self.rng.random() < 0.5:  # it is being started at once as it is
+            if is_signalled and self.rng.random() < 0.5:  # it is started at once as it is
                 os.kill(self.server.pid, signal.SIGUSR1)
             await self._until_answered(pid)
         self.recovery_s.append(time.perf_counter() - begin_s)

@@ -78,9 +78,8 @@ def plan_of(minutes: float) -> list[Plan]:
     for cycle in range(cycles):
         begin = cycle / cycles
         is_stormy = begin < STORMS_UNTIL
-        plans.append(
-            Plan(STORM if is_stormy else "mixed", part_s, is_stormy, begin < RESTARTS_UNTIL)
-        )
+        is_restarted = begin < RESTARTS_UNTIL and part_s > 10
+        plans.append(Plan(STORM if is_stormy else "mixed", part_s, is_stormy, is_restarted))
         plans += [Plan(name, part_s) for name in PHASES]
     return plans
 
@@ -129,7 +128,8 @@ class LongRun:
                     await self._phase(plan)
             pruning.cancel()
             await asyncio.gather(pruning, return_exceptions=True)
-            await self._idle_sockets()
+            if not self.stopping.is_set():
+                await self._idle_sockets()
             await self._compare(before)
         except Exception as error:
             self.ledger.violate("the run broke off", repr(error))
@@ -352,7 +352,7 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-async def _main(args: argparse.Namespace, directory: Path) -> tuple[dict[str, Any], bool]:
+async def _main(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     run = LongRun(args, directory)
     is_interrupted = False
 
@@ -363,7 +363,7 @@ async def _main(args: argparse.Namespace, directory: Path) -> tuple[dict[str, An
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, interrupt)
-    return await run.run(), is_interrupted
+    return {**await run.run(), "is_interrupted": is_interrupted}
 
 
 def main() -> int:
@@ -387,14 +387,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="append the summary to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="moejet-long-run-") as directory:
-        result, is_interrupted = asyncio.run(_main(args, Path(directory)))
+        result = asyncio.run(_main(args, Path(directory)))
     print(_table(result))
     line = json.dumps(result)
     print(line)
     if args.json:
         with args.json.open("a", encoding="utf-8") as stream:
             print(line, file=stream)
-    return 1 if result["violations"] else 130 if is_interrupted else 0
+    return 1 if result["violations"] else 130 if result["is_interrupted"] else 0
 
 
 if __name__ == "__main__":

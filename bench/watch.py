@@ -16,8 +16,8 @@ from ledger import Ledger, fallen
 from serving import Metrics, ServerProcess, Usage, scrape
 
 _SETTLED = 0.5  # of a process's life: its memory is judged from there on
-_MOST_GROWTH = 0.02  # of that memory, over the time that is judged, and
-_MOST_MB = 8.0  # this, because allocators keep some of what they had
+_MOST_GROWTH = 0.01  # of that memory, over the time that is judged, and
+_MOST_MB = 4.0  # this, because allocators keep some of what they had
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
