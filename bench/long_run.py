@@ -30,18 +30,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from faults import Faults
-from ledger import Ledger, Tally, quiet, summary_of
-from serving import ENGINE, HOST, ServerProcess, Usage, ask_json, quantiles, total
-from traffic import CaseMaker, Traffic
-from watch import Watch, leftovers, shared_memory
+from serving.clients import HOST, ask_json
+from serving.faults import Faults
+from serving.ledger import Ledger, Tally, quiet
+from serving.process import ENGINE, ServerProcess, Usage, quantiles, scrape, total
+from serving.report import SOAK_KEYS, line_of, prefixes_of, summary_of, sums_of, table_of
+from serving.traffic import CaseMaker, Traffic
+from serving.watch import Watch, leftovers, shared_memory
 
 from moejet.cli.environment import describe_environment
 
 SERVER_OPTIONS = (
     *("--deterministic", "--no-access-log", "--threads", "1", "--max-context", "2048"),
-    *("--cache-tokens", "2560", "--max-batch-tokens", "256", "--max-num-requests", "8"),
-    *("--max-queued-requests", "2", "--drain-timeout", "60", "--header-timeout", "5"),
+    *("--cache-tokens", "2304", "--max-batch-tokens", "256", "--max-num-requests", "12"),
+    *("--max-queued-requests", "3", "--drain-timeout", "60", "--header-timeout", "5"),
     *("--prefix-disk-gib", "0.02", "--packed-cache", "on", "--seed", "1"),
 )
 # Kinds of requests and how often; see `traffic.Traffic`.
@@ -106,6 +108,7 @@ class LongRun:
         self.phases: list[dict[str, Any]] = []
         self.in_process: dict[str, Any] | None = None
         self.leaks: list[str] = []
+        self.prefixes: dict[str, int] = {}
         self.watch: Watch
         self._traffic: Traffic
 
@@ -131,6 +134,7 @@ class LongRun:
             if not self.stopping.is_set():
                 await self._idle_sockets()
             await self._compare(before)
+            self.prefixes = prefixes_of(await scrape(self.server.port))
         except Exception as error:
             self.ledger.violate("the run broke off", repr(error))
         finally:
@@ -174,7 +178,7 @@ class LongRun:
             "preemptions": max(0, preemptions),
         }
         self.phases.append(row)
-        print(_line(row), flush=True)
+        print(line_of(row), flush=True)
 
     async def _client(self, kinds: dict[str, int], seed: int, until_s: float) -> None:
         rng = random.Random(seed)
@@ -217,7 +221,7 @@ class LongRun:
         except (ValueError, IndexError):
             self.ledger.violate("in process", f"no result: {errors[-500:]!r}")
         if process.returncode:
-            detail = {k: v for k, v in (self.in_process or {}).items() if k in _SOAK_KEYS}
+            detail = {k: v for k, v in (self.in_process or {}).items() if k in SOAK_KEYS}
             self.ledger.violate("in process", f"exit code {process.returncode}: {detail}")
 
     # What is left at the end.
@@ -295,11 +299,12 @@ class LongRun:
             "seed": self.args.seed,
             "clients": self.args.clients,
             "requests": self.ledger.num_sent,
-            "outcomes": _sums(row for row in self.phases),
+            "outcomes": sums_of(row for row in self.phases),
             "right": round(sum(row["right"] for row in self.phases) / max(1, posed), 3),
             "posed": posed,
             "tokens": sum(row["tokens"] for row in self.phases),
             "preemptions": sum(row["preemptions"] for row in self.phases),
+            "prefixes": self.prefixes,
             "events": dict(sorted(self.faults.events.items())),
             "recovery_ms": quantiles(self.faults.recovery_s),
             "scrapes": self.watch.num_scrapes,
@@ -307,49 +312,11 @@ class LongRun:
             "memory": memory,
             "per_minute_mb": self.watch.per_minute(),
             "leaks": self.leaks,
-            "in_process": {k: (self.in_process or {}).get(k) for k in _SOAK_KEYS},
+            "in_process": {k: (self.in_process or {}).get(k) for k in SOAK_KEYS},
             "phases": self.phases,
             "violations": dict(self.ledger.violations),
             "shown": self.ledger.shown,
         }
-
-
-_SOAK_KEYS = (
-    *("requests", "answered", "left", "cancelled", "refused", "wrong", "errors", "solved"),
-    *("sessions", "leaked_blocks", "preemptions", "growth", "first_errors"),
-)
-_OUTCOMES = ("complete", "left", "refused", "failed", "rejected", "lost", "stuck")
-
-
-def _sums(rows: Any) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for row in rows:
-        for name in _OUTCOMES:
-            found[name] = found.get(name, 0) + row.get(name, 0)
-    return found
-
-
-def _line(row: dict[str, Any]) -> str:
-    counts = " ".join(f"{n} {row[n]}" for n in _OUTCOMES if row.get(n))
-    times = []
-    for name in ("ttft_ms", "itl_ms", "answer_ms"):
-        if (found := row[name]) is not None:
-            times.append(f"{name[:-3]} {found['p50']:.0f}/{found['p99']:.0f}/{found['max']:.0f}")
-    return f"{row['phase']:<9}{row['seconds']:6.0f} s  {counts}; ms p50/p99/max: {', '.join(times)}"
-
-
-def _table(result: dict[str, Any]) -> str:
-    lines = [
-        f"{result['requests']} requests in {result['seconds']:.0f} s: {result['outcomes']}",
-        f"{result['right']:.3f} of {result['posed']} new problems right, {result['tokens']} tokens, "
-        f"{result['preemptions']:.0f} preemptions; {result['events']}",
-        f"recovery after a kill: {result['recovery_ms']}; {result['scrapes']} scrapes: {result['scrape_ms']}",
-        *(f"memory of {name}: {trend}" for name, trend in result["memory"].items()),
-        f"in process: {result['in_process']}",
-        *(f"VIOLATED {n} times: {what}" for what, n in result["violations"].items()),
-        *(f"  {text}" for text in result["shown"]),
-    ]
-    return "\n".join(lines)
 
 
 async def _main(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
@@ -388,7 +355,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="moejet-long-run-") as directory:
         result = asyncio.run(_main(args, Path(directory)))
-    print(_table(result))
+    print(table_of(result))
     line = json.dumps(result)
     print(line)
     if args.json:

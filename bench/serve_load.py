@@ -31,9 +31,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from faults import Faults
-from ledger import Ledger
-from serving import MODEL, Answer, ServerProcess, Usage, cpu_s, exchange, quantiles
+from serving.clients import MODEL, Answer, exchange
+from serving.faults import Faults
+from serving.ledger import Ledger
+from serving.process import ServerProcess, Usage, cpu_s, quantiles
 
 from moejet.cli.environment import describe_environment
 

@@ -21,14 +21,15 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 @pytest.fixture(scope="module")
 def bench():
     """Its modules, which import each other as scripts do."""
-    names = ("faults", "ledger", "serving", "traffic", "watch", "long_run")
+    names = ("clients", "ledger", "process", "watch")
     sys.path.insert(0, str(BENCH))
     try:
-        yield SimpleNamespace(**{name: import_module(name) for name in names})
+        modules = {name: import_module(f"serving.{name}") for name in names}
+        yield SimpleNamespace(long_run=import_module("long_run"), **modules)
     finally:
         sys.path.remove(str(BENCH))
-        for name in names:
-            sys.modules.pop(name, None)
+        for name in [n for n in sys.modules if n == "long_run" or n.startswith("serving")]:
+            del sys.modules[name]
 
 
 @pytest.mark.slow
@@ -79,7 +80,7 @@ def exchanged(bench: SimpleNamespace, stream: str, ledger: Any, status: str = "2
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
             ticket = ledger.begin("known", "chat")
-            found = await bench.serving.exchange(port, "chat", {"stream": True})
+            found = await bench.clients.exchange(port, "chat", {"stream": True})
             return ledger.settle(ticket, found)
 
     return asyncio.run(run())
@@ -168,7 +169,7 @@ def test_counters_are_compared(bench, change, says):
     ledger = bench.ledger.Ledger()
     for number in range(3):
         ticket = ledger.begin("known", "chat", most_prompt=10, most_tokens=5)
-        answer = bench.serving.Answer("chat", status=200, id=str(number))
+        answer = bench.clients.Answer("chat", status=200, id=str(number))
         answer.usage, answer.is_whole, answer.has_left = (10, 5), number < 2, number == 2
         assert ledger.settle(ticket, answer) == ("left" if number == 2 else "complete")
     before = counters(started=7, success=7, cancelled=7, prompt=7, tokens=7, engine=7)
@@ -189,7 +190,7 @@ def test_growth_is_told_from_noise(bench, mb_per_hour, is_flat):
         warm = min(second, 600) / 10
         peak = 40 if second % 97 == 0 else 0
         mb = 300 + warm + peak + mb_per_hour * second / 3600 + second % 3
-        life.samples.append((float(second), bench.serving.Usage(mb, 5, 5, 0)))
+        life.samples.append((float(second), bench.process.Usage(mb, 5, 5, 0)))
     trend = life.trend()
     assert trend["mb_per_hour"] == pytest.approx(mb_per_hour, abs=1)
     assert trend["is_flat"] == is_flat

@@ -1,23 +1,16 @@
-"""What the benchmarks of `moejet serve` share: its process, requests in all four APIs, and what /proc and /metrics say.
-
-The client speaks HTTP over plain sockets, because it has to leave in the middle of things and to see every event.
+"""Requests over plain sockets in all four APIs, because a client has to leave in the middle of things and to see every
+event.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-ENGINE = Path(__file__).resolve().parent.parent / "engine"
 HOST = "127.0.0.1"
 MODEL = "tiny-reasoner"
 PATHS = {
@@ -48,6 +41,7 @@ class Answer:
     texts: dict[int, list[str]] = field(default_factory=dict)
     finish: dict[int, str] = field(default_factory=dict)
     usage: tuple[int, int] | None = None
+    cached: int = 0  # of the prompt's tokens
     error: str = ""
     message: str = ""
     is_whole: bool = False
@@ -271,9 +265,13 @@ def _take_usage(answer: Answer, usage: dict[str, Any] | None) -> None:
         return
     if "prompt_tokens" in usage:
         answer.usage = usage["prompt_tokens"], usage["completion_tokens"]
+        answer.cached = usage["prompt_tokens_details"]["cached_tokens"]
+    elif "cache_read_input_tokens" in usage:  # which Anthropic's input leaves out
+        answer.cached = usage["cache_read_input_tokens"]
+        answer.usage = usage["input_tokens"] + answer.cached, usage["output_tokens"]
     else:
-        cached = usage.get("cache_read_input_tokens", 0)  # Anthropic's input leaves these out
-        answer.usage = usage["input_tokens"] + cached, usage["output_tokens"]
+        answer.usage = usage["input_tokens"], usage["output_tokens"]
+        answer.cached = usage["input_tokens_details"]["cached_tokens"]
 
 
 def _read_body(answer: Answer) -> None:
@@ -306,137 +304,3 @@ def _read_body(answer: Answer) -> None:
         for block in data["content"]:
             answer.add(0, block.get("thinking", ""), block.get("text", ""))
         answer.ended(0, data["stop_reason"])
-
-
-class ServerProcess:
-    """`moejet serve` with the embedded reasoner. Its log goes to a file: a pipe that nobody reads would stop it."""
-
-    def __init__(
-        self, options: Sequence[str], log: Path, environment: dict[str, str] | None = None
-    ):
-        self.log = log
-        self.port = 0
-        self.process: subprocess.Popen[str] | None = None
-        self._options = list(options)
-        self._environment = {
-            **{**os.environ, "PYTHONPATH": str(ENGINE), "OMP_NUM_THREADS": "1"},
-            **(environment or {}),
-        }
-
-    def start(self) -> None:
-        """Returns once it answers; a second time on the same port."""
-        command = [sys.executable, "-m", "moejet", "serve", "--port", str(self.port)]
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [*command, *self._options],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=self._environment,
-                start_new_session=True,  # Ctrl-C is for the benchmark
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if ":" not in line:
-            raise RuntimeError(f"the server did not start: {self.log.read_text()[-2000:]}")
-        self.port = int(line.rsplit(":", 1)[1])
-
-    @property
-    def pid(self) -> int:
-        assert self.process is not None, "it has been started"
-        return self.process.pid
-
-    @property
-    def engine_pid(self) -> int | None:
-        found = children(self.pid)
-        return found[0] if found else None
-
-    def stop(self, timeout_s: float = 90.0) -> int:
-        """Its exit code."""
-        assert self.process is not None, "it has been started"
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
-        finally:
-            assert self.process.stdout is not None
-            self.process.stdout.close()
-
-    def tracebacks(self) -> int:
-        return self.log.read_text(errors="replace").count("Traceback")
-
-
-def children(pid: int) -> list[int]:
-    """Those that have not been waited for included."""
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        found = [(task / "children").read_text() for task in tasks]
-    except OSError:
-        return []
-    return [int(text) for line in found for text in line.split()]
-
-
-def cpu_s(pid: int | None) -> float:
-    """Processor time of a process so far."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Of a process: resident memory in MB, open files, threads, children."""
-
-    mb: float
-    files: int
-    threads: int
-    children: int
-
-    @classmethod
-    def of(cls, pid: int | None) -> Usage | None:
-        """None if there is no such process."""
-        try:
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            files = len(os.listdir(f"/proc/{pid}/fd"))
-            threads = len(os.listdir(f"/proc/{pid}/task"))
-        except (OSError, IndexError):
-            return None
-        assert pid is not None, "it was found"
-        return cls(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files, threads, len(children(pid)))
-
-
-Metrics = dict[tuple[str, str], float]
-
-
-async def scrape(port: int) -> Metrics:
-    """Values of /metrics by (name without prefix, labels without the model's name)."""
-    _, content = await ask(port, "/metrics")
-    found: Metrics = {}
-    for line in content.decode().splitlines():
-        head, _, value = line.rpartition(" ")
-        if line.startswith("moejet:"):
-            name, _, labels = head.removeprefix("moejet:").removesuffix("}").partition("{")
-            kept = [part for part in labels.split(",") if not part.startswith("model_name=")]
-            found[name, ",".join(kept)] = float(value)
-    return found
-
-
-def total(metrics: Metrics, name: str, label: str = "") -> float:
-    """Sum over the labels of a name that hold a text."""
-    return sum(v for (n, labels), v in metrics.items() if n == name and label in labels)
-
-
-def quantiles(seconds: Sequence[float]) -> dict[str, float] | None:
-    """In milliseconds."""
-    if not seconds:
-        return None
-    values = sorted(seconds)
-    at = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    return {
-        n: round(1e3 * values[min(len(values) - 1, int(q * len(values)))], 3) for n, q in at.items()
-    }

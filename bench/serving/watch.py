@@ -12,8 +12,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ledger import Ledger, fallen
-from serving import Metrics, ServerProcess, Usage, scrape
+from serving.ledger import Ledger, fallen
+from serving.process import Metrics, ServerProcess, Usage, scrape
 
 _SETTLED = 0.5  # of a process's life: its memory is judged from there on
 _MOST_GROWTH = 0.01  # of that memory, over the time that is judged, and

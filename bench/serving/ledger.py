@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
-from serving import Answer, Metrics, ServerProcess, ask_json, quantiles, scrape, total
+from serving.clients import Answer, ask_json
+from serving.process import Metrics, ServerProcess, scrape, total
 
 _SLACK_S = 1.0  # the server notices a death and a recovery a little later than we do
 _MOST_SHOWN = 20
@@ -246,16 +246,3 @@ def fallen(before: Metrics, after: Metrics) -> list[str]:
         for (name, labels), value in before.items()
         if name.endswith(("_total", "_count", "_bucket")) and after.get((name, labels), 0) < value
     ]
-
-
-def summary_of(tally: Tally) -> dict[str, Any]:
-    return {
-        **dict(sorted(tally.outcomes.items())),
-        "kinds": dict(sorted(tally.kinds.items())),
-        "right": tally.right,
-        "posed": tally.posed,
-        "tokens": tally.least["tokens"],
-        "ttft_ms": quantiles(tally.first_s),
-        "itl_ms": quantiles(tally.gaps_s),
-        "answer_ms": quantiles(tally.answer_s),
-    }

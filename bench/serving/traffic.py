@@ -15,10 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ledger import Ledger, Ticket
-from serving import HOST, MODEL, PATHS, Answer, ask, ask_json, exchange, send
-
 from moejet.testing import arithmetic
+from serving.clients import HOST, MODEL, PATHS, Answer, ask, ask_json, exchange, send
+from serving.ledger import Ledger, Ticket
 
 MAX_TOKENS = 260
 SALTS = (None, None, "a", "b")
@@ -87,8 +86,11 @@ class CaseMaker:
         """scale: how many of each kind, about."""
         cases = Cases()
         for number in range(scale):
-            for api in PATHS:
-                cases.short.append(await self._short(number, api))
+            same = [await self._short(number, api) for api in PATHS]
+            cases.short += same
+            chat, *others = (case for case in same if case.api != "completions")
+            if any(case.answers != chat.answers for case in others if not number % 2):
+                self._ledger.violate("APIs differ", f"short {number}: {same}")
             cases.turns += await self._session(number)
         cases.long = [await self._long(number) for number in range(max(2, scale // 2))]
         for number, spec in enumerate(STRATEGIES):
@@ -210,12 +212,19 @@ class Traffic:
         return ticket, answer, outcome
 
     async def _known(self, kind: str, case: Case, rng: random.Random) -> None:
+        """With one of a few salts, or with one of its own, which must find nothing in the cache."""
         body = streamed(case.api, case.body, rng.random() < 0.7)
-        if (salt := rng.choice(SALTS)) is not None:
+        is_new = rng.random() < 0.1
+        salt = f"{self._nonces.randrange(2**62)}" if is_new else rng.choice(SALTS)
+        if salt is not None:
             body = {**body, "cache_salt": salt}
         _, answer, outcome = await self._send(kind, case.api, body)
-        if outcome == "complete" and answer.choices != case.answers:
+        if outcome != "complete":
+            return
+        if answer.choices != case.answers:
             self._crossed(case, answer)
+        if is_new and answer.cached and kind != "strategy":
+            self.ledger.violate("another's prefix", f"{answer.cached} tokens of {case.name}")
 
     def _crossed(self, case: Case, answer: Answer) -> None:
         self.ledger.violate(

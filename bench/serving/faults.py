@@ -11,8 +11,9 @@ import sys
 import time
 from collections import Counter
 
-from ledger import Ledger
-from serving import ENGINE, ServerProcess, ask, exchange
+from serving.clients import ask, exchange
+from serving.ledger import Ledger
+from serving.process import ENGINE, ServerProcess
 
 PRUNES = (("list",), ("verify",), ("prune", "--keep", "0.002"), ("prune", "--all"))
 _COMES_BACK_S = 60.0
@@ -73,6 +74,12 @@ class Faults:
             os.kill(pid, number)
             if is_signalled and self.rng.random() < 0.5:  # it is started at once as it is
                 os.kill(self.server.pid, signal.SIGUSR1)
+            if is_signalled and self.rng.random() < 0.2:  # and once more while it loads
+                await asyncio.sleep(2 * self.rng.random())
+                if (loading := self.server.engine_pid) not in (pid, None):
+                    self.events["kills while loading"] += 1
+                    os.kill(loading, signal.SIGKILL)
+                    pid = loading
             await self._until_answered(pid)
         self.recovery_s.append(time.perf_counter() - begin_s)
 
