@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +37,7 @@ from serving.ledger import Ledger, Tally, quiet
 from serving.process import ENGINE, ServerProcess, Usage, quantiles, scrape, total
 from serving.report import SOAK_KEYS, line_of, prefixes_of, summary_of, sums_of, table_of
 from serving.traffic import CaseMaker, Traffic
-from serving.watch import Watch, leftovers, shared_memory
+from serving.watch import Watch, leftovers
 
 from moejet.cli.environment import describe_environment
 
@@ -114,7 +115,6 @@ class LongRun:
 
     async def run(self) -> dict[str, Any]:
         begin_s = time.perf_counter()
-        shared = shared_memory()
         await asyncio.to_thread(self.server.start)
         self.watch = Watch(self.server, self.ledger, 0.5 if self.args.minutes < 2 else 2.0)
         watching = asyncio.create_task(self.watch.run())
@@ -135,16 +135,14 @@ class LongRun:
                 await self._idle_sockets()
             await self._compare(before)
             self.prefixes = prefixes_of(await scrape(self.server.port))
-        except Exception as error:
-            self.ledger.violate("the run broke off", repr(error))
+        except Exception:
+            self.ledger.violate("the run broke off", traceback.format_exc()[-1500:])
         finally:
             self.stopping.set()
             await soak
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
             self.faults.exit_codes.append(await asyncio.to_thread(self.server.stop))
-        if new := shared_memory() - shared:
-            self._leak(f"shared memory {sorted(new)}")
         self._look_at_files()
         return self._summary(time.perf_counter() - begin_s)
 
@@ -185,7 +183,10 @@ class LongRun:
         await asyncio.sleep(rng.random() * self.args.pause)
         while time.perf_counter() < until_s and not self.stopping.is_set():
             [kind] = rng.choices(list(kinds), list(kinds.values()))
-            await self._traffic.one(kind, rng)
+            try:
+                await self._traffic.one(kind, rng)
+            except Exception:
+                self.ledger.violate("a client failed", f"{kind}: {traceback.format_exc()[-1500:]}")
             await asyncio.sleep(rng.expovariate(1 / self.args.pause))
 
     async def _soak(self) -> None:
@@ -268,6 +269,9 @@ class LongRun:
         self.ledger.violate("leak", what)
 
     def _look_at_files(self) -> None:
+        for name in self.watch.shared:
+            if Path("/dev/shm", name).exists():
+                self._leak(f"shared memory {name}")
         for path in leftovers(self.directory / "tmp", lambda path: False):
             self._leak(f"temporary file {path}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -64,6 +63,7 @@ class Watch:
 
     def __init__(self, server: ServerProcess, ledger: Ledger, period_s: float):
         self.lives: dict[str, list[Life]] = {"server": [], "engine": []}
+        self.shared: set[str] = set()
         self.num_scrapes = 0
         self.scrape_s: list[float] = []
         self.others: dict[str, Callable[[], int | None]] = {}
@@ -102,6 +102,7 @@ class Watch:
             if not lives or lives[-1].pid != pid:
                 lives.append(Life(pid))
             lives[-1].samples.append((now, usage))
+            self.shared |= shared_memory(pid)
 
     def longest(self, name: str) -> Life | None:
         return max(self.lives.get(name, ()), key=lambda life: life.seconds, default=None)
@@ -120,20 +121,14 @@ class Watch:
         ]
 
 
-def shared_memory() -> set[str]:
-    """Names of this user's shared memory."""
+def shared_memory(pid: int) -> set[str]:
+    """Files in shared memory that a process has mapped."""
     try:
-        found = list(os.scandir("/dev/shm"))
+        lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return set()
-    mine = set()
-    for entry in found:
-        try:
-            if entry.stat(follow_symlinks=False).st_uid == os.getuid():
-                mine.add(entry.name)
-        except OSError:
-            continue
-    return mine
+    paths = {line.partition("/dev/shm/")[2] for line in lines if "/dev/shm/" in line}
+    return {path for path in paths if not path.endswith(" (deleted)")}
 
 
 def leftovers(directory: Path, kept: Callable[[Path], bool]) -> list[str]:
