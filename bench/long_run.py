@@ -35,7 +35,7 @@ from serving.clients import HOST, ask_json
 from serving.faults import Faults
 from serving.ledger import Ledger, Tally, quiet
 from serving.process import ENGINE, ServerProcess, Usage, quantiles, scrape, total
-from serving.report import SOAK_KEYS, line_of, prefixes_of, summary_of, sums_of, table_of
+from serving.report import SOAK_KEYS, line_of, prefixes_of, summary_of, table_of
 from serving.traffic import CaseMaker, Traffic
 from serving.watch import Watch, leftovers
 
@@ -294,6 +294,8 @@ class LongRun:
             self.ledger.violate("exit code of the server", bad)
         if count := self.server.tracebacks():
             self.ledger.violate("tracebacks in the server's log", count)
+        if (ended := self.ledger.outcomes.total()) != self.ledger.num_sent:
+            self.ledger.violate("requests without an end", f"{ended} of {self.ledger.num_sent}")
         posed = sum(row["posed"] for row in self.phases)
         return {
             "bench": "long_run",
@@ -303,7 +305,7 @@ class LongRun:
             "seed": self.args.seed,
             "clients": self.args.clients,
             "requests": self.ledger.num_sent,
-            "outcomes": sums_of(row for row in self.phases),
+            "outcomes": dict(sorted(self.ledger.outcomes.items())),
             "right": round(sum(row["right"] for row in self.phases) / max(1, posed), 3),
             "posed": posed,
             "tokens": sum(row["tokens"] for row in self.phases),

@@ -68,6 +68,7 @@ class Ledger:
         self.outages: list[Outage] = []
         self.violations: Counter[str] = Counter()
         self.shown: list[str] = []
+        self.outcomes: Counter[str] = Counter()
         self.open: dict[int, Ticket] = {}
         self.num_sent = 0
         self._ids: set[str] = set()
@@ -90,6 +91,7 @@ class Ledger:
             self.violate("ended twice", f"{ticket} as {outcome}")
         ticket.outcome = outcome
         self.open.pop(ticket.number, None)
+        self.outcomes[outcome] += 1
         self.tally.outcomes[outcome] += 1
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from serving.ledger import Tally
@@ -22,14 +21,6 @@ def prefixes_of(metrics: Metrics) -> dict[str, int]:
         for name in ("tier_hits", "evictions"):
             label = f'tier="{tier}"'
             found[f"{tier}_{name}"] = int(total(metrics, f"prefix_cache_{name}_total", label))
-    return found
-
-
-def sums_of(rows: Iterable[dict[str, Any]]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for row in rows:
-        for name in _OUTCOMES:
-            found[name] = found.get(name, 0) + row.get(name, 0)
     return found
 
 

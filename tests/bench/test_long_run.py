@@ -50,7 +50,8 @@ def test_seconds_of_everything_leave_nothing(tmp_path):
     assert (found["violations"], found["leaks"]) == ({}, [])
     outcomes = found["outcomes"]
     assert min(outcomes["complete"], outcomes["left"], outcomes["rejected"]) > 0
-    assert outcomes["lost"] == outcomes["stuck"] == 0
+    assert not outcomes.keys() & {"lost", "stuck"}
+    assert sum(outcomes.values()) == found["requests"]
     assert found["events"]["kills"] == 1
     assert len(found["phases"]) == 5
     in_process = found["in_process"]
