@@ -40,7 +40,7 @@ class Faults:
         self.exit_codes: list[int] = []
 
     async def storm(self, seconds: float, *, is_restarted: bool) -> None:
-        """Kills at random times for so long, and other signals between them."""
+        """Kills at random times for so long, and between them signals that have to change nothing."""
         begin_s = time.perf_counter()
         deeds = [self._kill] * max(1, round(seconds / 20)) + [self._usr1]
         if seconds > 30:
@@ -64,14 +64,14 @@ class Faults:
             await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
             await self._kill(is_signalled=False)
 
-    async def _kill(self, number: int = signal.SIGKILL, *, is_signalled: bool = True) -> None:
+    async def _kill(self, *, is_signalled: bool = True) -> None:
         pid = self.server.engine_pid
         if pid is None:
             return
         self.events["kills"] += 1
         begin_s = time.perf_counter()
         with self.ledger.outage("kill"):
-            os.kill(pid, number)
+            os.kill(pid, signal.SIGKILL)
             if is_signalled and self.rng.random() < 0.5:  # it is started at once as it is
                 os.kill(self.server.pid, signal.SIGUSR1)
             if is_signalled and self.rng.random() < 0.2:  # and once more while it loads
@@ -84,8 +84,10 @@ class Faults:
         self.recovery_s.append(time.perf_counter() - begin_s)
 
     async def _terminate(self) -> None:
-        self.events["by SIGTERM"] += 1
-        await self._kill(signal.SIGTERM)
+        """What a terminal or a service manager sends to all processes: the server ends its engine itself."""
+        if (pid := self.server.engine_pid) is not None:
+            self.events["SIGTERM"] += 1
+            os.kill(pid, signal.SIGTERM)
 
     async def _usr1(self) -> None:
         """Which is for a server that has given up."""

@@ -324,7 +324,8 @@ class Traffic:
     def _check_beginning(self, case: Case, answer: Answer) -> None:
         for index, (reasoning, content) in answer.texts.items():
             wanted = case.answers[index]
-            if not wanted[0].startswith(reasoning) or not wanted[1].startswith(content):
+            # White space at the end of the thinking belongs to it until the thinking has ended.
+            if not wanted[0].startswith(reasoning.rstrip()) or not wanted[1].startswith(content):
                 self._crossed(case, answer)
 
     async def _hasty(self, rng: random.Random) -> None:

@@ -16,7 +16,9 @@ from serving.process import Metrics, ServerProcess, Usage, scrape
 
 _SETTLED = 0.5  # of a process's life: its memory is judged from there on
 _MOST_GROWTH = 0.01  # of that memory, over the time that is judged, and
-_MOST_MB = 4.0  # this, because allocators keep some of what they had
+_MOST_MB = 4.0  # this, because allocators keep some of what they had; in
+_SHORT_S = 600.0  # shorter lives, which are all warm-up,
+_MOST_MB_SHORT = 16.0
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -49,12 +51,13 @@ class Life:
         per_s = slope(points)
         growth = per_s * _SETTLED * self.seconds
         typical = statistics.median(mb for _, mb in points)
+        most = _MOST_MB if self.seconds >= _SHORT_S else _MOST_MB_SHORT
         return {
             "minutes": round(self.seconds / 60, 2),
             "mb": round(typical, 1),
             "mb_per_hour": round(3600 * per_s, 2),
             "growth_mb": round(growth, 2),
-            "is_flat": growth <= _MOST_MB + _MOST_GROWTH * typical,
+            "is_flat": growth <= most + _MOST_GROWTH * typical,
         }
 
 
