@@ -130,7 +130,8 @@ class LongRun:
             for plan in plan_of(self.args.minutes):
                 end_s += plan.seconds  # a phase that ends late takes from the next one's time
                 if not self.stopping.is_set():
-                    await self._phase(plan, end_s)
+                    least_s = time.perf_counter() + plan.seconds / 2
+                    await self._phase(plan, max(end_s, least_s))
             pruning.cancel()
             await asyncio.gather(pruning, return_exceptions=True)
             if not self.stopping.is_set():
