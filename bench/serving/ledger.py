@@ -6,6 +6,7 @@ An answer is refused a clean bill unless it ended as its API says, or a kill or 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -77,6 +78,7 @@ class Ledger:
         self.violations[what] += 1
         if len(self.shown) < _MOST_SHOWN:
             self.shown.append(f"{what}: {detail}")
+            print(f"VIOLATED {self.shown[-1]}", file=sys.stderr, flush=True)
 
     def begin(self, kind: str, api: str, most_prompt: int = 0, most_tokens: int = 0) -> Ticket:
         self.num_sent += 1

@@ -92,8 +92,8 @@ class CaseMaker:
             if any(case.answers != chat.answers for case in others if not number % 2):
                 self._ledger.violate("APIs differ", f"short {number}: {same}")
             cases.turns += await self._session(number)
-        cases.long = [await self._long(number) for number in range(max(2, scale // 2))]
-        for number, spec in enumerate(STRATEGIES):
+        cases.long = [await self._long(number) for number in range((scale + 1) // 2)]
+        for number, spec in enumerate(STRATEGIES[: scale + 1]):
             text = self._question(3)
             body = {**body_of("chat", [user(text)], MAX_TOKENS, number), "reasoning_strategy": spec}
             cases.strategies.append(await self._asked(f"{spec} {number}", "chat", body))
