@@ -87,6 +87,13 @@ def plan_of(minutes: float) -> list[Plan]:
     return plans
 
 
+# What is kept on purpose once it has been needed, and of memory what allocators keep.
+_MAY_GROW = {
+    **{"threads of the server": 4, "threads of the engine": 4},
+    **{"MB of the server": 16, "MB of the engine": 48},
+}
+
+
 class LongRun:
     """The server, its clients, and everything that happens to it."""
 
@@ -130,8 +137,7 @@ class LongRun:
             for plan in plan_of(self.args.minutes):
                 end_s += plan.seconds  # a phase that ends late takes from the next one's time
                 if not self.stopping.is_set():
-                    least_s = time.perf_counter() + plan.seconds / 2
-                    await self._phase(plan, max(end_s, least_s))
+                    await self._phase(plan, end_s)
             pruning.cancel()
             await asyncio.gather(pruning, return_exceptions=True)
             if not self.stopping.is_set():
@@ -149,11 +155,12 @@ class LongRun:
         self._look_at_files()
         return self._summary(time.perf_counter() - begin_s)
 
-    async def _phase(self, plan: Plan, until_s: float) -> None:
+    async def _phase(self, plan: Plan, end_s: float) -> None:
         tally = self.ledger.tally = Tally()
         before, _ = await quiet(self.server)
         pid, num_kills = self.server.pid, self.faults.events["kills"]
         begin_s = time.perf_counter()
+        until_s = max(end_s, begin_s + plan.seconds / 2)
         kinds = PHASES.get(plan.name, PHASES["mixed"])
         seeds = [self.rng.randrange(2**32) for _ in range(self.args.clients)]
         clients = [asyncio.create_task(self._client(kinds, s, until_s)) for s in seeds]
@@ -184,13 +191,15 @@ class LongRun:
     async def _client(self, kinds: dict[str, int], seed: int, until_s: float) -> None:
         rng = random.Random(seed)
         await asyncio.sleep(rng.random() * self.args.pause)
-        while time.perf_counter() < until_s and not self.stopping.is_set():
+        while True:
             [kind] = rng.choices(list(kinds), list(kinds.values()))
             try:
                 await self._traffic.one(kind, rng)
             except Exception:
                 self.ledger.violate("a client failed", f"{kind}: {traceback.format_exc()[-1500:]}")
             await asyncio.sleep(rng.expovariate(1 / self.args.pause))
+            if time.perf_counter() >= until_s or self.stopping.is_set():
+                return
 
     async def _soak(self) -> None:
         """`AsyncLLM` beside it, in a process of its own."""
@@ -240,6 +249,7 @@ class LongRun:
         for name, pid in (("server", self.server.pid), ("engine", self.server.engine_pid)):
             usage = Usage.of(pid)
             assert usage is not None, f"the {name} runs"
+            held[f"MB of the {name}"] = round(usage.mb)
             for what in ("files", "threads", "children"):
                 held[f"{what} of the {name}"] = getattr(usage, what)
         return held
@@ -247,8 +257,7 @@ class LongRun:
     async def _compare(self, before: dict[str, int]) -> None:
         after = await self._held()
         for name, value in after.items():
-            # Pools start their threads when they are first needed.
-            if value > before[name] + (4 if name.startswith("threads") else 0):
+            if value > before[name] + _MAY_GROW.get(name, 0):
                 self._leak(f"{name}: {value} after {before[name]}")
 
     async def _idle_sockets(self) -> None:
@@ -288,7 +297,7 @@ class LongRun:
         memory = {}
         for name in self.watch.lives:
             life = self.watch.longest(name)
-            if life is None or life.seconds < 5:
+            if life is None or life.seconds < 120:  # nothing but warm-up
                 continue
             memory[name] = life.trend()
             if not memory[name]["is_flat"]:

@@ -36,7 +36,7 @@ def bench():
 def test_seconds_of_everything_leave_nothing(tmp_path):
     engine = str(BENCH.parent / "engine")
     command = [sys.executable, str(BENCH / "long_run.py"), "--minutes", "0.1", "--cases", "1"]
-    command += ["--clients", "6", "--pause", "0.1", "--soak-clients", "2", "--prune-s", "3"]
+    command += ["--clients", "6", "--pause", "0.1", "--soak-clients", "2", "--prune-s", "5"]
     done = subprocess.run(
         [*command, "--sockets", "50", "--json", str(tmp_path / "lines")],
         stdout=subprocess.PIPE,
@@ -49,7 +49,7 @@ def test_seconds_of_everything_leave_nothing(tmp_path):
     found = json.loads((tmp_path / "lines").read_text())
     assert (found["violations"], found["leaks"]) == ({}, [])
     outcomes = found["outcomes"]
-    assert min(outcomes["complete"], outcomes["left"], outcomes["rejected"]) > 0
+    assert min(outcomes["complete"], outcomes["left"]) > 0
     assert not outcomes.keys() & {"lost", "stuck"}
     assert sum(outcomes.values()) == found["requests"]
     assert found["events"]["kills"] == 1
