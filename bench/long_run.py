@@ -40,6 +40,7 @@ from serving.traffic import CaseMaker, Traffic
 from serving.watch import Watch, leftovers
 
 from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 
 SERVER_OPTIONS = (
     *("--deterministic", "--no-access-log", "--threads", "1", "--max-context", "2048"),
@@ -209,7 +210,7 @@ class LongRun:
         command = [sys.executable, str(Path(__file__).with_name("soak.py"))]
         command += ["--minutes", f"{minutes:.3f}", "--clients", str(self.args.soak_clients)]
         command += ["--cases", str(3 * self.args.cases), "--seed", str(self.args.seed)]
-        command += ["--threads", "1", "--cache-tokens", "640"]
+        command += ["--threads", "1", "--cache-tokens", "640", "--child"]
         process = await asyncio.create_subprocess_exec(
             *command,
             stdout=asyncio.subprocess.PIPE,
@@ -310,8 +311,6 @@ class LongRun:
             self.ledger.violate("requests without an end", f"{ended} of {self.ledger.num_sent}")
         posed = sum(row["posed"] for row in self.phases)
         return {
-            "bench": "long_run",
-            **describe_environment(),
             "minutes": self.args.minutes,
             "seconds": round(seconds, 1),
             "seed": self.args.seed,
@@ -369,16 +368,14 @@ def main() -> int:
         "--prune-s", type=float, default=30.0, help="seconds between uses of `moejet cache`"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="append the summary to this file")
+    add_json_option(parser, "-")
     args = parser.parse_args()
+    provenance = describe_environment()
     with tempfile.TemporaryDirectory(prefix="moejet-long-run-") as directory:
         result = asyncio.run(_main(args, Path(directory)))
     print(table_of(result))
-    line = json.dumps(result)
-    print(line)
-    if args.json:
-        with args.json.open("a", encoding="utf-8") as stream:
-            print(line, file=stream)
+    with line_writer(args.json) as write:
+        write({"bench": "long_run", **provenance, **result})
     return 1 if result["violations"] else 130 if result["is_interrupted"] else 0
 
 

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import random
 import sys
 import tempfile
@@ -37,6 +35,7 @@ from serving.ledger import Ledger
 from serving.process import ServerProcess, Usage, cpu_s, quantiles
 
 from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 
 NUM_QUESTIONS = 32
 
@@ -142,8 +141,6 @@ async def measure(args: argparse.Namespace, server: ServerProcess) -> dict[str, 
     if text_of(last) != load.texts[0]:
         load.ledger.violate("wrong", "the last answer")
     return {
-        "bench": "serve_load",
-        **describe_environment(),
         "clients": args.clients,
         "seconds": round(seconds, 1),
         "completed": tally.outcomes["complete"],
@@ -168,7 +165,6 @@ async def measure(args: argparse.Namespace, server: ServerProcess) -> dict[str, 
         "engine_rss_mb": {"last": sizes[-1][1], "max": max(engine_mb for _, engine_mb in sizes)},
         "violations": dict(load.ledger.violations),
         "shown": load.ledger.shown,
-        "cores": len(os.sched_getaffinity(0)),
     }
 
 
@@ -182,7 +178,9 @@ def main() -> int:
     parser.add_argument("--max-queued-requests", type=int, default=150)
     parser.add_argument("--max-num-requests", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
+    add_json_option(parser, "-")
     args = parser.parse_args()
+    provenance = describe_environment()
     options = ["--deterministic", "--no-access-log"]
     options += ["--max-queued-requests", str(args.max_queued_requests)]
     options += ["--max-num-requests", str(args.max_num_requests)]
@@ -194,7 +192,9 @@ def main() -> int:
         finally:
             code = server.stop()
         tracebacks = server.tracebacks()
-    print(json.dumps({**result, "exit_code": code, "tracebacks": tracebacks}))
+    ending = {"exit_code": code, "tracebacks": tracebacks}
+    with line_writer(args.json) as write:
+        write({"bench": "serve_load", **provenance, **result, **ending})
     return 1 if result["violations"] or tracebacks or code else 0
 
 

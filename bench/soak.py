@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import ctypes
 import gc
-import json
 import os
 import random
 import signal
@@ -35,6 +34,7 @@ from moejet import LLM, AsyncLLM, QueueFullError, RequestStream, SamplingParams,
 from moejet.cli.environment import describe_environment
 from moejet.reasoning import solve
 from moejet.reasoning.specs import parse_strategy
+from moejet.cli.results import add_json_option, line_writer
 from moejet.testing import arithmetic
 
 MAX_TOKENS = 160
@@ -271,6 +271,7 @@ def resident_bytes() -> int:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    environment = {} if args.child else describe_environment()
     stopping = threading.Event()
     signal.signal(signal.SIGINT, lambda number, frame: stopping.set())
     options = {**ENGINE, "num_threads": args.threads, "cache_tokens": args.cache_tokens}
@@ -292,7 +293,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     llm._thread.engine.scheduler.check_integrity()
     return {
         "bench": "soak",
-        **describe_environment(),
+        **environment,
         "minutes": args.minutes,
         "clients": args.clients,
         "loops": args.loops,
@@ -320,8 +321,12 @@ def main() -> int:
     parser.add_argument("--cache-tokens", type=int, default=ENGINE["cache_tokens"])
     parser.add_argument("--threads", type=int, help="of the engine (default: as everywhere)")
     parser.add_argument("--seed", type=int, default=1)
-    result = run(parser.parse_args())
-    print(json.dumps(result))
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    add_json_option(parser, "-")
+    args = parser.parse_args()
+    result = run(args)
+    with line_writer(args.json) as write:
+        write(result)
     is_good = not (result["wrong"] or result["errors"] or result["leaked_blocks"])
     return 0 if is_good and float(str(result["growth"])) <= MAX_GROWTH else 1
 
