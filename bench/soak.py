@@ -32,9 +32,9 @@ from pathlib import Path
 
 from moejet import LLM, AsyncLLM, QueueFullError, RequestStream, SamplingParams, StreamDelta
 from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 from moejet.reasoning import solve
 from moejet.reasoning.specs import parse_strategy
-from moejet.cli.results import add_json_option, line_writer
 from moejet.testing import arithmetic
 
 MAX_TOKENS = 160
