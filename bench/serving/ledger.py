@@ -177,6 +177,7 @@ class Ledger:
         elif outcome == "left":
             tally.count("success", 0, 1)
             tally.count("cancelled", 0, 1)
+            tally.count("rejected", 0, int(is_open))  # which it did not wait to read
             tally.count("left")
             tally.count("prompt_tokens", 0, ticket.most_prompt)
             tally.count("tokens", 0, ticket.most_tokens)
