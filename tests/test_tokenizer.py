@@ -16,9 +16,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from moejet.chat_template import ChatTemplate
+from moejet.resolve import TINY_REASONER, resolve_model
 from moejet.testing.byte_tokenizer import CHAT_TEMPLATE, write_tokenizer
 from moejet.tokenizer import IncrementalDecoder, Tokenizer
-from moejet.weights import TINY_REASONER, resolve_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -247,6 +247,31 @@ def test_work_per_token_is_bounded(tmp_path: Path) -> None:
         decoder.push(token)
         longest = max(longest, len(decoder._context) + len(decoder._pending))
     assert longest <= 4
+
+
+def test_a_vocabulary_is_written_out_once_for_all_decoders(tmp_path: Path) -> None:
+    """It takes a third of a second for 128000 tokens, and every sample has a decoder."""
+    make_tiny(tmp_path)
+    tokenizer = Tokenizer.from_path(tmp_path)
+
+    class Counted:
+        num_copies = 0
+
+        def __init__(self, raw: RawTokenizer):
+            self._raw = raw
+
+        def to_str(self) -> str:
+            self.num_copies += 1
+            return self._raw.to_str()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._raw, name)
+
+    counted = Counted(tokenizer.raw)
+    tokenizer.raw = counted  # type: ignore[assignment]
+    for _ in range(8):
+        IncrementalDecoder(tokenizer)
+    assert counted.num_copies == 1
 
 
 def deepseek_v3_files(root: Path, **config: Any) -> None:

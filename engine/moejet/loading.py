@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,27 @@ from moejet import topology
 from moejet.block_pool import BlockPool
 from moejet.config import DEFAULT_MAX_CONTEXT, INVARIANT_ISAS, EngineConfig, ModelConfig
 from moejet.engine import Engine
+from moejet.environment import env_cache_dir
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.extension import resolve_isa
 from moejet.gpu_loading import choose_device, create_gpu_runner, vram_budget
 from moejet.gpu_runner import GpuRunner
 from moejet.json_file import read_json_object
-from moejet.layers.linear import DenseWeights
+from moejet.layers.dense import DenseWeights
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.plan import GIB, Machine, make_plan, process_bytes
 from moejet.prefix_tier import attach_prefixes, prefix_directory
 from moejet.request import SamplingParams
+from moejet.resolve import resolve_model
 from moejet.runner import ModelRunner, Runner
 from moejet.step_head import read_step_head
 from moejet.tokenizer import Tokenizer
-from moejet.weights import Checkpoint, load_weights, resolve_model
+from moejet.weights.checkpoint import Checkpoint
 from moejet.weights.gguf_model import GgufCheckpoint
 from moejet.weights.gguf_tokenizer import gguf_tokenizer
 from moejet.weights.gpu_weights import GPU_LAYOUT_VERSION
+from moejet.weights.loader import load_weights
 from moejet.weights.packed_cache import (
     MIN_BYTES as MIN_CACHED_BYTES,
 )
@@ -42,7 +46,6 @@ from moejet.weights.packed_cache import (
     BackgroundWriter,
     CacheFile,
     PartlyFilled,
-    cache_directory,
     cache_key,
     weights_key,
 )
@@ -136,21 +139,12 @@ def _load(
     checkpoint = checkpoint or Checkpoint.open(path)
     load_weights(checkpoint, model.tensor_specs(), show_progress=config.show_progress)
     if file is not None:
-        writer = BackgroundWriter(file, model.state())
-        close_pool = engine.on_close
-
-        def finish() -> None:
-            try:
-                writer.finish()
-            finally:
-                close_pool()
-
-        engine.on_close = finish
+        engine.at_close.callback(BackgroundWriter(file, model.state()).finish)
 
 
 def _cache_file(engine: Engine, path: Path, key: dict[str, Any]) -> CacheFile | None:
     """Where the packed weights of this engine are kept, None if they are not. key: of `cache_key`."""
-    config, directory = engine.config, cache_directory()
+    config, directory = engine.config, env_cache_dir()
     if config.packed_cache == "off" or directory is None:
         return None
     cost = ModelCost.of(engine.model_config, config)
@@ -204,46 +198,41 @@ def _create_engine(
     if config.prefix_disk_gib:
         prefix_directory(config)
     check_memory(config, model_config, num_blocks * config.block_size)
-    pool = create_pool(config.num_threads)
-    isa = resolve_isa(config.isa)
-    if config.deterministic and isa not in INVARIANT_ISAS:
-        isa = resolve_isa(INVARIANT_ISAS[-1])
-    close = pool.close
-    if config.device == "cpu":
-        dense_format, own = config.dense_formats_of(model_config)
-        dense = DenseWeights(dense_format, pool, isa, config.arithmetic, own)
-        model = create_model(config, model_config, dense, max_context)
-        runner: Runner = ModelRunner(
-            model, model_config, config, num_blocks=num_blocks, dense=dense
-        )
-    else:
-        setup = create_gpu_runner(
-            config,
+    with ExitStack() as at_close:
+        pool = create_pool(config.num_threads)
+        at_close.callback(pool.close)
+        isa = resolve_isa(config.isa)
+        if config.deterministic and isa not in INVARIANT_ISAS:
+            isa = resolve_isa(INVARIANT_ISAS[-1])
+        if config.device == "cpu":
+            dense_format, own = config.dense_formats_of(model_config)
+            dense = DenseWeights(dense_format, pool, isa, config.arithmetic, own)
+            model = create_model(config, model_config, dense, max_context)
+            runner: Runner = ModelRunner(
+                model, model_config, config, num_blocks=num_blocks, dense=dense
+            )
+        else:
+            setup = create_gpu_runner(
+                config,
+                model_config,
+                device=config.device,
+                num_blocks=num_blocks,
+                max_context=max_context,
+                pool=pool,
+                isa=isa,
+            )
+            runner = setup.runner
+            at_close.callback(setup.close)
+        engine = Engine(
+            runner,
             model_config,
-            device=config.device,
-            num_blocks=num_blocks,
+            config,
+            block_pool=BlockPool(num_blocks, config.block_size),
+            tokenizer=tokenizer,
             max_context=max_context,
-            pool=pool,
-            isa=isa,
         )
-        runner, close_stream = setup.runner, setup.close
-
-        def close() -> None:
-            try:
-                close_stream()
-            finally:
-                pool.close()
-
-    engine = Engine(
-        runner,
-        model_config,
-        config,
-        block_pool=BlockPool(num_blocks, config.block_size),
-        tokenizer=tokenizer,
-        max_context=max_context,
-    )
-    engine.on_close = close
-    return engine
+        engine.at_close = at_close.pop_all()
+        return engine
 
 
 def create_model(

@@ -22,7 +22,8 @@ import numpy as np
 from moejet import __version__
 from moejet.block_pool import BlockPool
 from moejet.cache_blocks import Bytes, CacheBlocks
-from moejet.config import EngineConfig, env_cache_dir, use_reference
+from moejet.config import EngineConfig
+from moejet.environment import env_cache_dir, use_reference
 from moejet.framed_file import fingerprint_of
 from moejet.prefix_store import PrefixStore
 
@@ -258,13 +259,7 @@ def attach_prefixes(engine: Engine, weights: dict[str, Any]) -> None:
     )
     tier = PrefixTier(store, engine.block_pool, cache, min_tokens=config.prefix_min_tokens)
     engine.scheduler.store = tier
-    close_rest = engine.on_close
-
-    def close() -> None:
-        tier.close()
-        close_rest()
-
-    engine.on_close = close
+    engine.at_close.callback(tier.close)
 
 
 def prefix_directory(config: EngineConfig) -> Path:

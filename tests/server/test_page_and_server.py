@@ -21,12 +21,12 @@ pytest.importorskip("fastapi")
 pytest.importorskip("playwright.sync_api", reason="needs pip install 'moejet[browser]'")
 
 from moejet.reasoning.result import Candidate, Node, Progress, Result
+from moejet.resolve import TINY_REASONER, resolve_model
 from moejet.server import asgi_app
 from moejet.server.strategies import Outcome
 from moejet.testing.page_visit import Visit, open_browser
 from moejet.testing.scripted_backend import ScriptedBackend
 from moejet.tokenizer import Tokenizer
-from moejet.weights import TINY_REASONER, resolve_model
 
 pytestmark = pytest.mark.slow
 
@@ -327,7 +327,7 @@ def test_a_search_is_drawn_as_a_tree(browser: Any, serve: Callable[[Any], Any]) 
     scripted = ScriptedBackend(["-"], TOKENIZER, events=[*STEPS, outcome], delay_s=0.1)
     scripted.card = replace(scripted.card, strategies=("vote", "mcts"))
     visit = Visit(browser, serve(asgi_app(scripted)).url + "/")
-    visit.page.select_option("#strategy", "mcts:16")
+    visit.page.select_option("#strategy", "mcts:16,parallel=4")
     visit.ask("search", is_waited_for=False)
     visit.page.wait_for_selector(".strategy:visible")
     visit.page.click(".strategy > summary")
@@ -342,6 +342,6 @@ def test_a_search_is_drawn_as_a_tree(browser: Any, serve: Callable[[Any], Any]) 
     assert visit.texts(".votes li") == ["<script>window.hacked=2</script>: 1"]
     assert visit.texts(".answer") == ["the answer"]
     assert visit.page.locator(".strategy img, .strategy script, .strategy i").count() == 0
-    assert scripted.runs[0].job.strategy == "mcts:16"
+    assert scripted.runs[0].job.strategy == "mcts:16,parallel=4"
     visit.check()
     visit.context.close()

@@ -14,14 +14,16 @@ import moejet
 from moejet import topology
 from moejet.cli.check_gpu import check_gpu
 from moejet.cli.selftest import TOLERANCE, lines_of
-from moejet.config import env_max_isa, env_num_threads, use_reference
+from moejet.environment import env_max_isa, env_num_threads, use_reference
 
 Status = Literal["ok", "info", "warning", "error"]
 
 SELFTEST = ("-m", "moejet.cli.selftest")
 _REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub")
-_OPTIONAL = ("triton", "transformers", "pybind11")
-_REINSTALL = "install moejet again, in its directory: pip install --force-reinstall --no-deps ."
+_OPTIONAL = ("triton", "transformers")
+_REINSTALL = (
+    "install moejet again: pip install --force-reinstall --no-deps, and the wheel or its sources"
+)
 _GIB = 1 << 30
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moejet.request import SamplingParams, StreamDelta, TokenLogprobs
+from moejet.server.prompts import PromptMaker
 from moejet.server.strategies import SolveJob, StrategyRun
 from moejet.tokenizer import Tokenizer
 
@@ -18,7 +19,7 @@ class ModelCard:
     """What the server must know of the model to check and render requests without asking the engine.
 
     tokenizer: None for a synthetic model, which serves token ids only · strategies: names of those it
-    can answer by · loaded_as: by what name or path, where that is known
+    can answer by · loaded_as: by what name or path, where that is known · description: `LLM.describe`
     """
 
     name: str
@@ -28,6 +29,7 @@ class ModelCard:
     tokenizer: Tokenizer | None
     strategies: tuple[str, ...] = ()
     loaded_as: str = ""
+    description: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Job:
     request_id: str
     token_ids: list[int]
     params: SamplingParams
-    prompt: str | None = None  # the text behind token_ids, which tells whether the thinking is open
+    prompt: str | None = None  # the text behind token_ids, for the log
     priority: int = 0
 
 
@@ -94,6 +96,7 @@ class LocalBackend:
             tokenizer = None
         self._llm = llm
         self._is_owned = is_owned
+        self._prompts = PromptMaker(tokenizer, llm.max_context)
         self.card = ModelCard(
             name=name,
             max_context=llm.max_context,
@@ -102,6 +105,7 @@ class LocalBackend:
             tokenizer=tokenizer,
             strategies=strategy_names() if tokenizer is not None else (),
             loaded_as=llm.config.model,
+            description=llm.describe(),
         )
 
     async def start(self, job: Job) -> Stream:
@@ -113,7 +117,7 @@ class LocalBackend:
     async def solve(self, job: SolveJob) -> StrategyRun:
         from moejet.server.local_strategy import LocalStrategy
 
-        return await LocalStrategy.start(self._llm, job)
+        return await LocalStrategy.start(self._llm, job, self._prompts)
 
     async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
         return await self._llm.score_top(token_ids, num_top)

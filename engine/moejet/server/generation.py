@@ -25,7 +25,7 @@ from moejet.request import (
 )
 from moejet.server.backend import Backend, Job, Stream
 from moejet.server.errors import ApiError
-from moejet.server.strategies import Outcome, SolveJob
+from moejet.server.strategies import Conversation, Outcome, SolveJob
 from moejet.server.tool_calls import ContentDelta, OutputEvent, OutputParser, ReasoningDelta
 from moejet.ticket import EngineStepError
 
@@ -74,10 +74,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEnd:
-    """stop_reason: the stop string or token, where it is known already, which it is for the last sample of a prompt.
-
-    outcome: of the strategy that chose this answer
-    """
+    """stop_reason: the stop string or token · outcome: of the strategy that chose this answer"""
 
     choice: int
     finish_reason: FinishReason
@@ -150,7 +147,7 @@ class Plan:
 
     make_parser: None if the text is wanted as it is, thinking tags included · include_reasoning: whether it is shown
     is_logged: whether prompts and answers may be written to the log · solve: a strategy answers it, in place of jobs
-    returns_candidates: of that
+    returns_candidates: of that · conversation: that it was made of
     """
 
     request_id: str
@@ -161,6 +158,7 @@ class Plan:
     wants_progress: bool = False
     is_logged: bool = False
     solve: SolveJob | None = None
+    conversation: Conversation | None = None
     returns_candidates: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -363,13 +361,9 @@ class _Sample:
             for i, part in enumerate(parts)
         ]
         if delta.finish_reason is not None:
-            stop_reason = None
-            if delta.output is not None:
-                stop_reason = delta.output.outputs[delta.index].stop_reason
             num_calls = self._parser.num_calls if self._parser is not None else 0
-            events.append(
-                ChoiceEnd(self._choice, delta.finish_reason, num_calls, stop_reason, self._take())
-            )
+            reasons = delta.finish_reason, num_calls, delta.stop_reason
+            events.append(ChoiceEnd(self._choice, *reasons, self._take()))
         return events
 
     def _take(self) -> Tokens:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moejet.llm import LLM, Message
+from moejet.llm import LLM
+from moejet.prompt_reader import Message
 from moejet.reasoning.result import Candidate
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
@@ -58,7 +59,7 @@ def ask(
     params: SamplingParams | None = None,
 ) -> Run[Candidate]:
     """One answer to a conversation. What begins like earlier ones is found in the cache."""
-    child = task.on(messages, llm=llm, params=params)
+    child = yield from task.on(messages, llm=llm, params=params)
     [branch] = yield from child.open()
     [segment] = yield from child.complete([branch])
     candidate = child.candidate(branch, segment)
