@@ -6,7 +6,6 @@ be brought about; see test_page_and_server.py for the real server.
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,11 +16,10 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright.sync_api", reason="needs pip install 'moejet[browser]'")
 
-import uvicorn
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from moejet.server.config import ServerConfig
+from moejet.server import ServerConfig, serve_in_thread
 from moejet.server.page import page_router
 from moejet.testing.page_visit import Visit, open_browser
 
@@ -188,19 +186,6 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
     return JSONResponse({"error": {"message": message, "code": None}}, status, headers)
 
 
-def _serve(app: Any) -> Iterator[str]:
-    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(10)
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     try:
@@ -217,7 +202,8 @@ def stand_in() -> StandIn:
 
 @pytest.fixture
 def url(stand_in: StandIn) -> Iterator[str]:
-    yield from _serve(stand_in.app)
+    with serve_in_thread(stand_in.app) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture
