@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pkgutil
 import re
 import runpy
 import shlex
@@ -87,6 +88,22 @@ def test_a_tokens_way_leads_through_files():
         assert (ROOT / "engine/moejet" / name).exists() or (ROOT / name).exists(), name
 
 
+def test_the_objects_have_what_the_table_says():
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", section("To embed"), re.MULTILINE)
+    assert rows
+    for name, text in rows:
+        holder = pkgutil.resolve_name(name if "." in name else f"moejet:{name}")
+        own = set(dir(holder)) | set(getattr(holder, "__annotations__", ()))
+        for member in re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", text)):
+            module = ROOT / "engine" / name.replace(".", "/") / f"{member}.py"
+            assert member in own or module.exists(), f"{name}.{member}"
+
+
+def test_every_example_is_described():
+    named = set(re.findall(r"^\| \[(\w+\.py)\]\(examples/\1\) \|", TEXT, re.MULTILINE))
+    assert named == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     text = "".join((ROOT / name).read_text(encoding="utf-8") for name in PAGES)
@@ -97,8 +114,8 @@ def test_make_targets_exist():
 def test_python_files_that_are_named_exist():
     for name in PAGES:
         text = (ROOT / name).read_text(encoding="utf-8")
-        for script in re.findall(r"python ((?:bench|examples|tests)/\S+\.py)", text):
-            assert (ROOT / script).exists(), script
+        for script in re.findall(r"python ((?:bench|examples|tests)/[\w/]+\.py)", text):
+            assert (ROOT / script).exists() or "NAME" in script, script
 
 
 @pytest.mark.parametrize("name", PAGES)
