@@ -25,5 +25,5 @@ with LLM.synthetic(shape, max_context=DEPTH + TOKENS + 1) as llm:
 
 rate = TOKENS / seconds
 gbps = rate * token_bytes / 1e9
-print(f"{rate:.1f} tokens/s, {token_bytes / 1e6:.0f} MB per token: {gbps:.1f} GB/s")
-print(f"memory can be read at {read_gbps:.1f} GB/s: {gbps / read_gbps:.0%} of it is used")
+print(f"{rate:.2f} tokens/s, {token_bytes / 1e6:.1f} MB per token: {gbps:.2f} GB/s")
+print(f"memory can be read at {read_gbps:.2f} GB/s: {gbps / read_gbps:.0%} of it is used")
