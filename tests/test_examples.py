@@ -13,6 +13,12 @@ pytestmark = pytest.mark.xdist_group("examples")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Beside other tests, threads that wait for each other cost more than they compute."""
+    monkeypatch.setenv("MOEJET_NUM_THREADS", "1")
+
+
 def run(name: str) -> str:
     out = io.StringIO()
     with redirect_stdout(out):
