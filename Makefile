@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f -not -path 'csrc/tests/*' 2>/dev/null)
 PROMPT ?= Start with 17, add 25, then multiply by 3.
 
-.PHONY: run test sanitize gpu-build gpu-check gpu-bench lint format bench install clean
+.PHONY: run test sanitize gpu-build gpu-check gpu-bench lint format bench figures install clean
 
 # Without --no-compile, pip would compile all 17,000 files, of which the tests import a tenth.
 install: $(VENV)/.installed
@@ -75,8 +75,14 @@ $(VENV)/.lint: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy clang-format
 	touch $@
 
+# Ceilings, kernels and models in a few minutes (BENCH_ARGS=--quick: in one); result lines and a table beside them.
+BENCH_RESULTS ?= build/bench.jsonl
 bench: install
-	$(BIN)/moejet bench
+	$(BIN)/python bench/suite.py --results $(BENCH_RESULTS) $(BENCH_ARGS)
+
+# The README's figures and table, from the committed result lines.
+figures: install
+	$(BIN)/python bench/figures.py
 
 clean:
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache

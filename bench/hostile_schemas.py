@@ -1,6 +1,6 @@
 """How long a server is busy with hostile schemas and grammars, and how long others wait meanwhile.
 
-    python bench/hostile_schemas.py [--repeats 3] [--limit 6] [--jsonl FILE]
+    python bench/hostile_schemas.py [--repeats 3] [--limit 6] [--json FILE]
 
 Each request goes to an application without compiled grammars, in this process. `others_ms` is the longest time that
 GET /version took while the request ran: compiling has to happen beside the event loop. Exit code 1 if a request took
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from moejet.cli.environment import describe_environment, summary
+from moejet.cli.results import add_json_option, line_writer
 
 CHAT = "/v1/chat/completions"
 
@@ -75,7 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=6.0, metavar="SECONDS")
-    parser.add_argument("--jsonl", type=Path, metavar="FILE", help="append a line per case")
+    add_json_option(parser)
     args = parser.parse_args()
     environment = describe_environment()
     print(summary(environment))
@@ -86,10 +85,8 @@ def main() -> int:
         is_slow |= found["ms_max"] > 1e3 * args.limit
         times = " | ".join(f"{found[key]:.1f}" for key in ("ms_p50", "ms_max", "others_ms"))
         print(f"| {name} | {', '.join(map(str, found['status']))} | {times} |", flush=True)
-        if args.jsonl is not None:
-            line = {**environment, "bench": "hostile_schemas", "case": name, **found}
-            with args.jsonl.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        with line_writer(args.json) as write:
+            write({**environment, "bench": "hostile_schemas", "case": name, **found})
     return int(is_slow)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 from moejet.config import EngineConfig, ModelConfig
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.layers.linear import DenseWeights
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--shape", default="deepseek-v2-lite:layers=16")
     parser.add_argument("--stored", choices=("fp8", "bf16"), default="fp8")
     parser.add_argument("--format", default="native")
-    parser.add_argument("--json", type=Path)
+    add_json_option(parser)
     args = parser.parse_args()
     config = parse_preset(args.shape)
     root = args.directory / f"{args.shape.replace(':', '-').replace('=', '')}-{args.stored}"
@@ -215,9 +216,8 @@ def main() -> None:
     bound = min(result["read_gbps"], result["pack_gbps"])
     rate = source_bytes / result["first"]["load_s"] / 1e9
     result |= {"load_gbps": rate, "fraction": rate / bound}
-    if args.json:
-        with args.json.open("a", encoding="utf-8") as stream:
-            print(json.dumps(result), file=stream)
+    with line_writer(args.json) as write:
+        write(result)
     print(
         f"source {source_bytes / 1e9:.2f} GB, packed {packed_bytes / 1e9:.2f} GB; disk "
         f"{result['read_gbps']:.2f} GB/s, packing {result['pack_gbps']:.2f} GB/s"

@@ -25,6 +25,7 @@ from load import write_checkpoint
 
 from moejet import LLM, SamplingParams
 from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 from moejet.plan import Machine, make_plan, process_bytes
 from moejet.presets import parse_preset
 
@@ -83,12 +84,13 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="engine options, as JSON")
     parser.add_argument("--directory", type=Path)
     parser.add_argument("--stored", choices=("fp8", "bf16"), default="fp8")
-    parser.add_argument("--json", type=Path)
+    add_json_option(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(measure(args.shape, args.context, args.options)))
         return
+    environment = describe_environment()
     starts = ["synthetic"]
     model = args.shape
     if args.directory is not None:
@@ -100,11 +102,9 @@ def main() -> None:
         os.environ["MOEJET_CACHE"] = cache
         for name in starts:
             found = start(model, args.context, args.options)
-            if args.json:
-                head = {"bench": "memory", **describe_environment(), "shape": args.shape}
-                head |= {"start": name, "context": args.context, "options": args.options}
-                with args.json.open("a", encoding="utf-8") as stream:
-                    print(json.dumps(head | found), file=stream)
+            with line_writer(args.json) as write:
+                head = {"bench": "memory", **environment, "shape": args.shape, "start": name}
+                write({**head, "context": args.context, "options": args.options, **found})
             sizes = (found[key]["rss"] / 1e9 for key in ("loaded", "full_context", "full_batch"))
             loaded, context, batch = sizes
             print(

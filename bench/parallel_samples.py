@@ -13,16 +13,15 @@ The prompt's step is not counted. Memory: 9 GB for the whole shape in int4; laye
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from moejet import LLM, SamplingParams
 from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 from moejet.reasoning.cost import expected_distinct_experts, relative_cost
 
 
@@ -83,7 +82,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, metavar="TOKENS")
     parser.add_argument("--tokens", type=int, default=64, help="of each sample")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the line")
+    add_json_option(parser, "-")
     args = parser.parse_args()
     llm = LLM.synthetic(
         args.shape,
@@ -119,10 +118,8 @@ def main() -> None:
         "relative_cost": many["seconds"] / one["seconds"] / args.samples,
         "relative_cost_expected": relative_cost(many["distinct_expected"], k, args.samples),
     }
-    print(json.dumps(row), flush=True)
-    if args.json is not None:
-        with args.json.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    with line_writer(args.json) as write:
+        write(row)
 
 
 if __name__ == "__main__":

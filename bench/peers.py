@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peer_layers import ENGINES, ERROR_LIMITS, Problem, find_peer
@@ -37,7 +37,8 @@ import moejet
 from moejet import topology
 from moejet.cli import options
 from moejet.cli.environment import describe_environment, summary
-from moejet.cli.table import Column, Row, write_table
+from moejet.cli.results import add_json_option, line_writer, written
+from moejet.cli.table import Column, Row, keep, write_table
 from moejet.experts.cpu_experts import available_cpus
 from moejet.presets import PRESETS
 from moejet.testing.moe_bench import LayerShape
@@ -271,15 +272,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=options.counts, default=[1, 16, 64, 256, 1024])
     parser.add_argument("--threads", type=int, default=len(available_cpus()))
     parser.add_argument("--seconds", type=float, default=5.0, help="of an engine, for each case")
-    parser.add_argument("--json", metavar="FILE", help="append one JSON line per row to FILE")
+    add_json_option(parser)
     return parser.parse_args(argv)
-
-
-def _kept(measured: Iterator[Row], rows: list[Row], out: TextIO) -> Iterator[Row]:
-    for row in measured:
-        rows.append(row)
-        print(json.dumps(row), file=out, flush=True)
-        yield row
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -305,9 +299,9 @@ def main(argv: list[str] | None = None) -> int:
         }
         rows = []
         folders = [*args.peers_path, *sys.path]
-        with open(args.json or os.devnull, "a") as out:
+        with line_writer(args.json) as write:
             measured = measure_format(problem, folders, args.tokens, args.seconds, common)
-            write_table(_COLUMNS, _kept(measured, rows, out))
+            write_table(_COLUMNS, keep(written(measured, write), rows))
         failed |= any(row["engine"] == OURS and row["status"] != "ok" for row in rows)
     print(f"{args.shape}, {args.threads} threads, {summary(environment)}")
     return 1 if failed else 0

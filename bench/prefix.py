@@ -1,6 +1,6 @@
 """Time to the first token of a long prompt: computed, found in memory, and read from disk after a restart.
 
-    python bench/prefix.py [--tokens 8192] [--shape deepseek-v2-lite:layers=4] [--repeats 3] [--jsonl FILE]
+    python bench/prefix.py [--tokens 8192] [--shape deepseek-v2-lite:layers=4] [--repeats 3] [--json FILE]
 
 Every start is a process of its own. Before the one that reads from disk, the store's files leave the page cache. The
 last tokens of the prompt, fewer than block_size, are computed in every case. Then: generation in the last process, with
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moejet.cli.environment import describe_environment, summary
+from moejet.cli.results import add_json_option, line_writer
 
 SHAPES = ("deepseek-v2-lite:layers=4", "tiny-reasoner")
 GENERATED = 128
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shape", default=None, help=f"default: {' and '.join(SHAPES)}")
     parser.add_argument("--directory", default=None, help="on the disk to measure")
-    parser.add_argument("--jsonl", type=Path, help="append the results to this file")
+    add_json_option(parser)
     parser.add_argument("--phase", choices=("cold", "disk"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.phase:
@@ -162,9 +163,8 @@ def main() -> None:
             f"per generated token {row['decode_ms']:.3f} ms, {row['decode_writing_ms']:.3f} ms while writing",
             flush=True,
         )
-        if args.jsonl:
-            with args.jsonl.open("a") as stream:
-                print(json.dumps({**environment, **row}), file=stream)
+        with line_writer(args.json) as write:
+            write({**environment, **row})
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ the right answer.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moejet import LLM, SamplingParams
+from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 from moejet.policy import ForceContinuation, ThinkingBudget
 from moejet.reasoning import (
     MCTS,
@@ -247,18 +247,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--only", nargs="*", metavar="PART", help="strategies whose name holds it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append a line")
+    add_json_option(parser)
     args = parser.parse_args()
+    environment = describe_environment()
     with LLM(args.model, num_threads=1, max_num_requests=128) as llm:
         bench = Bench(llm, args)
         run(bench)
     rows = report(bench)
-    for row in rows:
-        print(json.dumps(row))
-    if args.json is not None:
-        settings = {k: v for k, v in vars(args).items() if k not in ("json", "only")}
-        with args.json.open("a") as file:
-            file.write(json.dumps({"kind": "reasoning", **settings, "rows": rows}) + "\n")
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "only")}
+    with line_writer(args.json) as write:
+        write({"bench": "reasoning", **environment, "threads": 1, **settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
+
 ENGINE = Path(__file__).resolve().parent.parent / "engine"
 HOST = "127.0.0.1"
 NUM_CLIENTS = 8
@@ -235,7 +238,6 @@ async def measure(args: argparse.Namespace, port: int) -> dict[str, Any]:
         if value - before[name] > (MOST_MB if name.endswith("_mb") else 0)
     ]
     return {
-        "bench": "serve_leaks",
         "rounds": done,
         "seconds": round(seconds, 1),
         "before": before,
@@ -243,7 +245,6 @@ async def measure(args: argparse.Namespace, port: int) -> dict[str, Any]:
         "idle": found,
         "after_idle": last,
         "leaks": leaks,
-        "cores": len(os.sched_getaffinity(0)),
     }
 
 
@@ -254,9 +255,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--sockets", type=int, default=2000)
     parser.add_argument("--header-timeout", type=float, default=20.0, help="of the server, seconds")
+    add_json_option(parser, "-")
     args = parser.parse_args(arguments)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    provenance = describe_environment()
     environment = {**os.environ, "PYTHONPATH": str(ENGINE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "moejet", "serve", "--port", "0", "--no-access-log"]
     command += ["--header-timeout", str(args.header_timeout)]
@@ -278,7 +281,8 @@ def main(arguments: list[str] | None = None) -> int:
             log.seek(0)
             num_tracebacks = log.read().count("Traceback")
     result |= {"exit_code": server.returncode, "tracebacks": num_tracebacks}
-    print(json.dumps(result))
+    with line_writer(args.json) as write:
+        write({"bench": "serve_leaks", **provenance, **result})
     is_good = not result["leaks"] and result["idle"]["closed"] == args.sockets
     return 0 if is_good and not result["tracebacks"] and not server.returncode else 1
 

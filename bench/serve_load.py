@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -32,6 +31,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 
 ENGINE = Path(__file__).resolve().parent.parent / "engine"
 NUM_QUESTIONS = 32
@@ -250,7 +252,6 @@ async def measure(args: argparse.Namespace, server: int, port: int) -> dict[str,
     tenth = max(1, len(sizes) // 10)
     final = await ask(port, 0, None, None)
     return {
-        "bench": "serve_load",
         "clients": args.clients,
         "seconds": round(duration_s, 1),
         **{
@@ -273,8 +274,6 @@ async def measure(args: argparse.Namespace, server: int, port: int) -> dict[str,
         "engine_rss_mb": {"last": sizes[-1][1], "max": max(s for _, s in sizes)},
         "answers_after": final == REFERENCE[0],
         "wrong": tally.wrong[:3],
-        "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
     }
 
 
@@ -298,7 +297,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--max-queued-requests", type=int, default=150)
     parser.add_argument("--max-num-requests", type=int, default=64)
+    add_json_option(parser, "-")
     args = parser.parse_args()
+    provenance = describe_environment()
     environment = {**os.environ, "PYTHONPATH": str(ENGINE), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
@@ -327,7 +328,9 @@ def main() -> int:
             code = server.wait(60)
             log.seek(0)
             lines = [line for line in log if "Traceback" in line]
-    print(json.dumps({**result, "exit_code": code, "tracebacks": len(lines)}))
+    ending = {"exit_code": code, "tracebacks": len(lines)}
+    with line_writer(args.json) as write:
+        write({"bench": "serve_load", **provenance, **result, **ending})
     is_good = not (result["lost"] or result["crossed"] or lines or code) and result["answers_after"]
     return 0 if is_good else 1
 

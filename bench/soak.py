@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import ctypes
 import gc
-import json
 import os
 import random
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 
 from moejet import LLM, AsyncLLM, QueueFullError, RequestStream, SamplingParams, StreamDelta
 from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 from moejet.testing import arithmetic
 
 MAX_TOKENS = 160
@@ -183,6 +183,7 @@ def resident_bytes() -> int:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
+    environment = describe_environment()
     with LLM(**ENGINE) as alone:
         cases = make_cases(alone, args.cases, args.seed)
     llm = AsyncLLM(**ENGINE, max_queued_requests=args.clients // 3 or 1)
@@ -200,7 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     llm._thread.engine.scheduler.check_integrity()
     return {
         "bench": "soak",
-        **describe_environment(),
+        **environment,
         "minutes": args.minutes,
         "clients": args.clients,
         "loops": args.loops,
@@ -225,8 +226,11 @@ def main() -> int:
     parser.add_argument("--loops", type=int, default=2, help="event loops, each on its own thread")
     parser.add_argument("--cases", type=int, default=60, help="different prompts")
     parser.add_argument("--seed", type=int, default=1)
-    result = run(parser.parse_args())
-    print(json.dumps(result))
+    add_json_option(parser, "-")
+    args = parser.parse_args()
+    result = run(args)
+    with line_writer(args.json) as write:
+        write(result)
     is_good = not (result["wrong"] or result["errors"] or result["leaked_blocks"])
     return 0 if is_good and float(str(result["growth"])) <= MAX_GROWTH else 1
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import time
 
 from moejet import LLM, AsyncLLM, SamplingParams
 from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 
 
 def params(num_tokens: int, seed: int) -> SamplingParams:
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("-b", "--batches", default="1,16")
     parser.add_argument("-n", "--tokens", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=3)
+    add_json_option(parser, "-")
     args = parser.parse_args()
     batches = [int(text) for text in args.batches.split(",")]
     options = {
@@ -69,6 +70,7 @@ def main() -> None:
         "max_context": 4 * args.tokens,
         "prefix_caching": False,
     }
+    environment = describe_environment()
     rates: dict[tuple[str, int], list[float]] = {}
     llm = LLM.synthetic(args.shape, **options)
     for _ in range(args.repeat):
@@ -86,7 +88,6 @@ def main() -> None:
                     rates.setdefault(("streams", batch), []).append(rate)
 
     asyncio.run(all_streams())
-    environment = describe_environment()
     for batch in batches:
         row = {"bench": "streams", **environment, "shape": args.shape, "format": args.format}
         row |= {"batch": batch, "tokens": args.tokens}
@@ -97,7 +98,8 @@ def main() -> None:
         row["gain_over_one_stream"] = row["streams_tokens_per_s"] / statistics.median(
             rates["streams", batches[0]]
         )
-        print(json.dumps(row), flush=True)
+        with line_writer(args.json) as write:
+            write(row)
 
 
 if __name__ == "__main__":

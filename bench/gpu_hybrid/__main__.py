@@ -25,7 +25,8 @@ from typing import Any, TextIO
 from cases import CASES, FULL, TINY, Case
 from measure import KINDS, summary
 
-from moejet.cli.environment import describe_environment
+from moejet.cli.environment import describe_environment, moment
+from moejet.cli.results import line_writer
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "results" / "gpu_hybrid.jsonl"
@@ -109,8 +110,8 @@ class Runner:
         print(f"{case.name}: {figures['measure']}: {summary(figures)}", flush=True)
         described = {"case": case.name, "shape": case.shape, "options": case.options}
         self._results.parent.mkdir(parents=True, exist_ok=True)
-        with self._results.open("a") as out:
-            print(json.dumps({**self._facts, **described, **figures}), file=out)
+        with line_writer(self._results) as write:
+            write({**self._facts, **moment(), **described, **figures})
 
 
 def _lines(stream: TextIO | None) -> queue.Queue[str | None]:

@@ -8,7 +8,6 @@ Selectors see candidates only, never the right answer. Prints a table and one JS
 """
 
 import argparse
-import json
 import math
 import time
 from collections import Counter
@@ -24,6 +23,8 @@ from tokenizer import ASSISTANT, BOS, END_THINK, THINK, USER
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from moejet.cli.environment import describe_environment
+from moejet.cli.results import line_writer
 from moejet.testing import arithmetic as ar
 
 
@@ -203,7 +204,9 @@ def main() -> None:
             f"[{d_low:+.3f}, {d_high:+.3f}]  {used:.0f}"
         )
         result[name] = [round(x, 4) for x in (mean, low, high, diff, d_low, d_high)]
-    print(json.dumps({**result, "wall_s": round(time.monotonic() - started)}))
+    with line_writer("-") as write:
+        wall_s = round(time.monotonic() - started)
+        write({"bench": "tiny_evaluate", **describe_environment(), **result, "wall_s": wall_s})
 
 
 if __name__ == "__main__":

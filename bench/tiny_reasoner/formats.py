@@ -7,7 +7,6 @@ same questions. Intervals are Wilson's, 95 %. GGUF's K types need rows of 256 we
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 from evaluate import wilson
 
 from moejet import LLM, SamplingParams
+from moejet.cli.environment import describe_environment
+from moejet.cli.results import add_json_option, line_writer
 from moejet.testing import arithmetic
 from moejet.testing.gguf_files import write_gguf
 from moejet.testing.quantised import quantise_checkpoint
@@ -38,10 +39,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--problems", type=int, default=300)
-    parser.add_argument("--json", type=Path)
+    add_json_option(parser)
     args = parser.parse_args()
     source = resolve_model("tiny-reasoner")
     tokenizer = Tokenizer.from_path(source)
+    environment = describe_environment()
     posed = arithmetic.held_out_problems(args.problems, seed=0)
     prompts = []
     for _, question in posed:
@@ -74,11 +76,10 @@ def main() -> None:
             accuracy = right / len(posed)
             low, high = wilson(accuracy, len(posed))
             print(f"{label:24}{used:10}{accuracy:9.3f}  [{low:.3f}, {high:.3f}]", flush=True)
-            if args.json:
-                line = {"bench": "tiny_formats", "stored": label, "experts": used}
-                line |= {"problems": len(posed), "accuracy": accuracy, "interval": [low, high]}
-                with args.json.open("a", encoding="utf-8") as stream:
-                    print(json.dumps(line), file=stream)
+            line = {"bench": "tiny_formats", **environment, "stored": label, "experts": used}
+            line |= {"problems": len(posed), "accuracy": accuracy, "interval": [low, high]}
+            with line_writer(args.json) as write:
+                write(line)
 
 
 if __name__ == "__main__":

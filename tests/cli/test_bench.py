@@ -62,8 +62,8 @@ class FakeLLM:
 class FakeMeter:
     """Memory at 20 GB/s, then 10, then 20, ...; arithmetic at 0.25."""
 
-    def __init__(self):
-        self.reads = 0
+    def __init__(self, threads=2):
+        self.threads, self.reads = threads, 0
 
     def read(self, seconds=0.0):
         self.reads += 1
@@ -87,7 +87,7 @@ def loaded(monkeypatch):
         return models[-1]
 
     monkeypatch.setattr(options, "open_llm", open_fake)
-    monkeypatch.setattr(ceilings, "Meter", lambda pool, isa: FakeMeter())
+    monkeypatch.setattr(ceilings, "Meter", lambda pool, isa: FakeMeter(pool.num_threads))
     return models
 
 
@@ -189,8 +189,10 @@ def test_formats_and_threads_are_compared(moejet, loaded):
         ("bf16", 2),
     ]
     assert {row["arithmetic"] for row in rows} == {"int8"}
-    for key in ("commit", "dirty", "cpu", "versions", "isa", "time", "read_gbps", "samples_s"):
+    for key in (*environment.PROVENANCE, "isa", "read_gbps", "samples_s"):
         assert key in rows[0]
+    assert rows[0]["memory_read_gbps"] == 20.0
+    assert "avx2" in rows[0]["instruction_sets"]
 
 
 def test_json_and_csv_hold_the_same_rows(moejet, loaded):

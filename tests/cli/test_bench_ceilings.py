@@ -8,7 +8,7 @@ ARGUMENTS = ("bench", "ceilings", "--seconds", "0.01", "--megabytes", "8", "-t",
 
 
 def test_json_is_one_line_with_everything(moejet):
-    result = moejet(*ARGUMENTS, "--json")
+    result = moejet(*ARGUMENTS, "--json", "-")
     assert result.code == 0, result.err
     assert result.out.count("\n") == 1
     facts = json.loads(result.out)

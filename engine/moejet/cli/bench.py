@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 from moejet.cli import options
 from moejet.cli.bench_hybrid import HybridBench, write_report
-from moejet.cli.environment import describe_environment, summary
+from moejet.cli.environment import describe_environment, moment, summary
+from moejet.cli.plot import add_plot_option, check_plot, save_rows
+from moejet.cli.results import add_json_option, line_writer, written
 from moejet.cli.table import Column, Row, keep, percent, write_table
 from moejet.cli.terminal import note
 from moejet.config import DENSE_FORMATS, EXPERT_FORMATS
@@ -108,6 +110,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_arithmetic_option(parser)
     options.add_device_options(parser)
     parser.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md")
+    add_json_option(parser)
+    add_plot_option(parser, "tokens per second over the context's depth")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -119,7 +123,16 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError(f"-r {args.r} must be at least 1")
     if args.threads is not None and 0 in args.threads:
         raise ValueError("-t 0 must be a positive number of threads")
-    WRITERS[args.output](_measure_all(args, tests))
+    check_plot(args.plot)
+    kept: list[Row] = []
+    with line_writer(args.json) as write:
+        rows = keep(written(_measure_all(args, tests), write), kept)
+        if args.json == "-":
+            list(rows)
+        else:
+            WRITERS[args.output](rows)
+    if args.plot is not None:
+        save_rows(kept, args.plot)
     return 0
 
 
@@ -162,7 +175,6 @@ def open_llm(args: argparse.Namespace, engine_options: dict[str, Any]) -> "LLM":
 def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
     from moejet.ceilings import Meter
 
-    environment = describe_environment()
     for weight_format in args.format or [None]:
         for num_threads in args.threads or [None]:
             given = {
@@ -181,9 +193,8 @@ def _measure_all(args: argparse.Namespace, tests: list[Case]) -> Iterator[Row]:
             with open_llm(args, {k: v for k, v in given.items() if v is not None}) as llm:
                 runner = _runner_of(llm)
                 meter = Meter(runner.pool, isa=runner.isa)
-                meter.read()
-                subject = _describe_model(args, llm)
-                common = {"bench": "model", **environment, **subject}
+                common = {"bench": "model", **describe_environment(meter)}
+                common |= _describe_model(args, llm)
                 hybrid = None if llm.config.device == "cpu" else HybridBench(llm)
                 yield from measure(llm, tests, args.r, common, meter, hybrid)
 
@@ -220,6 +231,7 @@ def measure(
         steps = None if hybrid is None else hybrid.figures(test, repetitions, read_gbps)
         yield {
             **common,
+            **moment(),
             "test": test.name,
             "num_tokens": test.num_tokens,
             "depth": test.depth,
@@ -295,7 +307,6 @@ def _describe_model(args: argparse.Namespace, llm: "LLM") -> Row:
         "dense": llm.config.dense_format,
         "cache": llm.config.cache_dtype,
         "device": llm.config.device,
-        "threads": runner.pool.num_threads,
         "isa": runner.isa,
         "arithmetic": llm.config.arithmetic,
     }

@@ -6,12 +6,12 @@ machine lacks is listed with the reason.
 """
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 from moejet import topology
 from moejet.cli import options
 from moejet.cli.environment import describe_environment, summary
+from moejet.cli.results import add_json_option, line_writer
 from moejet.cli.terminal import note
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moejet bench ceilings`."""
     parser.epilog = __doc__
-    parser.add_argument("--json", action="store_true", help="print one JSON object in one line")
+    add_json_option(parser)
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument(
         "--seconds", type=float, default=0.5, metavar="X", help="for each figure (default 0.5)"
@@ -38,27 +38,27 @@ def execute(args: argparse.Namespace) -> int:
     if args.megabytes is not None and args.megabytes < 1:
         raise ValueError(f"--megabytes {args.megabytes} must be at least 1")
     options.quiet_openmp()
-    from moejet.ceilings import measure_ceilings, read_buffer_bytes
+    from moejet.ceilings import Meter, measure_ceilings, read_buffer_bytes
     from moejet.experts.cpu_experts import create_pool
 
-    environment = describe_environment()
     num_bytes = args.megabytes << 20 if args.megabytes else read_buffer_bytes()
     caches = topology.all_caches_bytes(topology.allowed_cpus())
     pool = create_pool(args.threads)
     try:
+        environment = describe_environment(Meter(pool, num_bytes=num_bytes))
         ceilings = measure_ceilings(pool, seconds=args.seconds, num_bytes=num_bytes)
     finally:
         pool.close()
     facts: dict[str, Any] = {
         "bench": "ceilings",
         **environment,
-        "threads": pool.num_threads,
         "buffer_bytes": num_bytes,
         "last_level_cache_bytes": caches,
         "ceilings": [ceiling.as_dict() for ceiling in ceilings],
     }
-    if args.json:
-        print(json.dumps(facts))
+    with line_writer(args.json) as write:
+        write(facts)
+    if args.json == "-":
         return 0
     print(render(ceilings))
     for reason in dict.fromkeys(c.reason for c in ceilings if c.reason):

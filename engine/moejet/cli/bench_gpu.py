@@ -7,14 +7,14 @@ Answers are compared with the peer's first; a wrong one is not timed and makes t
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 from moejet.cli import options
-from moejet.cli.environment import describe_environment, summary
+from moejet.cli.environment import describe_environment, moment, summary
+from moejet.cli.plot import add_plot_option, check_plot, save_rows
+from moejet.cli.results import add_json_option, line_writer, written
 from moejet.cli.table import Column, Row, keep, percent, write_table
 from moejet.cli.terminal import note
 
@@ -28,13 +28,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vram", type=float, metavar="GIB", help="use at most so much of the GPU's memory"
     )
-    parser.add_argument(
-        "--json", metavar="FILE", help="append one JSON line per case to FILE, '-': print them"
-    )
+    add_json_option(parser)
+    add_plot_option(parser, "the roofline of this run with the measured points")
 
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    check_plot(args.plot)
     options.quiet_openmp()
     import torch
 
@@ -52,18 +52,17 @@ def execute(args: argparse.Namespace) -> int:
     if args.vram is not None:
         _limit_memory(args.vram)
     environment = describe_environment()
-    with ExitStack() as stack:
-        rows = _measure_all(kernels, environment)
+    kept: list[Row] = []
+    with line_writer(args.json) as write:
+        rows = keep(written(_measure_all(kernels, environment), write), kept)
         if args.json == "-":
-            rows = _write_lines(sys.stdout, rows)
-            wrong = sum(row["ms_p50"] is None for row in rows)
+            list(rows)
         else:
-            if args.json:
-                rows = _write_lines(stack.enter_context(open(args.json, "a")), rows)
-            kept: list[Row] = []
-            write_table(_COLUMNS, keep(rows, kept))
-            wrong = sum(row["ms_p50"] is None for row in kept)
+            write_table(_COLUMNS, rows)
             note(summary(environment))
+    wrong = sum(row["ms_p50"] is None for row in kept)
+    if args.plot is not None:
+        save_rows(kept, args.plot)
     if wrong:
         print(f"moejet: error: {wrong} cases gave a wrong answer", file=sys.stderr)
     return 1 if wrong else 0
@@ -78,12 +77,6 @@ def _limit_memory(vram_gib: float) -> None:
             f"--vram {vram_gib} must be above 0 and at most the {total / 2**30:.1f} GiB of this GPU"
         )
     torch.cuda.set_per_process_memory_fraction(vram_gib * 2**30 / total)
-
-
-def _write_lines(out: Any, rows: Iterator[Row]) -> Iterator[Row]:
-    for row in rows:
-        print(json.dumps(row), file=out, flush=True)
-        yield row
 
 
 def _measure_all(kernels: list[str], environment: dict[str, Any]) -> Iterator[Row]:
@@ -110,7 +103,7 @@ def _measure_all(kernels: list[str], environment: dict[str, Any]) -> Iterator[Ro
     )
     for kernel in kernels:
         for case in cases_of(kernel, card):
-            yield {**facts, "kernel": kernel, "case": case.name, **_measure(case)}
+            yield {**facts, **moment(), "kernel": kernel, "case": case.name, **_measure(case)}
             torch.cuda.empty_cache()
 
 

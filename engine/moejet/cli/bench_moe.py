@@ -9,15 +9,16 @@ the calls; "x roofline" is the time over the longer of the two times that these 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING
 
 from moejet.cli import options
-from moejet.cli.environment import describe_environment, summary
-from moejet.cli.table import Column, Row, percent, write_table
+from moejet.cli.environment import describe_environment, moment, summary
+from moejet.cli.plot import add_plot_option, check_plot, save_rows
+from moejet.cli.results import add_json_option, line_writer, written
+from moejet.cli.table import Column, Row, keep, percent, write_table
 from moejet.cli.terminal import note
 from moejet.config import EXPERT_FORMATS, GGUF_FORMATS
 from moejet.presets import PRESETS
@@ -70,9 +71,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
     options.add_isa_option(parser)
     options.add_arithmetic_option(parser)
-    parser.add_argument(
-        "--json", metavar="FILE", help="append one JSON line per case to FILE, '-': print them"
-    )
+    add_json_option(parser)
+    add_plot_option(parser, "the roofline of this run with the measured points")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -86,36 +86,28 @@ def execute(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
     if 0 in args.tokens:
         raise ValueError("--tokens 0 must be a positive number of tokens")
+    check_plot(args.plot)
     options.quiet_openmp()
     from moejet.testing.moe_bench import WrongAnswerError
 
-    environment = describe_environment()
+    kept: list[Row] = []
     with ExitStack() as stack:
-        rows = _measure_all(args, environment, stack)
-        if args.json:
-            is_stdout = args.json == "-"
-            out = sys.stdout if is_stdout else stack.enter_context(open(args.json, "a"))
-            rows = _write_lines(out, rows)
+        write = stack.enter_context(line_writer(args.json))
+        rows = keep(written(_measure_all(args, stack), write), kept)
         try:
             if args.json == "-":
                 list(rows)
-            elif write_table(_COLUMNS, rows):
-                note(summary(environment))
+            elif last := write_table(_COLUMNS, rows):
+                note(summary(last))
         except WrongAnswerError as error:
             print(f"moejet: error: {error}", file=sys.stderr)
             return 1
+    if args.plot is not None:
+        save_rows(kept, args.plot)
     return 0
 
 
-def _write_lines(out: TextIO, rows: Iterator[Row]) -> Iterator[Row]:
-    for row in rows:
-        print(json.dumps(row), file=out, flush=True)
-        yield row
-
-
-def _measure_all(
-    args: argparse.Namespace, environment: dict[str, Any], stack: ExitStack
-) -> Iterator[Row]:
+def _measure_all(args: argparse.Namespace, stack: ExitStack) -> Iterator[Row]:
     from moejet.ceilings import Meter
     from moejet.experts.cpu_experts import create_pool
     from moejet.extension import resolve_isa
@@ -124,8 +116,8 @@ def _measure_all(
     pool = create_pool(args.threads)
     stack.callback(pool.close)
     meter = Meter(pool, isa=isa)
-    meter.read()  # takes its memory before the weights are fitted into the rest
-    common = {"bench": "moe", **environment, "isa": isa, "threads": pool.num_threads}
+    # The meter takes its memory before the weights are fitted into the rest.
+    common = {"bench": "moe", **describe_environment(meter), "isa": isa}
     for shape_name in args.shape:
         for weight_format in args.format:
             shape, layers = _make_layers(args, shape_name, weight_format, pool, isa)
@@ -142,7 +134,7 @@ def _measure_all(
             }
             for num_tokens in args.tokens:
                 row = _measure(layers, shape, num_tokens, meter, args.seconds)
-                yield {**common, **subject, "tokens": num_tokens, **row}
+                yield {**common, **moment(), **subject, "tokens": num_tokens, **row}
             layers.clear()  # before the next ones are made
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import moejet
 from moejet.cli import options
 from moejet.cli.effort import add_effort_option, template_of, with_level
+from moejet.cli.plot import add_plot_option, check_plot, save_accuracy
 from moejet.cli.terminal import note
 from moejet.progress import ProgressLine, bar, duration
 
@@ -102,12 +103,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--json", type=Path, metavar="OUT.json", help="write the report as JSON")
     group.add_argument("--report", type=Path, metavar="OUT.md", help="write the report as Markdown")
-    group.add_argument(
-        "--plot",
-        type=Path,
-        metavar="OUT.png",
-        help="draw accuracy against tokens (needs matplotlib: pip install 'moejet[plot]')",
-    )
+    add_plot_option(group, "accuracy against tokens")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
 
 
@@ -144,14 +140,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--resume needs --out, the file to go on with")
     if args.texts and args.out is None:
         raise ValueError("--texts needs --out, the file to keep them in")
-    for name in ("out", "json", "report", "plot"):
+    for name in ("out", "json", "report"):
         path = getattr(args, name)
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"--{name} {path}: there is no directory {path.parent}")
-    if args.plot is not None:
-        from moejet.reasoning.eval_plot import check_plot
-
-        check_plot(args.plot)
+    check_plot(args.plot)
 
 
 def _seed(args: argparse.Namespace) -> int:
@@ -344,7 +337,7 @@ def _write(found: dict[str, Any], args: argparse.Namespace) -> None:
     writers: list[tuple[Path | None, Callable[[Path], object]]] = [
         (args.json, lambda path: path.write_text(json.dumps(found, indent=1) + "\n")),
         (args.report, lambda path: path.write_text(eval_report.markdown(found))),
-        (args.plot, lambda path: eval_plot.save_plot(points, path, f"{args.model} on {args.file}")),
+        (args.plot, lambda path: save_accuracy(points, path, f"{args.model} on {args.file}")),
     ]
     for path, write in writers:
         if path is not None:

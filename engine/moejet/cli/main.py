@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "bench ceilings": ("moejet.cli.bench_ceilings", "measure what this machine can do at most"),
     "bench moe": ("moejet.cli.bench_moe", "measure one layer of routed experts"),
     "bench gpu": ("moejet.cli.bench_gpu", "measure the GPU kernels"),
+    "bench compare": ("moejet.cli.bench_compare", "compare two files of results"),
 }
 
 # Of the input, the machine or the network; all others are bugs.

@@ -1,14 +1,12 @@
-"""Accuracy against tokens: as text, and as a picture where matplotlib is installed."""
+"""Accuracy against tokens, as text; `moejet.cli.plot` draws the same points."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-PICTURES = (".png", ".pdf", ".svg")
 MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -68,42 +66,3 @@ def text_plot(points: Sequence[Point], *, width: int = 60, height: int = 13) -> 
         mark = MARKS[index % len(MARKS)]
         lines.append(f"{'':8}{mark} {point.name}: {point.accuracy:.3f} at {point.tokens:.0f}")
     return "\n".join(lines)
-
-
-def check_plot(path: Path) -> None:
-    """Raises what `save_plot` would raise once everything has been computed."""
-    if path.suffix not in PICTURES:
-        raise ValueError(f"--plot {path} must end with one of {', '.join(PICTURES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install 'moejet[plot]'") from error
-
-
-def save_plot(points: Sequence[Point], path: Path, title: str) -> None:
-    """A picture in the format that the path's ending names. Needs matplotlib."""
-    check_plot(path)
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import StrMethodFormatter
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for point in points:
-        below, above = point.accuracy - point.low, point.high - point.accuracy
-        axes.errorbar(
-            [point.tokens],
-            [point.accuracy],
-            yerr=[[below], [above]],
-            fmt="o",
-            capsize=4,
-            label=point.name,
-        )
-    axes.set_xscale("log")
-    for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        axis_formatter(StrMethodFormatter("{x:.0f}"))
-    axes.set_xlabel("tokens of a run")
-    axes.set_ylabel("accuracy (pass@1), 95 % intervals")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
