@@ -24,7 +24,7 @@ from moejet.cli.environment import describe_environment
 from moejet.cli.results import add_json_option, line_writer
 from moejet.config import EngineConfig, ModelConfig
 from moejet.experts.cpu_experts import CpuExperts, create_pool
-from moejet.layers.linear import DenseWeights
+from moejet.layers.dense import DenseWeights
 from moejet.loading import create_model
 from moejet.presets import parse_preset
 from moejet.testing.byte_tokenizer import write_tokenizer

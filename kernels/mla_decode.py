@@ -13,8 +13,6 @@ first find them in L2.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -23,9 +21,7 @@ from torch import Tensor
 from moejet.kernels.card import card_of, on_own_device
 from moejet.kernels.mla_decode_plan import LEAST_TILES, Tiles, choose_splits, choose_tiles
 from moejet.latent_layout import scales_begin, scales_end
-
-if TYPE_CHECKING:
-    from moejet.ops.mla_decode import PrefixGroups
+from moejet.prefix_groups import PrefixGroups
 
 _LOG2_E = 1.4426950408889634
 _DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

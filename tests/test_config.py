@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from moejet.config import EngineConfig, ModelConfig, env_max_isa, env_num_threads, use_reference
+from moejet.config import EngineConfig, ModelConfig
+from moejet.environment import env_max_isa, env_num_threads, use_reference
 from moejet.presets import PRESETS
 
 V3 = {
@@ -222,7 +223,9 @@ def test_presets_have_published_parameter_counts():
     }
     for name, billions in published.items():
         config = PRESETS[name]
-        total = config.num_dense_parameters + config.num_expert_parameters
+        expert = 3 * config.hidden_size * config.moe_intermediate_size
+        experts = config.num_moe_layers * config.num_experts * expert
+        total = config.num_dense_parameters + experts
         assert total / 1e9 == pytest.approx(billions, rel=0.01), name
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moejet.chat_template import ChatTemplate
-from moejet.reasoning.parser import detect_think_tags, prompt_opens_thinking, split_reasoning
+from moejet.thinking import detect_think_tags, prompt_opens_thinking, split_reasoning
 
 chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
 

@@ -124,7 +124,6 @@ def test_a_full_cache_does_not_look_like_a_dead_engine(path):
         prompts = [[10 + i] * 15 for i in range(4)]
         params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         expected = [r.outputs[0].token_ids for r in llm.generate(prompts, params)]
-        llm.engine.block_pool.forget_all()
         execute = llm.engine.runner.execute
 
         def poisoned(batch):

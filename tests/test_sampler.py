@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from moejet.ops.sample import sample_tokens, sample_tokens_ref
+from moejet.ops.sample import sample_tokens
+from moejet.ops.sample_ref import sample_tokens_ref
 from moejet.request import Request, SamplingParams
 from moejet.sampler import BadLogitsError, adjust_logits, derive_seed, sample, uniform
 

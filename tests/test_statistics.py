@@ -7,7 +7,8 @@ import torch
 
 from moejet import LLM, SamplingParams
 from moejet.engine_counters import EngineCounters
-from moejet.statistics import TokenScores, TokenStatistics, token_scores
+from moejet.ops.token_scores import token_scores
+from moejet.statistics import TokenScores, TokenStatistics
 from moejet.testing.checkpoints import tiny_checkpoint
 
 

@@ -16,9 +16,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
 from moejet.chat_template import ChatTemplate
+from moejet.resolve import TINY_REASONER, resolve_model
 from moejet.testing.byte_tokenizer import CHAT_TEMPLATE, write_tokenizer
 from moejet.tokenizer import IncrementalDecoder, Tokenizer
-from moejet.weights import TINY_REASONER, resolve_model
 
 transformers = pytest.importorskip("transformers")
 

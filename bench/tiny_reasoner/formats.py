@@ -16,11 +16,11 @@ from evaluate import wilson
 from moejet import LLM, SamplingParams
 from moejet.cli.environment import describe_environment
 from moejet.cli.results import add_json_option, line_writer
+from moejet.resolve import resolve_model
 from moejet.testing import arithmetic
 from moejet.testing.gguf_files import write_gguf
 from moejet.testing.quantised import quantise_checkpoint
 from moejet.tokenizer import Tokenizer
-from moejet.weights import resolve_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=400)
 GGUF_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0", "Q4_1")

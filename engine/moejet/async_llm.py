@@ -250,6 +250,10 @@ class AsyncLLM:
         """The checkpoint's tokenizer. Raises ValueError for a synthetic model, which has none."""
         return self._llm.tokenizer
 
+    def describe(self) -> str:
+        """See `LLM.describe`."""
+        return self._llm.describe()
+
     def default_sampling(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends; temperature 1 where it is silent."""
         return self._llm.default_sampling()

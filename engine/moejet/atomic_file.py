@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp"
+FREE_BYTES = 1 << 30  # of the user's disk, that caches leave free
 _COUNTER = itertools.count()
 
 

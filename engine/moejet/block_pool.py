@@ -110,15 +110,6 @@ class BlockPool:
         """Changes before a block gets other contents. Any thread may ask."""
         return self._generations[block]
 
-    def forget_all(self) -> None:
-        """No block can be found any more; idle ones become unused."""
-        for digest, block in self._by_hash.items():
-            assert self._hash_of[block] == digest
-            self._hash_of[block] = None
-        self._by_hash.clear()
-        self._unused += self._idle
-        self._idle.clear()
-
     def check_integrity(self, block_tables: Sequence[Sequence[int]]) -> None:
         """Asserts that the tables hold exactly the references counted, and that no block is lost or found wrongly."""
         held = [0] * self.num_blocks

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moejet.output import OutputAssembler
 from moejet.policy import Stop, TokenPolicy
-from moejet.reasoning.parser import split_reasoning
 from moejet.request import CompletionOutput, FinishReason, Request, SamplingParams
 from moejet.sample_state import SampleState
 from moejet.sampler import derive_seed
 from moejet.statistics import TokenStatistics
+from moejet.thinking import split_reasoning
 
 if TYPE_CHECKING:
     from moejet.engine import Engine

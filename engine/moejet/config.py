@@ -1,4 +1,4 @@
-"""Model and engine configuration, and everything read from the environment.
+"""Model and engine configuration.
 
 Hugging Face's config.json is read by `moejet.hf_config`. Published dimensions of real models are in `moejet.presets`.
 """
@@ -6,20 +6,18 @@ Hugging Face's config.json is read by `moejet.hf_config`. Published dimensions o
 from __future__ import annotations
 
 import difflib
-import logging
 import math
-import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from moejet.hf_config import Quantization, read_hf_config
 from moejet.rope_config import RopeConfig
 
 ExpertFormat = Literal["auto", "native", "int4_g32", "int8", "fp8", "bf16", "fp32"]
 DenseFormat = Literal["auto", "native", "int8", "int4_g32", "fp8", "bf16", "fp32"]
 CacheDtype = Literal["fp8", "bf16", "fp32"]
 Arithmetic = Literal["bf16", "int8"]
-Quantization = Literal["fp8", "int4", "gguf"]
 # Packed formats; "auto" and "native" stand for one of them, by the checkpoint.
 EXPERT_FORMATS: tuple[str, ...] = get_args(ExpertFormat)[2:]
 _NATIVE_FORMATS: dict[Quantization | None, ExpertFormat] = {
@@ -119,14 +117,8 @@ class ModelConfig:
         return float(self.qk_head_dim**-0.5 * self.rope.softmax_mscale)
 
     @property
-    def num_expert_parameters(self) -> int:
-        """Weights of all routed experts."""
-        expert = 3 * self.hidden_size * self.moe_intermediate_size
-        return self.num_moe_layers * self.num_experts * expert
-
-    @property
     def num_dense_parameters(self) -> int:
-        """Weights of everything else; norms and biases are too small to count."""
+        """Weights of all but routed experts; norms and biases are too small to count."""
         heads, q_in = self.num_attention_heads, self.q_lora_rank or self.hidden_size
         attention = (self.q_lora_rank or 0) * self.hidden_size + q_in * heads * self.qk_head_dim
         attention += self.hidden_size * self.latent_dim
@@ -182,9 +174,7 @@ class ModelConfig:
 
         Raises ValueError naming the key, its value and what is supported, if the model cannot be computed exactly.
         """
-        from moejet.hf_config import read_hf_config
-
-        return read_hf_config(source)
+        return cls(**read_hf_config(source))
 
 
 def _require_positive(name: str, value: Any) -> None:
@@ -375,107 +365,3 @@ def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{hint}")
-
-
-def env_max_isa() -> str | None:
-    """MOEJET_MAX_ISA: the widest instruction set that "auto" may choose; it can only lower."""
-    value = os.environ.get("MOEJET_MAX_ISA")
-    if value is not None and value not in ISAS:
-        raise ValueError(f"MOEJET_MAX_ISA={value!r} is not one of {', '.join(ISAS)}")
-    return value
-
-
-def env_num_threads() -> int | None:
-    """MOEJET_NUM_THREADS: CPU workers, where the engine option is not given."""
-    value = os.environ.get("MOEJET_NUM_THREADS")
-    if value is None:
-        return None
-    if not value.isdigit() or int(value) == 0:
-        raise ValueError(f"MOEJET_NUM_THREADS={value!r} must be a positive integer")
-    return int(value)
-
-
-def openmp_spins() -> bool:
-    """Whether idle OpenMP threads keep their cores busy for a while: so unless its variables say otherwise."""
-    names = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
-    return not passive and not any(name in os.environ for name in names)
-
-
-def env_numa_nodes() -> int | None:
-    """MOEJET_NUMA_NODES: memory nodes to divide weights among, in place of the machine's.
-
-    1 switches the division off. Any other number that is not the machine's makes virtual nodes: workers and weights are
-    divided as they would be, but memory is not placed (for tests).
-    """
-    value = os.environ.get("MOEJET_NUMA_NODES")
-    if value is None:
-        return None
-    if not value.isdigit() or not 1 <= int(value) <= 64:
-        raise ValueError(f"MOEJET_NUMA_NODES={value!r} must be an integer from 1 to 64")
-    return int(value)
-
-
-def env_cache_dir() -> Path | None:
-    """MOEJET_CACHE: where packed weights are kept, or "off"; default: moejet in the user's cache directory."""
-    value = os.environ.get("MOEJET_CACHE")
-    if value == "off":
-        return None
-    if value:
-        return Path(value).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "moejet"
-
-
-def env_device() -> str:
-    """MOEJET_DEVICE: what device="auto" stands for, auto or cpu or cuda."""
-    value = os.environ.get("MOEJET_DEVICE", "auto")
-    if value not in DEVICES[:3]:
-        raise ValueError(f"MOEJET_DEVICE={value!r} is not one of {', '.join(DEVICES[:3])}")
-    return value
-
-
-def env_worker_timeout() -> float:
-    """MOEJET_WORKER_TIMEOUT: seconds, beside 2 ns per multiplication, that CPU workers may take for a layer's experts.
-
-    Then a step on a GPU fails, instead of waiting for a worker that does not come back.
-    """
-    value = os.environ.get("MOEJET_WORKER_TIMEOUT", "3")
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise ValueError(f"MOEJET_WORKER_TIMEOUT={value!r} must be a number of seconds above 0")
-    return seconds
-
-
-def use_graphs() -> bool:
-    """MOEJET_EAGER=1: a GPU's steps are launched operation by operation, for debugging; 0: graphs where possible."""
-    value = os.environ.get("MOEJET_EAGER", "0")
-    if value not in ("0", "1"):
-        raise ValueError(f"MOEJET_EAGER={value!r} must be 0 or 1")
-    return value == "0"
-
-
-def env_api_key() -> str | None:
-    """MOEJET_API_KEY: a key that clients of `moejet serve` have to show, beside those of its options."""
-    return os.environ.get("MOEJET_API_KEY")
-
-
-def use_reference() -> bool:
-    """MOEJET_REF=1: every operation runs its slow torch reference (for bisecting)."""
-    value = os.environ.get("MOEJET_REF", "0")
-    if value not in ("0", "1"):
-        raise ValueError(f"MOEJET_REF={value!r} must be 0 or 1")
-    return value == "1"
-
-
-def env_log_level() -> int:
-    """MOEJET_LOG: debug, info, warning or error."""
-    value = os.environ.get("MOEJET_LOG", "warning").lower()
-    levels = {"debug": logging.DEBUG, "info": logging.INFO}
-    levels.update({"warning": logging.WARNING, "error": logging.ERROR})
-    if value not in levels:
-        raise ValueError(f"MOEJET_LOG={value!r} is not one of {', '.join(levels)}")
-    return levels[value]

@@ -23,8 +23,9 @@ from moejet import huge_pages
 from moejet.config import ModelConfig
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.extension import load_extension
+from moejet.layers.dense import GatedMLP
 from moejet.layers.gpu import GpuGatedMLP
-from moejet.layers.linear import GatedMLP, RMSNorm
+from moejet.layers.linear import RMSNorm
 from moejet.layers.mla import MLA
 from moejet.layers.moe import MoE
 

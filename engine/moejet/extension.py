@@ -5,7 +5,7 @@ from functools import cache
 from types import ModuleType
 from typing import Protocol
 
-from moejet.config import env_max_isa
+from moejet.environment import env_max_isa
 
 logger = logging.getLogger(__name__)
 

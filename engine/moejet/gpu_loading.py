@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moejet.config import EngineConfig, ModelConfig, env_device
+from moejet.config import EngineConfig, ModelConfig
+from moejet.environment import env_device
 from moejet.experts.bridge import CpuBridge, CudaStream, Stream
 from moejet.experts.cache_policy import CachePolicy
 from moejet.experts.cpu_experts import CpuExperts
@@ -20,6 +21,7 @@ from moejet.experts.expert_ring import ExpertRing
 from moejet.experts.hybrid_experts import HybridExperts
 from moejet.experts.placement import Placement
 from moejet.experts.resident_experts import ResidentExperts
+from moejet.experts.simulated_stream import SimulatedFetchStream, SimulatedStream
 from moejet.gpu_memory import (
     FETCH_BYTES,
     RESERVE_BYTES,
@@ -54,7 +56,7 @@ def choose_device(config: EngineConfig, model_config: ModelConfig) -> str:
     config: as `for_model` returns it.
     """
     wanted = env_device() if config.device == "auto" else config.device
-    obstacle = "" if wanted == "cpu" else _obstacle(config, model_config, wanted)
+    obstacle = "" if wanted == "cpu" else gpu_obstacle(config, model_config, wanted)
     if obstacle and wanted != "auto":
         raise ValueError(f"device={wanted!r} is not possible: {obstacle}")
     if obstacle and torch.cuda.is_available():
@@ -71,7 +73,7 @@ def choose_device(config: EngineConfig, model_config: ModelConfig) -> str:
     return device
 
 
-def _obstacle(config: EngineConfig, model_config: ModelConfig, device: str) -> str:
+def gpu_obstacle(config: EngineConfig, model_config: ModelConfig, device: str) -> str:
     """Why a GPU cannot be used, or nothing."""
     if device != "simulated":
         if not torch.cuda.is_available():
@@ -146,8 +148,6 @@ def create_gpu_runner(
         stream: Stream = CudaStream(place)
         fetches: FetchStream = CudaFetchStream(place)
     else:
-        from moejet.testing.simulated_stream import SimulatedFetchStream, SimulatedStream
-
         place = torch.device("cpu")
         simulated = SimulatedStream()
         stream, close, fetches = simulated, simulated.close, SimulatedFetchStream()

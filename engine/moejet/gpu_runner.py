@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from moejet.batch import Batch
-from moejet.config import EngineConfig, ModelConfig, use_graphs, use_reference
+from moejet.config import EngineConfig, ModelConfig
 from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
+from moejet.environment import use_graphs, use_reference
 from moejet.experts.bridge import CpuBridge
 from moejet.experts.expert_cache import ExpertCache
 from moejet.experts.expert_ring import ExpertRing, Transfers

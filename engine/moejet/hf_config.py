@@ -1,4 +1,4 @@
-"""From a Hugging Face config.json to a `ModelConfig`: the only reader of its keys.
+"""From a Hugging Face config.json to the fields of a `ModelConfig`: the only reader of its keys.
 
 A key that changes the computation and whose value we do not implement raises ValueError; keys that do not are ignored.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from moejet.config import ModelConfig, Quantization
 from moejet.json_file import read_json_object
 from moejet.rope_config import RopeConfig
+
+Quantization = Literal["fp8", "int4", "gguf"]
 
 # model_type -> (scoring_func, topk_method) where the file does not say.
 _FAMILIES: dict[str, tuple[str, str]] = {
@@ -22,8 +23,8 @@ _FAMILIES: dict[str, tuple[str, str]] = {
 }
 
 
-def read_hf_config(source: str | Path | dict[str, Any]) -> ModelConfig:
-    """See `ModelConfig.from_hf`."""
+def read_hf_config(source: str | Path | dict[str, Any]) -> dict[str, Any]:
+    """The fields; see `ModelConfig.from_hf`."""
     raw = source if isinstance(source, dict) else _read_config_json(Path(source))
     if "text_config" in raw and raw.get("model_type") in ("kimi_k25", "kimi_vl"):
         outer = raw
@@ -34,7 +35,7 @@ def read_hf_config(source: str | Path | dict[str, Any]) -> ModelConfig:
                 raw.setdefault(key, outer[key])
         if raw.get("model_type") == "kimi_k25":
             raw["model_type"] = "kimi_k2"
-    return _HfReader(raw).build()
+    return _HfReader(raw).fields()
 
 
 class _HfReader:
@@ -51,47 +52,49 @@ class _HfReader:
             )
         self.model_type: str = model_type
 
-    def build(self) -> ModelConfig:
+    def fields(self) -> dict[str, Any]:
         self._refuse_what_changes_the_result()
         scoring, method = _FAMILIES[self.model_type]
         quantization = self._quantization()
         # Only V2 files leave router keys out; elsewhere a missing key would be a silent guess.
         is_v2 = self.model_type == "deepseek_v2"
         n_group = self._int("n_group", 1 if is_v2 else None)
-        return ModelConfig(
-            model_type=self.model_type,
-            vocab_size=self._int("vocab_size"),
-            hidden_size=self._int("hidden_size"),
-            intermediate_size=self._int("intermediate_size"),
-            moe_intermediate_size=self._int("moe_intermediate_size"),
-            num_hidden_layers=self._int("num_hidden_layers"),
-            num_attention_heads=self._int("num_attention_heads"),
-            kv_lora_rank=self._int("kv_lora_rank"),
-            qk_nope_head_dim=self._int("qk_nope_head_dim"),
-            qk_rope_head_dim=self._int("qk_rope_head_dim"),
-            v_head_dim=self._int("v_head_dim"),
-            num_experts=self._int("n_routed_experts"),
-            num_experts_per_tok=self._int("num_experts_per_tok"),
-            num_shared_experts=self._int("n_shared_experts", 0),
-            first_k_dense_replace=self._first_moe_layer(),
-            q_lora_rank=self._int("q_lora_rank", 0) or None,
-            n_group=n_group,
-            topk_group=self._int("topk_group", n_group if is_v2 else None),
-            scoring_func=self._str("scoring_func", scoring),
-            topk_method=self._str("topk_method", method),
-            norm_topk_prob=bool(self.raw.get("norm_topk_prob", self.model_type != "deepseek_v2")),
-            routed_scaling_factor=self._float("routed_scaling_factor", 1.0 if is_v2 else None),
-            rms_norm_eps=self._float("rms_norm_eps", None),
-            rope=self._rope(),
-            rope_interleave=bool(self.raw.get("rope_interleave", True)),
-            max_position_embeddings=self._int("max_position_embeddings"),
-            tie_word_embeddings=bool(self.raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(self.raw.get("attention_bias", False)),
-            bos_token_id=next(iter(self._ids("bos_token_id")), None),
-            eos_token_ids=self._ids("eos_token_id"),
-            num_nextn_predict_layers=self._int("num_nextn_predict_layers", 0),
-            quantization=quantization,
-        )
+        return {
+            "model_type": self.model_type,
+            "vocab_size": self._int("vocab_size"),
+            "hidden_size": self._int("hidden_size"),
+            "intermediate_size": self._int("intermediate_size"),
+            "moe_intermediate_size": self._int("moe_intermediate_size"),
+            "num_hidden_layers": self._int("num_hidden_layers"),
+            "num_attention_heads": self._int("num_attention_heads"),
+            "kv_lora_rank": self._int("kv_lora_rank"),
+            "qk_nope_head_dim": self._int("qk_nope_head_dim"),
+            "qk_rope_head_dim": self._int("qk_rope_head_dim"),
+            "v_head_dim": self._int("v_head_dim"),
+            "num_experts": self._int("n_routed_experts"),
+            "num_experts_per_tok": self._int("num_experts_per_tok"),
+            "num_shared_experts": self._int("n_shared_experts", 0),
+            "first_k_dense_replace": self._first_moe_layer(),
+            "q_lora_rank": self._int("q_lora_rank", 0) or None,
+            "n_group": n_group,
+            "topk_group": self._int("topk_group", n_group if is_v2 else None),
+            "scoring_func": self._str("scoring_func", scoring),
+            "topk_method": self._str("topk_method", method),
+            "norm_topk_prob": bool(
+                self.raw.get("norm_topk_prob", self.model_type != "deepseek_v2")
+            ),
+            "routed_scaling_factor": self._float("routed_scaling_factor", 1.0 if is_v2 else None),
+            "rms_norm_eps": self._float("rms_norm_eps", None),
+            "rope": self._rope(),
+            "rope_interleave": bool(self.raw.get("rope_interleave", True)),
+            "max_position_embeddings": self._int("max_position_embeddings"),
+            "tie_word_embeddings": bool(self.raw.get("tie_word_embeddings", False)),
+            "attention_bias": bool(self.raw.get("attention_bias", False)),
+            "bos_token_id": next(iter(self._ids("bos_token_id")), None),
+            "eos_token_ids": self._ids("eos_token_id"),
+            "num_nextn_predict_layers": self._int("num_nextn_predict_layers", 0),
+            "quantization": quantization,
+        }
 
     def _refuse_what_changes_the_result(self) -> None:
         for key, supported in (

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from moejet import session
 from moejet.branch import Advance, Branch, Segment, Until
+from moejet.choices import describe_choices
 from moejet.config import EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.loading import build_engine, load_engine
@@ -86,6 +87,10 @@ class LLM:
         if self.engine.tokenizer is None:
             raise ValueError("this model has no tokenizer: pass token ids instead of text")
         return self.engine.tokenizer
+
+    def describe(self) -> str:
+        """In one line: formats, memory, threads, context, and whether a GPU helps."""
+        return describe_choices(self.engine)
 
     def default_sampling(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends; temperature 1 where it is silent."""

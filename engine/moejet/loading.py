@@ -16,24 +16,27 @@ from moejet import topology
 from moejet.block_pool import BlockPool
 from moejet.config import DEFAULT_MAX_CONTEXT, INVARIANT_ISAS, EngineConfig, ModelConfig
 from moejet.engine import Engine
+from moejet.environment import env_cache_dir
 from moejet.experts.cpu_experts import CpuExperts, create_pool
 from moejet.extension import resolve_isa
 from moejet.gpu_loading import choose_device, create_gpu_runner, vram_budget
 from moejet.gpu_runner import GpuRunner
 from moejet.json_file import read_json_object
-from moejet.layers.linear import DenseWeights
+from moejet.layers.dense import DenseWeights
 from moejet.model_cost import ModelCost
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.plan import GIB, Machine, make_plan, process_bytes
 from moejet.prefix_tier import attach_prefixes, prefix_directory
 from moejet.request import SamplingParams
+from moejet.resolve import resolve_model
 from moejet.runner import ModelRunner, Runner
 from moejet.step_head import read_step_head
 from moejet.tokenizer import Tokenizer
-from moejet.weights import Checkpoint, load_weights, resolve_model
+from moejet.weights.checkpoint import Checkpoint
 from moejet.weights.gguf_model import GgufCheckpoint
 from moejet.weights.gguf_tokenizer import gguf_tokenizer
 from moejet.weights.gpu_weights import GPU_LAYOUT_VERSION
+from moejet.weights.loader import load_weights
 from moejet.weights.packed_cache import (
     MIN_BYTES as MIN_CACHED_BYTES,
 )
@@ -42,7 +45,6 @@ from moejet.weights.packed_cache import (
     BackgroundWriter,
     CacheFile,
     PartlyFilled,
-    cache_directory,
     cache_key,
     weights_key,
 )
@@ -150,7 +152,7 @@ def _load(
 
 def _cache_file(engine: Engine, path: Path, key: dict[str, Any]) -> CacheFile | None:
     """Where the packed weights of this engine are kept, None if they are not. key: of `cache_key`."""
-    config, directory = engine.config, cache_directory()
+    config, directory = engine.config, env_cache_dir()
     if config.packed_cache == "off" or directory is None:
         return None
     cost = ModelCost.of(engine.model_config, config)

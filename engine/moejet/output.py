@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 
-from moejet.reasoning.parser import ThinkingParser
 from moejet.request import SamplingParams
+from moejet.thinking import ThinkingParser
 from moejet.tokenizer import IncrementalDecoder, Tokenizer
 
 

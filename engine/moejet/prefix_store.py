@@ -26,9 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from moejet import block_file
-from moejet.atomic_file import abandoned_files
+from moejet.atomic_file import FREE_BYTES, abandoned_files
 from moejet.block_file import BlockHeader, Bytes
-from moejet.weights.packed_cache import FREE_BYTES
 
 logger = logging.getLogger(__name__)
 

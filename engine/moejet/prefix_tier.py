@@ -22,7 +22,8 @@ import numpy as np
 from moejet import __version__
 from moejet.block_pool import BlockPool
 from moejet.cache_blocks import Bytes, CacheBlocks
-from moejet.config import EngineConfig, env_cache_dir, use_reference
+from moejet.config import EngineConfig
+from moejet.environment import env_cache_dir, use_reference
 from moejet.framed_file import fingerprint_of
 from moejet.prefix_store import PrefixStore
 

@@ -1,4 +1,4 @@
-"""A one-line progress display for terminals, and how shares and durations are written."""
+"""A one-line progress display for terminals, and how shares, durations, sizes and counts are written."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ def duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def gib(size: float) -> str:
+    """Bytes for people: GiB, or MiB below 0.1 GiB, or KiB below 0.1 MiB."""
+    if size >= 2**30 / 10:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.2f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.1f} KiB"
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """Such as 1 file, 2 files."""
+    return f"{number} {noun}{'' if number == 1 else plural}"

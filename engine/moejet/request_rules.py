@@ -7,8 +7,8 @@ from functools import cached_property
 from moejet.config import ModelConfig
 from moejet.grammar import GrammarCompiler, GrammarPolicy
 from moejet.policy import ThinkingBudget, TokenPolicy
-from moejet.reasoning.parser import prompt_opens_thinking
 from moejet.request import SamplingParams
+from moejet.thinking import prompt_opens_thinking
 from moejet.tokenizer import Tokenizer
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from moejet import huge_pages
 from moejet.batch import Batch
-from moejet.config import EngineConfig, ModelConfig, use_reference
+from moejet.config import EngineConfig, ModelConfig
 from moejet.cpu_program import CpuProgram
+from moejet.environment import use_reference
 from moejet.latent_layout import row_elements
-from moejet.layers.linear import DenseWeights
+from moejet.layers.dense import DenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.ops.latent_rows import CACHE_TYPES
 from moejet.request import Request

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moejet.ops.sample import BAD_LOGITS, sample_tokens
+from moejet.ops.sample import sample_tokens
+from moejet.ops.sample_ref import BAD_LOGITS
+from moejet.ops.token_scores import token_scores
 from moejet.ops.top_logits import top_logits
 from moejet.request import Request, SamplingParams, TokenLogprobs
 from moejet.sample_state import PolicyFailure
-from moejet.statistics import TokenScores, token_scores
+from moejet.statistics import TokenScores
 
 _MASK64 = (1 << 64) - 1
 

@@ -12,16 +12,7 @@ All values come from the raw logits, before penalties, masks and temperature, wi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # a server's process knows the values and not how they come about
-    from torch import Tensor
-
-_NUM_TOP = 20
-_NUM_SHARED = 5
-_CHUNK_ELEMENTS = 1 << 20  # of logits at a time: temporaries stay within a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,47 +66,3 @@ class TokenStatistics:
 
     def copy(self) -> TokenStatistics:
         return TokenStatistics(self.num_tokens, self.sum, self.last)
-
-
-def token_scores(logits: Tensor, token_ids: list[int]) -> list[TokenScores]:
-    """The scores of the token chosen from each row. logits [B, V] fp32, finite or -inf."""
-    size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
-    result: list[TokenScores] = []
-    for begin in range(0, len(token_ids), size):
-        result += _scores_of(logits[begin : begin + size], token_ids[begin : begin + size])
-    return result
-
-
-def _scores_of(logits: Tensor, token_ids: list[int]) -> list[TokenScores]:
-    import torch
-
-    from moejet.ops.top_logits import top_logits
-
-    vocab_size = logits.shape[1]
-    top, _, log_sums = top_logits(logits, min(_NUM_TOP, vocab_size))
-    logprobs = logits - torch.tensor(log_sums, dtype=torch.float32).unsqueeze(1)
-    probs = torch.exp(logprobs)
-    counts = [vocab_size] * len(token_ids)
-    if math.isinf(float(logits.amin())):
-        # A token that cannot come (-inf) has no share in any mean.
-        is_possible = torch.isfinite(logprobs)
-        logprobs = logprobs.masked_fill(~is_possible, 0.0)
-        counts = is_possible.sum(dim=1).tolist()
-    entropies = (-torch.linalg.vecdot(probs, logprobs)).tolist()
-    sums = logprobs.sum(dim=1).tolist()
-    result = []
-    for row, token_id in enumerate(token_ids):
-        best = [value - log_sums[row] for value in top[row].tolist() if math.isfinite(value)]
-        logprob = float(logits[row, token_id]) - log_sums[row]
-        result.append(
-            TokenScores(
-                logprob=logprob,
-                entropy=max(0.0, entropies[row]),
-                gap=best[0] - best[1] if len(best) > 1 else 0.0,
-                confidence=-sum(best) / len(best),
-                self_certainty=-sums[row] / counts[row] - math.log(counts[row]),
-                top5_share=math.exp(logprob - best[0])
-                / sum(math.exp(value - best[0]) for value in best[:_NUM_SHARED]),
-            )
-        )
-    return result

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from moejet import tiktoken_files
 from moejet.chat_template import ChatTemplate
 from moejet.json_file import read_json_object
-from moejet.reasoning.parser import detect_think_tags
+from moejet.thinking import detect_think_tags
 from moejet.tool_markers import KNOWN_TOOL_MARKERS
 
 logger = logging.getLogger(__name__)

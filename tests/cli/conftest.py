@@ -1,5 +1,6 @@
 """A scripted stand-in for LLM, so that the command line is tested without weights."""
 
+import contextlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moejet import LLM
 from moejet.cli import options
 from moejet.cli.main import main
 from moejet.request import (
@@ -39,6 +41,9 @@ class FakeLLM:
 
     def __exit__(self, *error: object) -> None:
         self.is_closed = True
+
+    def describe(self) -> str:
+        return "int8 experts · 1 thread"
 
     def default_sampling(self) -> SamplingParams:
         return SamplingParams(temperature=0.8, top_p=0.95)
@@ -113,6 +118,19 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> FakeLLM:
 
     monkeypatch.setattr(options, "open_llm", open_fake)
     return fake
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[LLM]:
+    with LLM(num_threads=1) as llm:
+        yield llm
+
+
+@pytest.fixture
+def tiny(shared: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
+    """One model for all commands, which do not close it."""
+    monkeypatch.setattr(options, "open_llm", lambda model, given: contextlib.nullcontext(shared))
+    return shared
 
 
 class Terminal(io.StringIO):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moejet.cli import check_gpu, checks, gpu_selftest
-from moejet.testing.simulated_stream import SimulatedStream
+from moejet.experts.simulated_stream import SimulatedStream
 
 GIB = 1 << 30
 KERNEL = {"done": "kernel", "error": 2e-7}

@@ -1,15 +1,11 @@
 """`moejet eval`: results that survive, reports that add up, errors that name what is wrong."""
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from moejet import LLM
-from moejet.cli import options
 from moejet.cli.eval import specs_of
 from moejet.reasoning.answers import AnswerKey, LastNumber, NumericEqual
 from moejet.reasoning.datasets import Problem
@@ -21,19 +17,6 @@ from moejet.reasoning.result import Candidate, Usage
 from moejet.testing.arithmetic import held_out_problems
 
 KEY = AnswerKey(LastNumber(), NumericEqual())
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LLM]:
-    with LLM(num_threads=1) as llm:
-        yield llm
-
-
-@pytest.fixture
-def tiny(shared: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
-    """One model for all commands, which do not close it."""
-    monkeypatch.setattr(options, "open_llm", lambda model, given: contextlib.nullcontext(shared))
-    return shared
 
 
 @pytest.fixture

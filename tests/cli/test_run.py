@@ -17,7 +17,10 @@ def test_streams_thinking_then_answer_then_figures(moejet, llm):
     result = moejet("run", "Start with 17.")
     assert result.code == 0
     assert result.out == "17 + 25 = 42\n\nThe answer is 126.\n"
-    assert result.err == "prompt 23 tokens, 46 tok/s · answer 11 tokens, 40 tok/s\n"
+    assert (
+        result.err
+        == "int8 experts · 1 thread\nprompt 23 tokens, 46 tok/s · answer 11 tokens, 40 tok/s\n"
+    )
     assert llm.opened == [("tiny-reasoner", {})]
     name, messages, params = llm.calls[0]
     assert name == "stream_chat"

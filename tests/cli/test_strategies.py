@@ -1,16 +1,12 @@
 """`moejet run --strategy`, `--effort` of run and chat, and trees of searches."""
 
-import contextlib
 import io
 import json
-from collections.abc import Iterator
 
 import pytest
 
-from moejet import LLM
-from moejet.cli import options
+from moejet.cli import tree
 from moejet.cli.effort import EFFORTS as OFFERED
-from moejet.cli.tree import print_tree, tree_lines
 from moejet.reasoning import effort
 from moejet.reasoning.result import Node, Progress, Result
 from moejet.reasoning.sample import Sample
@@ -19,25 +15,12 @@ from moejet.reasoning.task import Run, Task
 PROMPT = "Take 90, subtract 34, then divide by 7 and add 200."
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LLM]:
-    with LLM(num_threads=1) as llm:
-        yield llm
-
-
-@pytest.fixture
-def tiny(shared: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
-    """One model for all commands, which do not close it."""
-    monkeypatch.setattr(options, "open_llm", lambda model, given: contextlib.nullcontext(shared))
-    return shared
-
-
 def test_a_vote_tells_its_progress_and_its_cost(moejet, tiny):
     result = moejet("run", "--strategy", "vote:3", "--temperature", "0", PROMPT)
     assert result.code == 0
     assert result.out.startswith("Plan: 090, A - 034")
     assert result.out.endswith("\n\nThe answer is 208.\n")
-    *told, vote, figures = result.err.splitlines()
+    _, *told, vote, figures = result.err.splitlines()
     assert sorted(told) == [f"answer {i} of 3: 208" for i in (1, 2, 3)]
     assert "208: 3" in vote
     for part in ("prompt 27 tokens · ", "3 branches", "expert loads (", "confidence 1.00"):
@@ -166,7 +149,13 @@ NODES = (
 )
 
 
-def test_a_tree_is_drawn():
+def tree_lines(nodes, width=100) -> list[str]:
+    out = io.StringIO()
+    tree.print_tree(nodes, out, width=width)
+    return out.getvalue().splitlines()
+
+
+def test_a_tree_is_drawn(monkeypatch):
     assert tree_lines(NODES) == [
         "○ the question",
         "├─ ✗ 0.25 3x add 2 then stop",
@@ -176,12 +165,13 @@ def test_a_tree_is_drawn():
         "   └─ ● 0.12 that is 9",
     ]
     assert tree_lines(NODES, width=12)[1] == "├─ ✗ 0.25 3…"
-    assert tree_lines(NODES, most=2)[2:] == ["... 4 more"]
     assert tree_lines([Node(0, -1, "")]) == ["·"]
     assert tree_lines(()) == []
+    monkeypatch.setattr(tree, "MAX_LINES", 2)
+    assert tree_lines(NODES)[2:] == ["... 4 more"]
 
 
-def test_trees_without_a_root_and_of_great_depth():
+def test_trees_without_a_root_and_of_great_depth(monkeypatch):
     # Branches of an opening that is no node itself.
     assert tree_lines([Node(7, 3, "a"), Node(8, 3, "b"), Node(9, 7, "c")]) == [
         "· a",
@@ -189,7 +179,8 @@ def test_trees_without_a_root_and_of_great_depth():
         "· b",
     ]
     chain = [Node(i, i - 1, str(i)) for i in range(5000)]
-    assert len(tree_lines(chain, most=10_000)) == 5000
+    monkeypatch.setattr(tree, "MAX_LINES", 10_000)
+    assert len(tree_lines(chain)) == 5000
 
 
 def test_a_terminal_gets_colours_and_no_control_characters(monkeypatch):
@@ -201,9 +192,9 @@ def test_a_terminal_gets_colours_and_no_control_characters(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     nodes = [Node(0, -1, "a \x1b[2J", state="chosen"), Node(1, 0, "b", state="pruned")]
     screen, file = Screen(), io.StringIO()
-    print_tree(nodes, screen)
+    tree.print_tree(nodes, screen)
     assert screen.getvalue() == "\x1b[32m★ a ␛[2J\x1b[0m\n\x1b[2m└─ ✗ b\x1b[0m\n"
-    print_tree(nodes, file)
+    tree.print_tree(nodes, file)
     assert file.getvalue() == "★ a \x1b[2J\n└─ ✗ b\n"
 
 
@@ -222,7 +213,7 @@ class Searching:
 def test_the_tree_comes_before_the_answer(moejet, tiny, monkeypatch):
     monkeypatch.setattr("moejet.reasoning.specs.parse_strategy", lambda spec, llm: Searching())
     result = moejet("run", "--strategy", "mcts:4", PROMPT)
-    lines = result.err.splitlines()
+    _, *lines = result.err.splitlines()
     assert lines[0] == "step 1: 2 of 4 are kept"
     assert lines.count(lines[0]) == 1
     first = lines.index("○ the question")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moejet import _C
-from moejet.ops.sample import sample_tokens_ref
+from moejet.ops.sample_ref import sample_tokens_ref
 from moejet.ops.top_logits import top_logits_ref
 from moejet.request import SamplingParams
 

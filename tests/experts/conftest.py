@@ -9,9 +9,9 @@ import pytest
 
 from moejet import _C
 from moejet.experts.cpu_experts import CpuExperts
+from moejet.experts.simulated_stream import SimulatedStream
 from moejet.testing.bridge_steps import AnyStream, MakeStream, make_layers
 from moejet.testing.fake_cuda import FakeStream
-from moejet.testing.simulated_stream import SimulatedStream
 
 
 @pytest.fixture(scope="session")

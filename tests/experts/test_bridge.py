@@ -14,6 +14,7 @@ import torch
 
 from moejet import _C
 from moejet.experts.cpu_experts import CpuExperts
+from moejet.experts.simulated_stream import SimulatedStream
 from moejet.testing.bridge_steps import (
     HIDDEN,
     LAYERS,
@@ -26,7 +27,6 @@ from moejet.testing.bridge_steps import (
     make_step,
 )
 from moejet.testing.fake_cuda import FakeStream
-from moejet.testing.simulated_stream import SimulatedStream
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@ import torch
 
 from moejet import _C
 from moejet.experts.cpu_experts import CpuExperts
+from moejet.experts.simulated_stream import SimulatedStream
 from moejet.testing.bridge_steps import (
     EXPERTS,
     HIDDEN,
@@ -22,7 +23,6 @@ from moejet.testing.bridge_steps import (
     make_step,
 )
 from moejet.testing.fake_cuda import FakeStream
-from moejet.testing.simulated_stream import SimulatedStream
 
 
 @pytest.mark.parametrize("worker", [0, 1])

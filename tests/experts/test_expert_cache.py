@@ -13,12 +13,12 @@ from moejet.experts.cpu_experts import CpuExperts
 from moejet.experts.expert_cache import ExpertCache
 from moejet.experts.hybrid_experts import HybridExperts
 from moejet.experts.resident_experts import ResidentExperts
-from moejet.testing.random_swaps import RandomSwaps
-from moejet.testing.simulated_stream import (
+from moejet.experts.simulated_stream import (
     SimulatedFetchStream,
     SimulatedMark,
     SimulatedStream,
 )
+from moejet.testing.random_swaps import RandomSwaps
 from moejet.weights.gpu_weights import dequantize
 
 EXPERTS, HIDDEN, INTER, TOP_K, FREE = 10, 64, 64, 3, 3

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from moejet import _C
-from moejet.config import env_worker_timeout
+from moejet.environment import env_worker_timeout
 from moejet.experts import bridge as bridge_module
+from moejet.experts.simulated_stream import SimulatedStream
 from moejet.testing.bridge_steps import LAYERS, MakeStream, example, make_layers, make_step
-from moejet.testing.simulated_stream import SimulatedStream
 
 LIMIT, STUCK = 0.2, 1.2  # seconds; the work of these layers adds less than a millisecond
 

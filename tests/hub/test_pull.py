@@ -19,12 +19,11 @@ from moejet.hub import gguf as gguf_module
 from moejet.hub import transfer as transfer_module
 from moejet.hub.listing import HubFile, quantisations
 from moejet.hub.progress import TransferProgress
+from moejet.resolve import resolve_config, resolve_model
 from moejet.testing.checkpoints import tiny_checkpoint
 from moejet.testing.gguf_files import write_gguf
 from moejet.testing.hub import COMMIT, StandInHub, git_sha1, sha256
-from moejet.weights import resolve_model
 from moejet.weights.gguf_model import GgufCheckpoint
-from moejet.weights.resolve import resolve_config
 
 SHARD = "model-00001-of-00002.safetensors"
 BIG = "extra.bin"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moejet import LLM, SamplingParams
+from moejet.resolve import resolve_model
 from moejet.testing import arithmetic
-from moejet.weights import resolve_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=400)
 PROBLEMS = arithmetic.held_out_problems(40, seed=7)

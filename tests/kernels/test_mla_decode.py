@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moejet.ops.latent_rows import encode_latents
-from moejet.ops.mla_decode import PrefixGroups, mla_decode, mla_decode_ref
+from moejet.ops.mla_decode import mla_decode, mla_decode_ref
+from moejet.prefix_groups import PrefixGroups
 from moejet.testing.tolerances import assert_close
 
 pytest.importorskip("triton")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moejet.ops.device_sampling import SamplingTensors, sample_on_device, sample_on_device_ref
-from moejet.ops.sample import BAD_LOGITS, sample_tokens, sample_tokens_ref
+from moejet.ops.sample import sample_tokens
+from moejet.ops.sample_ref import BAD_LOGITS, sample_tokens_ref
 from moejet.ops.top_logits import top_logits, top_logits_on_device, top_logits_ref
 from moejet.request import SamplingParams
 

@@ -11,12 +11,13 @@ import torch
 
 from moejet import LLM, SamplingParams
 from moejet.config import GGUF_FORMATS, EngineConfig
-from moejet.layers.linear import GatedMLP, Linear
+from moejet.layers.dense import GatedMLP
+from moejet.layers.linear import Linear
 from moejet.layers.mla import LatentUp
 from moejet.plan import Machine, make_plan
 from moejet.testing.checkpoints import random_prompt, reference_logprobs, tiny_checkpoint
 from moejet.testing.gguf_files import dequantized_checkpoint, write_gguf
-from moejet.weights import Checkpoint
+from moejet.weights.checkpoint import Checkpoint
 from moejet.weights.gguf_model import GgufCheckpoint
 
 Kind = str | Callable[[str], str]

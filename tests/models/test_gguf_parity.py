@@ -26,7 +26,7 @@ from moejet.testing.checkpoints import (
 )
 from moejet.testing.gguf_files import dequantized_checkpoint, write_gguf
 from moejet.testing.tolerances import LOGPROB_LIMITS
-from moejet.weights import Checkpoint
+from moejet.weights.checkpoint import Checkpoint
 
 NUM_GREEDY = 24
 EXACT = {"expert_format": "fp32", "dense_format": "fp32", "cache_dtype": "fp32", "max_context": 256}

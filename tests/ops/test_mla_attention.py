@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from moejet.experts.cpu_experts import create_pool
-from moejet.layers.linear import DenseWeights
+from moejet.layers.dense import DenseWeights
 from moejet.layers.mla import LatentUp
 from moejet.ops import mla_attention as op
 from moejet.presets import PRESETS

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from moejet.ops.latent_rows import encode_latents
-from moejet.ops.mla_decode import PrefixGroups, mla_decode
+from moejet.ops.mla_decode import mla_decode
+from moejet.prefix_groups import PrefixGroups
 from moejet.testing.tolerances import assert_close
 
 H, C, R, S = 3, 32, 16, 4

@@ -14,7 +14,8 @@ from moejet.ops.rms_norm import rms_norm, rms_norm_ref
 from moejet.ops.rope import apply_rope, apply_rope_ref
 from moejet.ops.router_logits import router_logits, router_logits_ref
 from moejet.ops.router_topk import router_topk, router_topk_ref
-from moejet.ops.sample import sample_tokens, sample_tokens_ref
+from moejet.ops.sample import sample_tokens
+from moejet.ops.sample_ref import sample_tokens_ref
 from moejet.ops.store_latent import store_latent, store_latent_ref
 from moejet.ops.top_logits import top_logits, top_logits_ref
 from moejet.presets import PRESETS
@@ -177,9 +178,9 @@ def test_the_references_break_ties_towards_the_smaller_id() -> None:
 
 
 def test_limits_agree_with_cpp() -> None:
-    from moejet.ops import rope, router_topk, sample, top_logits
+    from moejet.ops import rope, router_topk, sample, sample_ref, top_logits
 
-    assert sample.BAD_LOGITS == _C.BAD_LOGITS
+    assert sample_ref.BAD_LOGITS == _C.BAD_LOGITS
     assert sample._UNDECIDED == _C.UNDECIDED
     assert top_logits._MAX_NATIVE_K == _C.MAX_TOP_LOGITS
     assert rope._MAX_NATIVE_DIM == _C.MAX_ROPE_DIM

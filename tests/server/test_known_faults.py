@@ -156,7 +156,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "markers of thinking and calls in any pieces": (
         "server/test_tool_parser.py::test_the_pieces_do_not_matter",
         "server/test_tool_parser.py::test_calls_inside_open_thinking",
-        "reasoning/test_parser.py::test_any_chunking_gives_the_same",
+        "test_thinking.py::test_any_chunking_gives_the_same",
         "server/test_deepseek_encoding.py::test_prompts_are_as_documented",
     ),
     "stop strings and characters over several tokens": (

@@ -21,12 +21,12 @@ pytest.importorskip("fastapi")
 pytest.importorskip("playwright.sync_api", reason="needs pip install 'moejet[browser]'")
 
 from moejet.reasoning.result import Candidate, Node, Progress, Result
+from moejet.resolve import TINY_REASONER, resolve_model
 from moejet.server import asgi_app
 from moejet.server.strategies import Outcome
 from moejet.testing.page_visit import Visit, open_browser
 from moejet.testing.scripted_backend import ScriptedBackend
 from moejet.tokenizer import Tokenizer
-from moejet.weights import TINY_REASONER, resolve_model
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from moejet.testing import damage
 from moejet.testing.checkpoints import tiny_checkpoint, write_safetensors
-from moejet.weights import Checkpoint
-from moejet.weights.checkpoint import INDEX_NAME, read_header
+from moejet.weights.checkpoint import INDEX_NAME, Checkpoint, read_header
 
 
 @pytest.fixture

@@ -28,8 +28,7 @@ from safetensors.torch import save
 from moejet.config import ModelConfig
 from moejet.testing.checkpoints import tiny_checkpoint
 from moejet.testing.gguf_files import write_gguf
-from moejet.weights import TensorInfo
-from moejet.weights.checkpoint import Checkpoint, read_header
+from moejet.weights.checkpoint import Checkpoint, TensorInfo, read_header
 from moejet.weights.gguf import GgufHeader, read_gguf_header
 from moejet.weights.gguf_model import GgufCheckpoint, hf_config
 from moejet.weights.gguf_tokenizer import gguf_tokenizer

@@ -17,15 +17,18 @@ from torch import Tensor
 
 from moejet.config import ModelConfig
 from moejet.experts.cpu_experts import CpuExperts, create_pool
-from moejet.layers.linear import DenseWeights
+from moejet.layers.dense import DenseWeights
 from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.presets import PRESETS
+from moejet.resolve import resolve_config
 from moejet.testing.checkpoints import FAMILIES, tiny_checkpoint
 from moejet.testing.gguf_files import dequantized_checkpoint, write_gguf
-from moejet.weights import Checkpoint, TensorInfo, TensorSpec, load_weights, stored
+from moejet.weights import stored
+from moejet.weights.checkpoint import Checkpoint, TensorInfo
 from moejet.weights.gguf import GgufFiles
 from moejet.weights.gguf_model import GgufCheckpoint, hf_config
-from moejet.weights.resolve import resolve_config
+from moejet.weights.loader import load_weights
+from moejet.weights.spec import TensorSpec
 
 KV_B = "kv_b_proj.weight"
 SIZES = {"moe_intermediate_size": 96, "intermediate_size": 160, "num_hidden_layers": 2}

@@ -13,10 +13,10 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
+from moejet.resolve import resolve_model
 from moejet.testing.checkpoints import hf_config, tiny_checkpoint
 from moejet.testing.gguf_files import _vocabulary, write_gguf
 from moejet.tokenizer import IncrementalDecoder, Tokenizer
-from moejet.weights import resolve_model
 from moejet.weights.gguf import GgufFiles
 from moejet.weights.gguf_tokenizer import _CASED, _pre_tokenizer, gguf_tokenizer
 

@@ -17,7 +17,6 @@ from moejet.weights.gguf_types import (
     dequantize,
     gguf_dtype,
     layout_of,
-    split_blocks,
 )
 
 # Type -> byte offsets of its fp16 fields.
@@ -26,7 +25,6 @@ HALVES = {
     **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
     **{"IQ4_XS": (0,), "F16": (0,), "BF16": (), "F32": ()},
 }
-SPLIT = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 
 
 def expected(blocks: np.ndarray, name: str) -> np.ndarray:
@@ -99,37 +97,6 @@ def test_chunks_and_leading_dimensions(name: str, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(rounded, torch.from_numpy(want).view(shape).bfloat16())
 
 
-@pytest.mark.parametrize("name", SPLIT)
-@pytest.mark.parametrize(("rows", "per_row"), [(1, 1), (5, 3)])
-def test_split_blocks_lose_nothing(name: str, rows: int, per_row: int) -> None:
-    blocks = random_blocks(name, rows, per_row, seed=7)
-    layout = LAYOUTS[name]
-    columns = per_row * layout.block_size
-    parts = split_blocks(torch.from_numpy(blocks), name, (rows, columns))
-    assert same_bits(parts.dequantize(), expected(blocks, name))
-    # The documented formula, in exact integers and float64 where possible.
-    d = parts.d.double().repeat_interleave(layout.block_size, 1)
-    assert parts.codes.shape == (rows, columns)
-    assert parts.d.shape == (rows, per_row)
-    assert parts.d.dtype == torch.float16
-    s = torch.ones_like(d)
-    if parts.scales is not None:
-        assert parts.scales.shape == (rows, columns // parts.group_size)
-        s = parts.scales.double().repeat_interleave(parts.group_size, 1)
-    value = d * s * (parts.codes.double() - parts.zero)
-    if parts.mins is not None and parts.dmin is not None:
-        assert int(parts.mins.max()) <= 63
-        assert parts.scales is not None
-        assert int(parts.scales.max()) <= 63
-        low = parts.dmin.double().repeat_interleave(layout.block_size, 1)
-        value -= low * parts.mins.double().repeat_interleave(parts.group_size, 1)
-    torch.testing.assert_close(
-        parts.dequantize().double(), value, rtol=1e-6, atol=1e-6 * float(value.abs().max())
-    )
-    largest = {"Q4_0": 15, "Q4_K": 15, "Q5_K": 31, "Q6_K": 63, "Q8_0": 127}[name]
-    assert int(parts.codes.max()) <= largest
-
-
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"IQ2_XXS is not supported; supported: F32, F16, Q4_0"):
         dequantize(torch.zeros(66, dtype=torch.uint8), "IQ2_XXS", (1, 256))
@@ -137,8 +104,6 @@ def test_refusals() -> None:
         dequantize(torch.zeros(33, dtype=torch.uint8), "Q8_0", (1, 32))
     with pytest.raises(ValueError, match="Q8_0"):
         dequantize(torch.zeros(34, dtype=torch.uint8), "Q8_0", (2, 16))
-    with pytest.raises(ValueError, match="Q3_K cannot be split; supported: Q4_0, Q8_0, Q4_K"):
-        split_blocks(torch.zeros(110, dtype=torch.uint8), "Q3_K", (1, 256))
 
 
 def test_names_in_tensor_infos() -> None:

@@ -19,18 +19,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from moejet import _C, LLM, SamplingParams
+from moejet import _C, LLM
 from moejet.cli.main import main
 from moejet.config import EngineConfig
 from moejet.experts import cpu_experts
 from moejet.experts.cpu_experts import create_pool
 from moejet.ops.linear import PackedMatrices
 from moejet.testing.checkpoints import tiny_checkpoint
-from moejet.weights import packed_cache
+from moejet.testing.packed_weights import GREEDY, PROMPT, Used, files, flip_bit, tokens
+from moejet.weights import packed_cache, packed_files
 from moejet.weights.packed_cache import CacheFile
-
-PROMPT = list(range(10, 30))
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,31 +40,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOEJET_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def tokens(model: Path, **options: object) -> list[int]:
-    with LLM(model, **{"packed_cache": "on", "max_context": 64, **options}) as llm:
-        return list(llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids)
-
-
-def files(directory: Path) -> list[str]:
-    return sorted(f.name for f in directory.iterdir()) if directory.is_dir() else []
-
-
-class Used(logging.Handler):
-    """Whether the last load came from the cache, and what was warned about."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def mapped(self) -> bool:
-        found = any(line.startswith("mapped packed weights") for line in self.lines)
-        self.lines.clear()
-        return found
 
 
 @pytest.fixture
@@ -291,18 +264,6 @@ def test_damaged_files_are_written_again(
     assert used.mapped()
 
 
-def flip_bit(file: Path, part: float) -> None:
-    """In the middle of a blob that lies at this part of the file."""
-    with file.open("rb+") as stream:
-        blobs = packed_cache.read_header(stream.fileno()).blobs
-        blob = blobs[int(part * len(blobs))]
-        position = blob.offset + blob.nbytes // 2
-        stream.seek(position)
-        [byte] = stream.read(1)
-        stream.seek(position)
-        stream.write(bytes([byte ^ 1]))
-
-
 def test_verify_finds_one_flipped_bit(model: Path, directory: Path, used: Used) -> None:
     expected = tokens(model)
     [name] = files(directory)
@@ -475,7 +436,7 @@ def test_killed_at_random_points(model: Path, directory: Path, tmp_path: Path, u
         assert process.wait(timeout=60 + import_seconds) == -signal.SIGKILL
         assert tokens(model) == expected
         for name in files(directory):
-            if name.endswith(packed_cache.SUFFIX):
+            if name.endswith(packed_files.SUFFIX):
                 fd = os.open(directory / name, os.O_RDONLY)
                 packed_cache.verify_blobs(fd, packed_cache.read_header(fd))
                 os.close(fd)
@@ -491,136 +452,9 @@ def test_leftovers_are_swept_unless_their_writer_lives(directory: Path) -> None:
         os.utime(file, (1, 1))
     with alive.open("rb+") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        assert packed_cache.abandoned_files(directory) == [dead]
-        packed_cache.sweep(directory)
+        assert packed_files.abandoned_files(directory) == [dead]
+        packed_files.sweep(directory)
     assert files(directory) == [alive.name]
-
-
-def test_cache_command(
-    model: Path, directory: Path, capsys: pytest.CaptureFixture[str], used: Used
-) -> None:
-    assert main(["cache"]) == 0
-    assert "0 files, 0.00 GiB" in capsys.readouterr().out
-    tokens(model)
-    tokens(model, expert_format="int8")
-    assert main(["cache", "list", "--json"]) == 0
-    entries = json.loads(capsys.readouterr().out)
-    assert {e["format"] for e in entries} == {"int4_g32", "int8"}
-    assert all(e["model"] == str(model) and not e["problem"] for e in entries)
-    assert main(["cache", "verify"]) == 0
-    assert capsys.readouterr().out.count(": sound") == 2
-    assert main(["cache", "prune"]) == 0
-    assert "freed 0.00 GiB" in capsys.readouterr().out
-    assert len(files(directory)) == 2
-    file = Path(entries[0]["file"])
-    flip_bit(file, 0.6)
-    assert main(["cache", "verify"]) == 1
-    assert "is damaged" in capsys.readouterr().err
-    assert files(directory) == [Path(entries[1]["file"]).name]
-    assert main(["cache", "prune", "--all", "--dry-run"]) == 0
-    assert len(files(directory)) == 1
-    assert main(["cache", "prune", "--keep", "0"]) == 0
-    assert files(directory) == []
-    assert main(["cache", "prune", "--keep", "-1"]) == 2
-
-
-def sources(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    capsys.readouterr()
-    assert main(["cache", "list", "--json"]) == 0
-    return [e["source"] for e in json.loads(capsys.readouterr().out)]
-
-
-def test_files_whose_source_is_gone_or_changed(
-    model: Path, directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copies = [tmp_path / name for name in ("first", "second", "third")]
-    for i, copy in enumerate(copies):
-        subprocess.run(["cp", "-a", str(model), str(copy)], check=True)
-        os.utime(copy / "model.safetensors", (i + 1, i + 1))
-        tokens(copy)
-    for i, name in enumerate(files(directory)):
-        os.utime(directory / name, (1e9 + i, 1e9 + i))  # first, second, third
-    assert sources(capsys) == ["", "", ""]
-    os.utime(copies[1] / "model.safetensors", (9, 9))
-    subprocess.run(["rm", "-r", str(copies[2])], check=True)
-    assert sources(capsys) == ["", "changed", "gone"]
-    assert main(["cache"]) == 0
-    printed = capsys.readouterr().out
-    assert "source changed" in printed
-    assert "source gone or changed: 2 files" in printed
-    # Whoever puts the source back finds the file again.
-    assert main(["cache", "prune"]) == 0
-    assert len(files(directory)) == 3
-    os.utime(copies[1] / "model.safetensors", (2, 2))
-    assert sources(capsys) == ["", "", "gone"]
-    # A limit takes those without a source first, then the least recently used.
-    size = sum((directory / name).stat().st_size for name in files(directory)) / 2**30
-    assert main(["cache", "prune", "--keep", str(0.7 * size)]) == 0
-    assert [name[:5] for name in files(directory)] == ["first", "secon"]
-    (copies[0] / "model.safetensors").unlink()
-    assert main(["cache", "prune", "--gone", "--dry-run"]) == 0
-    assert main(["cache", "prune", "--gone"]) == 0
-    assert [name[:5] for name in files(directory)] == ["secon"]
-
-
-def test_a_source_on_a_disk_that_is_not_mounted_is_not_gone(
-    model: Path,
-    directory: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    copy = tmp_path / "disk" / "models" / "m"
-    copy.parent.mkdir(parents=True)
-    subprocess.run(["cp", "-a", str(model), str(copy)], check=True)
-    mounted, real = True, os.path.ismount
-
-    def is_mount(path: str | Path) -> bool:
-        return mounted if Path(path) == (tmp_path / "disk").resolve() else real(path)
-
-    monkeypatch.setattr(os.path, "ismount", is_mount)
-    tokens(copy)
-    subprocess.run(["rm", "-r", str(copy.parent)], check=True)
-    assert sources(capsys) == ["gone"]
-    mounted = False
-    assert sources(capsys) == ["not mounted"]
-    assert main(["cache", "prune", "--gone"]) == 0
-    assert len(files(directory)) == 1
-    mounted = True
-    assert main(["cache", "prune", "--gone"]) == 0
-    assert files(directory) == []
-
-
-def test_files_of_versions_that_did_not_note_their_source(
-    model: Path,
-    directory: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    real = packed_cache.CacheFile._header
-
-    def header(self: CacheFile, blobs: list[packed_cache.Blob], file_bytes: int) -> bytes:
-        raw = json.loads(real(self, blobs, file_bytes))
-        del raw["root"], raw["mount"]
-        return json.dumps(raw).encode()
-
-    monkeypatch.setattr(packed_cache.CacheFile, "_header", header)
-    tokens(model)
-    assert sources(capsys) == [""]
-
-
-def test_prune_removes_files_of_other_layouts(
-    model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, used: Used
-) -> None:
-    tokens(model)
-    monkeypatch.setattr(_C, "PACK_LAYOUT_VERSION", 999)
-    tokens(model)
-    assert not used.mapped()
-    assert len(files(directory)) == 2
-    assert main(["cache", "prune"]) == 0
-    assert len(files(directory)) == 1
-    assert tokens(model)
-    assert used.mapped()
 
 
 def test_unknown_choice() -> None:

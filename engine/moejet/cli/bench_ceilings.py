@@ -13,6 +13,7 @@ from moejet.cli import options
 from moejet.cli.environment import describe_environment, summary
 from moejet.cli.results import add_json_option, line_writer
 from moejet.cli.terminal import note
+from moejet.progress import counted
 
 if TYPE_CHECKING:
     from moejet.ceilings import Ceiling
@@ -75,7 +76,7 @@ def execute(args: argparse.Namespace) -> int:
 def render(ceilings: "list[Ceiling]") -> str:
     """A row per ceiling, a column per thread count."""
     threads = sorted({ceiling.threads for ceiling in ceilings})
-    heads = [f"{n} thread{'' if n == 1 else 's'}" for n in threads]
+    heads = [counted(n, "thread") for n in threads]
     rows = [["ceiling", *heads, "unit", "best way"]]
     for name in dict.fromkeys(ceiling.name for ceiling in ceilings):
         by_threads = {c.threads: c for c in ceilings if c.name == name}

@@ -15,7 +15,8 @@ from typing import Any
 
 from moejet import atomic_file, block_file, prefix_store
 from moejet.cli.table import write_table
-from moejet.weights import packed_cache, packed_header
+from moejet.environment import env_cache_dir
+from moejet.weights import packed_files, packed_header
 
 _ACTIONS = ("list", "prune", "verify")
 
@@ -50,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    directory = packed_cache.cache_directory()
+    directory = env_cache_dir()
     if directory is None:
         raise ValueError("MOEJET_CACHE='off' switches the cache off: unset it, or name a directory")
     if args.keep is not None and not 0 <= args.keep < float("inf"):
@@ -71,7 +72,7 @@ def _entries(directory: Path) -> list[dict[str, Any]]:
     problem: why it cannot be used · source: `packed_header.source_state`.
     """
     entries = []
-    for file in packed_cache.cache_files(directory):
+    for file in packed_files.cache_files(directory):
         stat = file.stat()
         entry = {
             "file": str(file),
@@ -190,7 +191,7 @@ def _verify_weights(file: Path) -> None:
 
 def _abandoned(directory: Path) -> list[Path]:
     """What interrupted writers left."""
-    files = packed_cache.abandoned_files(directory)
+    files = packed_files.abandoned_files(directory)
     for part in prefix_store.segment_directories(directory / "prefix"):
         files += atomic_file.abandoned_files(part, prefix_store.SUFFIX)
     return files

@@ -14,6 +14,7 @@ from moejet.cli.effort import EFFORTS, add_effort_option, template_of, with_leve
 from moejet.cli.main import near_miss
 from moejet.cli.run import figures
 from moejet.cli.terminal import AnswerWriter, note
+from moejet.progress import counted
 
 if TYPE_CHECKING:
     from moejet.llm import LLM
@@ -62,6 +63,7 @@ def execute(args: argparse.Namespace) -> int:
         interactive = sys.stdin.isatty()
         if interactive:
             _enable_line_editing()
+            note(llm.describe())
             note(f"{args.model}: /help lists the commands, Ctrl-D leaves")
         for line in _lines(interactive):
             if not conversation.handle(line):
@@ -171,7 +173,7 @@ class Conversation:
         decode_s = sum(t.decode_s for t in timings)
         speed = f", {written / decode_s:.4g} tok/s" if decode_s > 0 else ""
         return (
-            f"{len(timings)} answer{'' if len(timings) == 1 else 's'}, {written} tokens"
+            f"{counted(len(timings), 'answer')}, {written} tokens"
             f"{speed} · the last turn took {last.prompt_tokens + last.completion_tokens} "
             f"tokens of context"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejet.cli.selftest import lines_of
-from moejet.config import env_device
+from moejet.environment import env_device
 
 if TYPE_CHECKING:
     from moejet.cli.checks import Report

@@ -14,7 +14,7 @@ import moejet
 from moejet import topology
 from moejet.cli.check_gpu import check_gpu
 from moejet.cli.selftest import TOLERANCE, lines_of
-from moejet.config import env_max_isa, env_num_threads, use_reference
+from moejet.environment import env_max_isa, env_num_threads, use_reference
 
 Status = Literal["ok", "info", "warning", "error"]
 

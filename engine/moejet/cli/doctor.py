@@ -12,6 +12,7 @@ from typing import Any
 
 from moejet.cli.checks import Report, examine
 from moejet.cli.terminal import style
+from moejet.progress import counted
 
 _MARKS = {"ok": ("ok", "green"), "info": ("", "dim"), "warning": ("warn", "yellow")}
 _MARKS |= {"error": ("fail", "red")}
@@ -46,7 +47,7 @@ def render(report: Report) -> str:
     errors = sum(check.status == "error" for check in report.checks)
     warnings = sum(check.status == "warning" for check in report.checks)
     verdict = "moejet can run here" if report.usable else "moejet cannot run here"
-    lines += ["", f"{verdict}: {_count(errors, 'error')}, {_count(warnings, 'warning')}"]
+    lines += ["", f"{verdict}: {counted(errors, 'error')}, {counted(warnings, 'warning')}"]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -59,7 +60,3 @@ def to_json(report: Report) -> dict[str, Any]:
         "platform": sysconfig.get_platform(),
         **report.facts,
     }
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import moejet
-from moejet.config import env_log_level
+from moejet.environment import env_log_level
+from moejet.expected_errors import EXPECTED_ERRORS, describe_error
 
 # Command -> (module, one line of help). Modules are imported when their command is used.
 COMMANDS = {
@@ -36,9 +37,6 @@ SUBCOMMANDS = {
     "bench gpu": ("moejet.cli.bench_gpu", "measure the GPU kernels"),
     "bench compare": ("moejet.cli.bench_compare", "compare two files of results"),
 }
-
-# Of the input, the machine or the network; all others are bugs.
-EXPECTED_ERRORS = (ValueError, ImportError, MemoryError, OSError, FloatingPointError)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -157,20 +155,6 @@ def _dispatch(arguments: list[str]) -> int:
             raise
         logging.getLogger(__name__).debug("the command failed", exc_info=True)
         return fail(*describe_error(error))
-
-
-def describe_error(error: Exception) -> tuple[str, int]:
-    """One line and an exit code for an error that is not a bug of ours."""
-    if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return str(error), 2
-    if isinstance(error, ImportError):
-        return f"{error}; 'moejet doctor' checks the installation", 1
-    if isinstance(error, MemoryError):
-        text = str(error) or "out of memory"
-        return f"{text}: free some memory, or use a smaller --expert-format or --max-context", 1
-    if isinstance(error, OSError) and error.strerror:
-        return (f"{error.filename}: " if error.filename else "") + error.strerror, 1
-    return str(error), 1
 
 
 def fail(message: str, code: int) -> int:

@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     from moejet.loading import plan_cache
-    from moejet.weights.resolve import resolve_config
+    from moejet.resolve import resolve_config
 
     given = options.engine_options(args)
     config = EngineConfig.create(model=args.model, **given)

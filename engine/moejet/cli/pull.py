@@ -6,7 +6,7 @@ The directory goes to stdout, everything else to stderr.
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ from moejet.hub import (
     TransferProgress,
     cache_root,
     find_orphans,
-    gib,
     is_offline,
     local_snapshot,
     pull,
     remove_orphans,
     verify_snapshot,
 )
-from moejet.progress import ProgressLine
+from moejet.progress import ProgressLine, counted, gib
 
 _EPILOG = """\
 examples:
@@ -128,7 +127,7 @@ def _pull(args: argparse.Namespace) -> int:
         "files": [{"path": f.path, "size": f.size, "hash": f.blob} for f in result.files],
     }
     if not (args.quiet or args.dry_run):
-        note(f"complete: {_count(len(result.files), 'file')}, {gib(result.num_bytes)}, checked")
+        note(f"complete: {counted(len(result.files), 'file')}, {gib(result.num_bytes)}, checked")
     return _finish(args, result.path, fields)
 
 
@@ -153,7 +152,7 @@ def _verify(args: argparse.Namespace) -> int:
         fields = {"correct": found.correct, "corrupt": found.corrupt, "unnamed": found.unnamed}
         print(json.dumps({"model": args.model, "path": str(path), **fields}))
     elif not args.quiet:
-        note(f"{_count(len(found.correct), 'file')} of {args.model} correct, {gib(total)} read")
+        note(f"{counted(len(found.correct), 'file')} of {args.model} correct, {gib(total)} read")
         if found.unnamed:
             note(f"{', '.join(found.unnamed)}: no hash to compare with")
     if found.corrupt:
@@ -171,7 +170,7 @@ def _sweep(args: argparse.Namespace) -> int:
     if not args.quiet:
         for orphan in orphans:
             note(f"{gib(orphan.size):>12}  {orphan.kind:<12}  {orphan.path.relative_to(root)}")
-        note(f"{_count(len(orphans), 'file')} in {root} that nothing needs, {gib(total)}")
+        note(f"{counted(len(orphans), 'file')} in {root} that nothing needs, {gib(total)}")
     freed = 0 if args.dry_run else remove_orphans(orphans)
     if args.json:
         print(json.dumps({"cache": str(root), "freed": freed, "orphans": _as_json(orphans)}))
@@ -187,29 +186,22 @@ def _as_json(orphans: Sequence[Orphan]) -> list[dict[str, Any]]:
 class _Printer(Reporter):
     """A line that is redrawn on terminals; elsewhere a line per file and one every half minute."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        list_files: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, model: str, *, list_files: bool = False) -> None:
         self._model = model
         self._list_files = list_files
         self._line = ProgressLine()
-        self._clock = clock
-        self._printed_at = clock()
+        self._printed_at = time.monotonic()
 
     def plan(self, files: Sequence[HubFile], total: int, present: int) -> None:
         if self._list_files:
             for file in files:
                 note(f"{gib(file.size):>12}  {file.path}")
-        text = f"{self._model}: {_count(len(files), 'file')}, {gib(total)}"
+        text = f"{self._model}: {counted(len(files), 'file')}, {gib(total)}"
         self._print(f"{text}, {gib(present)} of it here already" if present else text)
 
     def progress(self, progress: TransferProgress) -> None:
         self._line.update(progress)
-        if not self._line.enabled and self._clock() - self._printed_at >= _SECONDS_BETWEEN_LINES:
+        if not self._line.enabled and time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES:
             self._print(str(progress))
 
     def file_done(self, file: HubFile, progress: TransferProgress) -> None:
@@ -220,9 +212,5 @@ class _Printer(Reporter):
         self._line.close()
 
     def _print(self, text: str) -> None:
-        self._printed_at = self._clock()
+        self._printed_at = time.monotonic()
         note(text)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)

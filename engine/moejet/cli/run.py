@@ -12,6 +12,7 @@ from moejet.cli import options
 from moejet.cli.effort import add_effort_option, template_of, with_level
 from moejet.cli.strategies import check_options, run_strategy
 from moejet.cli.terminal import AnswerWriter, note, style
+from moejet.progress import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text: no chat template")
     parser.add_argument("--hide-thinking", action="store_true", help="print only the answer")
     parser.add_argument("--json", action="store_true", help="print one JSON object, at the end")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no line of figures on stderr")
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="no lines about model and speed on stderr"
+    )
     add_effort_option(parser)
     parser.add_argument(
         "--strategy",
@@ -69,6 +72,8 @@ def execute(args: argparse.Namespace) -> int:
     if args.strategy is not None:
         check_options(args)
     with options.open_llm(model, options.engine_options(args)) as llm:
+        if not (args.json or args.quiet):
+            note(llm.describe())
         params = with_level(options.sampling_params(args, llm), args.effort, model, llm)
         if args.strategy is not None:
             run_strategy(llm, model, _prompt(llm, prompt, args), params, args)
@@ -189,7 +194,7 @@ def figures(output: "RequestOutput") -> str:
 
 
 def _tokens(name: str, count: int, rate: float | None) -> str:
-    text = f"{name} {count} token{'' if count == 1 else 's'}"
+    text = f"{name} {counted(count, 'token')}"
     # Nothing was timed: a prompt found in the cache, or an answer of one token.
     if rate is None or not math.isfinite(rate) or rate <= 0:
         return text

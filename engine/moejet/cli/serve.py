@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejet.cli import options
+from moejet.cli.main import fail
 from moejet.cli.terminal import note
-from moejet.config import env_api_key
+from moejet.environment import env_api_key
 from moejet.progress import ProgressLine, bar
 
 if TYPE_CHECKING:
@@ -313,7 +314,6 @@ class _Gate:
 async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.socket) -> int:
     import uvicorn
 
-    from moejet.cli.main import fail
     from moejet.server.app import asgi_app
     from moejet.server.connection import protocol_class
     from moejet.server.supervisor import LoadError
@@ -352,6 +352,7 @@ async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.
             gate.app = app
             _retry_on_signal(backend)
             print(f"{backend.card.name} is served at {_url(config, sock)}", flush=True)
+            _tell(backend.card.description)
             _tell("a page to talk to it is there, too; Ctrl-C ends the server")
             ending = asyncio.create_task(
                 _end(server, backend, stopped, hastened, args.drain_timeout)

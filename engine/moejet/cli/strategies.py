@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from moejet.cli.effort import resolve_strategy
 from moejet.cli.terminal import AnswerWriter, note
 from moejet.cli.tree import print_tree
+from moejet.progress import counted
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -81,11 +82,11 @@ def figures(result: "Result", model: "ModelConfig") -> str:
     from moejet.reasoning.cost import expert_reads
 
     usage = result.usage
-    parts = [f"prompt {_counted(usage.prompt_tokens, 'token')}"]
-    parts += [f"{_counted(usage.generated_tokens, 'token')} ({usage.thinking_tokens} of thinking)"]
+    parts = [f"prompt {counted(usage.prompt_tokens, 'token')}"]
+    parts += [f"{counted(usage.generated_tokens, 'token')} ({usage.thinking_tokens} of thinking)"]
     if injected := usage.injected_tokens + usage.appended_tokens:
         parts += [f"{injected} injected"]
-    parts += [_counted(usage.branches, "branch", "es"), _counted(usage.steps, "step")]
+    parts += [counted(usage.branches, "branch", "es"), counted(usage.steps, "step")]
     reads = expert_reads(usage, model)
     if reads is not None:
         loads = f"{usage.expert_loads:.0f} expert loads ({usage.expert_bytes / 1e6:.1f} MB)"
@@ -98,7 +99,3 @@ def figures(result: "Result", model: "ModelConfig") -> str:
     if result.candidate.finish_reason == "length":
         parts += ["cut off: token limit reached"]
     return " · ".join(parts)
-
-
-def _counted(count: int, name: str, plural: str = "s") -> str:
-    return f"{count} {name}{'' if count == 1 else plural}"

@@ -15,23 +15,18 @@ _STYLES = {"pruned": "dim", "chosen": "green"}
 MAX_LINES = 200
 
 
-def tree_lines(nodes: "Sequence[Node]", *, width: int = 100, most: int = MAX_LINES) -> list[str]:
-    """One line per node, children below their parent in the order of their numbers; what is too much is counted.
-
-    Nodes whose parent is not among them are roots.
-    """
-    return [line for line, _ in _lines(nodes, width, most)]
-
-
 def print_tree(nodes: "Sequence[Node]", out: TextIO, *, width: int = 100) -> None:
-    """Draws the tree; pruned nodes are dim and the way to the answer is green where `out` can show it."""
-    for line, state in _lines(nodes, width, MAX_LINES):
+    """Draws a line per node; pruned nodes are dim and the way to the answer is green where `out` can show it.
+
+    Children are below their parent in the order of their numbers; nodes whose parent is not there are roots.
+    """
+    for line, state in _lines(nodes, width):
         line = shown(line) if out.isatty() else line
         print(style(line, _STYLES[state], out) if state in _STYLES else line, file=out)
     out.flush()
 
 
-def _lines(nodes: "Sequence[Node]", width: int, most: int) -> Iterator[tuple[str, str]]:
+def _lines(nodes: "Sequence[Node]", width: int) -> Iterator[tuple[str, str]]:
     """Lines and the states of their nodes. Depth-first without recursion: a search may be deep."""
     numbers = {node.number for node in nodes}
     children: dict[int, list[Node]] = defaultdict(list)
@@ -43,8 +38,8 @@ def _lines(nodes: "Sequence[Node]", width: int, most: int) -> Iterator[tuple[str
     while stack:
         node, first, rest = stack.pop()
         count += 1
-        if count > most:
-            yield f"... {len(nodes) - most} more", "open"
+        if count > MAX_LINES:
+            yield f"... {len(nodes) - MAX_LINES} more", "open"
             return
         yield _cut(f"{first}{_label(node)}", width), node.state
         below = children[node.number] if node.number >= 0 else []

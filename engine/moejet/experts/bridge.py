@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from moejet.config import env_worker_timeout
+from moejet.environment import env_worker_timeout
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.extension import load_extension
 from moejet.ops.hand_over import HandOver, hand_over

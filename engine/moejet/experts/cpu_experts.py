@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, from_numpy
 
 from moejet import topology
-from moejet.config import env_num_threads, env_numa_nodes
+from moejet.environment import env_num_threads, env_numa_nodes, use_reference
 from moejet.extension import load_extension, report_placement, resolve_isa
-from moejet.ops.experts import moe_experts
+from moejet.ops.experts import moe_experts_ref
 from moejet.ops.linear import fp8_bytes, packing_arguments
 from moejet.weights.packed_layout import PackedLayout
 from moejet.weights.stored import StoredWeight
@@ -226,8 +227,18 @@ class CpuExperts:
         return {prefix: self}
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts; see `moejet.ops.experts.moe_experts`."""
-        return moe_experts(x, topk_ids, topk_weights, self)
+        """Weighted sum of each token's routed experts.
+
+        Shapes: T tokens, D = hidden_size, K experts per token.
+          x [T, D] fp32 or bf16 (rows may be apart) · topk_ids [T, K] i32 or i64, -1 skips · topk_weights [T, K] fp32
+        Returns: [T, D] in x's dtype. Integer formats quantise activations to int8 per 32 inputs on
+        vector instruction sets; AMX computes in bf16, or in int8. An id out of range raises ValueError.
+        """
+        if use_reference():
+            return moe_experts_ref(x, topk_ids, topk_weights, self.dequantize)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self.run_kernels(x, topk_ids, topk_weights, out)
+        return out
 
     def run_kernels(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, out: Tensor) -> None:
         """Runs the C++ kernels into `out`, [T, D]. Wrong arguments raise ValueError or TypeError."""

@@ -15,7 +15,7 @@ from moejet.hub.cache import (
     verify_snapshot,
 )
 from moejet.hub.errors import HubError
-from moejet.hub.listing import HubFile, gib, quant_of, split_quant
+from moejet.hub.listing import HubFile, quant_of, split_quant
 from moejet.hub.progress import Counter, Reporter, TransferProgress
 from moejet.hub.pull import PullResult, is_offline, local_snapshot, pull, pull_or_local
 
@@ -31,7 +31,6 @@ __all__ = [
     "Verification",
     "cache_root",
     "find_orphans",
-    "gib",
     "is_offline",
     "local_snapshot",
     "pull",

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from moejet.hub.errors import HubError
+from moejet.progress import gib
 
 INDEX = "model.safetensors.index.json"
 # Top-level files only: repositories keep other formats in subdirectories.
@@ -196,13 +197,6 @@ def _included(listing: Listing, include: Sequence[str]) -> list[HubFile]:
         for file in listing.files
         if file.path not in small and any(fnmatchcase(file.path, p) for p in include)
     ]
-
-
-def gib(size: int) -> str:
-    """Bytes for people: GiB, or MiB below 0.1 GiB, or KiB below 0.1 MiB."""
-    if size >= 2**30 / 10:
-        return f"{size / 2**30:.2f} GiB"
-    return f"{size / 2**20:.2f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.1f} KiB"
 
 
 def _some(names: Sequence[str]) -> str:

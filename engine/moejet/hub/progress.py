@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moejet.hub.listing import HubFile, gib
-from moejet.progress import ProgressLine, bar, duration
+from moejet.hub.listing import HubFile
+from moejet.progress import ProgressLine, bar, duration, gib
 
 
 @dataclass(frozen=True, slots=True)

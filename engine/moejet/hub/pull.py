@@ -16,7 +16,6 @@ from moejet.hub.listing import (
     HubFile,
     Listing,
     fetch_listing,
-    gib,
     is_gguf,
     small_files,
     split_quant,
@@ -24,6 +23,7 @@ from moejet.hub.listing import (
 )
 from moejet.hub.progress import Counter, Reporter
 from moejet.hub.transfer import Fetcher, retried
+from moejet.progress import gib
 from moejet.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,10 @@ from moejet.config import ModelConfig
 from moejet.device_batch import DeviceBatch
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.experts.hybrid_experts import HybridExperts
+from moejet.layers.dense import GatedMLP
 from moejet.layers.gpu import GpuGatedMLP
-from moejet.layers.linear import Dense, Embedding, GatedMLP, Linear, RMSNorm
+from moejet.layers.linear import Dense, Embedding, Linear, RMSNorm
+from moejet.layers.mla import MLA
 from moejet.layers.moe import MoE
 from moejet.ops.rope import rope_table
 from moejet.weights.packed_state import Packed
@@ -42,7 +44,7 @@ class DecoderLayer:
         dense = dense.within(f"model.layers.{layer}")
         mlp_dense = dense.within("mlp")
         self.input_norm = RMSNorm(hidden, eps, dense=dense)
-        self.attention = dense.within("self_attn").attention(config)
+        self.attention: MLA = dense.within("self_attn").attention(config)
         self.post_attention_norm = RMSNorm(hidden, eps, dense=dense)
         self.mlp: MoE | GatedMLP | GpuGatedMLP
         if config.is_moe_layer(layer):

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moejet.config import use_reference
-from moejet.ops.sample import sample_tokens_ref
+from moejet.environment import use_reference
+from moejet.ops.sample_ref import sample_tokens_ref
 from moejet.request import SamplingParams
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 
 
 def embedding(token_ids: Tensor, weight: Tensor, *, out_dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 from moejet.weights.gpu_weights import GpuWeights, dequantize
 
 

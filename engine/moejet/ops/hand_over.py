@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 
 _ALIGNMENT = 256
 

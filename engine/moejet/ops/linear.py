@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, from_numpy
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 from moejet.extension import load_extension, report_placement, resolve_isa
 from moejet.weights.stored import StoredWeight
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 from moejet.ops.latent_rows import decode_latents
 from moejet.ops.linear import PackedMatrices, linear_ref
 

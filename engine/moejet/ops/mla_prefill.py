@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 from moejet.ops.gather_latent import gather_latent
 from moejet.ops.latent_rows import decode_latents
 

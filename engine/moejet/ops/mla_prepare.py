@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 from moejet.ops.rms_norm import rms_norm_ref
 from moejet.ops.rope import apply_rope_ref
 from moejet.ops.store_latent import store_latent_ref

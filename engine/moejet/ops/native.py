@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moejet.config import env_max_isa, use_reference
+from moejet.environment import env_max_isa, use_reference
 from moejet.extension import load_extension
 
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 from moejet.extension import load_extension
 from moejet.ops.native import cpu_isa, runs_native
 from moejet.rope_config import RopeConfig

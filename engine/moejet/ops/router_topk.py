@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moejet.config import ModelConfig, use_reference
+from moejet.config import ModelConfig
+from moejet.environment import use_reference
 from moejet.extension import load_extension
 from moejet.ops.native import cpu_isa, runs_native
 

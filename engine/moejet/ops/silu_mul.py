@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 
 
 def silu_mul(gate: Tensor, up: Tensor | None = None, *, out_dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 from moejet.extension import load_extension
 from moejet.ops.latent_rows import CACHE_TYPES, encode_latents
 from moejet.ops.native import cpu_isa, runs_native

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 from moejet.extension import load_extension
 from moejet.ops.native import cpu_isa, runs_native
 

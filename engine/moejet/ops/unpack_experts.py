@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moejet.config import use_reference
+from moejet.environment import use_reference
 from moejet.weights.gpu_weights import GpuWeights, pack_nibbles, quantize
 from moejet.weights.packed_layout import BLOCKS, PANEL_ROWS, PackedLayout
 from moejet.weights.stored import FP8_BLOCK

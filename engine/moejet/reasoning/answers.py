@@ -16,7 +16,7 @@ from typing import Protocol
 
 from moejet.reasoning.answer_form import read_answer
 from moejet.reasoning.equality import NumericEqual, SympyEqual, group, key
-from moejet.reasoning.parser import KNOWN_TAGS
+from moejet.thinking import KNOWN_TAGS
 
 __all__ = [
     "After",

@@ -18,7 +18,7 @@ class ModelCard:
     """What the server must know of the model to check and render requests without asking the engine.
 
     tokenizer: None for a synthetic model, which serves token ids only · strategies: names of those it
-    can answer by · loaded_as: by what name or path, where that is known
+    can answer by · loaded_as: by what name or path, where that is known · description: `LLM.describe`
     """
 
     name: str
@@ -28,6 +28,7 @@ class ModelCard:
     tokenizer: Tokenizer | None
     strategies: tuple[str, ...] = ()
     loaded_as: str = ""
+    description: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class LocalBackend:
             tokenizer=tokenizer,
             strategies=strategy_names() if tokenizer is not None else (),
             loaded_as=llm.config.model,
+            description=llm.describe(),
         )
 
     async def start(self, job: Job) -> Stream:

@@ -125,6 +125,7 @@ class Loaded(_Frame):
     default_sampling: SamplingParams
     tokenizer: TokenizerParts | None
     strategies: tuple[str, ...] = ()
+    description: str = ""
 
 
 class Accepted(_Frame):

@@ -46,7 +46,7 @@ def is_ready(health: dict[str, Any], stall_s: float = STALL_S) -> tuple[bool, st
     return True, None
 
 
-def health_router(backend: Backend, stall_s: float = STALL_S) -> APIRouter:
+def health_router(backend: Backend) -> APIRouter:
     """GET /health and /ready: 200, or 503 with the reason. They need no key and say nothing of requests."""
     router = APIRouter(tags=["health"])
 
@@ -54,14 +54,14 @@ def health_router(backend: Backend, stall_s: float = STALL_S) -> APIRouter:
     async def health() -> JSONResponse:
         """Whether the engine works: its steps advance."""
         found = backend.health()
-        status, reason = assess(found, stall_s)
+        status, reason = assess(found)
         body = {"status": status, "error": reason, **{n: found.get(n) for n in _SHOWN}}
         return _response(status == "ok", body)
 
     @router.get("/ready", responses=_responses("Ready"))
     async def ready() -> JSONResponse:
         """Whether a request would be accepted now."""
-        can_accept, reason = is_ready(backend.health(), stall_s)
+        can_accept, reason = is_ready(backend.health())
         return _response(can_accept, {"ready": can_accept, "error": reason})
 
     return router

@@ -6,22 +6,19 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from moejet.reasoning.result import Progress
-from moejet.server import frames
+from moejet.server.remote_call import RemoteCall
 from moejet.server.strategies import Outcome
 
 if TYPE_CHECKING:
     from moejet.server.supervisor import RemoteBackend
 
 
-class RemoteStrategy:
-    """The backend's side puts and ends; the reader gets and closes, on the same event loop."""
+class RemoteStrategy(RemoteCall):
+    """What a strategy tells, and its outcome at the end."""
 
     def __init__(self, backend: RemoteBackend, number: int):
-        self._backend = backend
-        self._number = number
+        super().__init__(backend, number)
         self._events: asyncio.Queue[Progress | Outcome | Exception] = asyncio.Queue()
-        self._is_closed = False
-        self.accepted: asyncio.Future[None] = backend.loop.create_future()
 
     async def get(self) -> Progress | Outcome:
         event = await self._events.get()
@@ -30,26 +27,10 @@ class RemoteStrategy:
             raise event
         return event
 
-    def close(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
-            self._backend.drop(self._number)
-
-    def __del__(self) -> None:
-        if not getattr(self, "_is_closed", True) and not self._backend.loop.is_closed():
-            # It may be collected on any thread.
-            close = frames.Close(self._number)
-            self._backend.loop.call_soon_threadsafe(self._backend.send, close)
-
     def put(self, event: Progress | Outcome) -> None:
         self._events.put_nowait(event)
 
     def end(self, error: Exception | None = None) -> None:
-        self._is_closed = True
-        if self.accepted.done():
-            if error is not None:
-                self._events.put_nowait(error)
-        elif error is None:
-            self.accepted.set_result(None)
-        else:
-            self.accepted.set_exception(error)
+        if self.accepted.done() and error is not None:
+            self._events.put_nowait(error)
+        super().end(error)

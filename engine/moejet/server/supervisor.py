@@ -460,4 +460,5 @@ def _card(loaded: frames.Loaded, name: str, model: str) -> ModelCard:
         ),
         strategies=loaded.strategies,
         loaded_as=model,
+        description=loaded.description,
     )

@@ -21,7 +21,8 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moejet.config import env_log_level
+from moejet.environment import env_log_level
+from moejet.expected_errors import EXPECTED_ERRORS, describe_error
 from moejet.server import frames
 from moejet.server.backend import LocalBackend, Stream
 from moejet.server.frames import Channel
@@ -117,8 +118,8 @@ class Worker:
 
     def _open(self, load: frames.Load, loop: asyncio.AbstractEventLoop) -> AsyncLLM:
         from moejet.async_llm import AsyncLLM
-        from moejet.weights import LoadProgress
         from moejet.weights.loader import on_load_progress
+        from moejet.weights.progress import LoadProgress
 
         sent_s = -math.inf
 
@@ -251,13 +252,16 @@ def _loaded(backend: LocalBackend) -> frames.Loaded:
     if card.tokenizer is not None:
         parts = frames.TokenizerParts(**card.tokenizer.parts())
     return frames.Loaded(
-        card.max_context, card.vocab_size, card.default_sampling, parts, card.strategies
+        card.max_context,
+        card.vocab_size,
+        card.default_sampling,
+        parts,
+        card.strategies,
+        card.description,
     )
 
 
 def _load_failure(error: Exception) -> frames.LoadFailed:
-    from moejet.cli.main import EXPECTED_ERRORS, describe_error
-
     if isinstance(error, EXPECTED_ERRORS):
         return frames.LoadFailed(*describe_error(error))
     logger.error("loading failed", exc_info=error)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moejet.experts.bridge import CpuBridge
 from moejet.experts.cpu_experts import CpuExperts
+from moejet.experts.simulated_stream import SimulatedStream
 from moejet.testing.fake_cuda import FakeStream
-from moejet.testing.simulated_stream import SimulatedStream
 
 if TYPE_CHECKING:
     from moejet import _C

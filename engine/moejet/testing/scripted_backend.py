@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from moejet.output import OutputAssembler
-from moejet.reasoning.parser import prompt_opens_thinking
 from moejet.reasoning.result import Progress
 from moejet.request import (
     CompletionOutput,
@@ -21,6 +20,7 @@ from moejet.request import (
 )
 from moejet.server.backend import Job, ModelCard
 from moejet.server.strategies import Outcome, SolveJob
+from moejet.thinking import prompt_opens_thinking
 from moejet.tokenizer import Tokenizer
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moejet.progress import counted
 from moejet.weights.spec import TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
@@ -261,7 +262,7 @@ def _list_files(root: Path) -> tuple[dict[str, str] | None, list[Path], list[str
         missing = [name for name in names if not (root / name).is_file()]
         problems = []
         if missing:
-            problems.append(f"missing {_count(missing, 'shard')}: {_first(missing)}")
+            problems.append(f"missing {counted(len(missing), 'shard')}: {_first(missing)}")
         present = {name: file for name, file in expected.items() if file not in missing}
         return present, [root / name for name in names if name not in missing], problems
     if (root / SINGLE_NAME).is_file():
@@ -296,7 +297,7 @@ def _index_problems(expected: dict[str, str], tensors: dict[str, TensorInfo]) ->
         if info is None or info.file.name != file:
             absent.setdefault(file, []).append(name)
     return [
-        f"{file} lacks {_count(names, 'tensor')} that the index places there: {_first(names)}"
+        f"{file} lacks {counted(len(names), 'tensor')} that the index places there: {_first(names)}"
         for file, names in absent.items()
     ]
 
@@ -317,7 +318,7 @@ def _incomplete_series(files: list[Path]) -> list[str]:
             if n not in numbers
         ]
         if missing:
-            problems.append(f"missing {_count(missing, 'shard')}: {_first(missing)}")
+            problems.append(f"missing {counted(len(missing), 'shard')}: {_first(missing)}")
     return problems
 
 
@@ -331,10 +332,6 @@ def _nothing_to_load(root: Path) -> str:
             "read: convert it to safetensors (transformers: from_pretrained, then save_pretrained)"
         )
     return f"checkpoint {root} holds no weights; {supported}"
-
-
-def _count(items: list[str], noun: str) -> str:
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
 def _first(items: list[str], separator: str = ", ") -> str:

@@ -128,76 +128,6 @@ def dequantize(
     return out.view(shape)
 
 
-@dataclass(frozen=True, slots=True)
-class SplitBlocks:
-    """A quantised matrix [R, K] as plain arrays: w = d s (code - zero) - dmin m, per group and block.
-
-    codes [R, K] uint8, or int8 for Q8_0 · d [R, K / block_size] fp16 · dmin the same, or None ·
-    scales [R, K / group_size]: uint8 (Q4_K, Q5_K: 0..63) or int8 (Q6_K), None where d alone scales ·
-    mins the same as uint8 0..63, or None · zero: what is subtracted from every code.
-    """
-
-    codes: Tensor
-    d: Tensor
-    scales: Tensor | None
-    dmin: Tensor | None
-    mins: Tensor | None
-    zero: int
-    group_size: int
-    block_size: int
-
-    def dequantize(self) -> Tensor:
-        """[R, K] fp32, bit-exact with `dequantize` of the blocks."""
-        rows, columns = self.codes.shape
-        groups = columns // self.group_size
-        per_block = self.block_size // self.group_size
-        scale = self.d.float().repeat_interleave(per_block, 1)
-        if self.scales is not None:
-            scale = scale * self.scales.float()
-        codes = self.codes.to(torch.int16).sub_(self.zero).float()
-        result = codes.view(rows, groups, self.group_size) * scale[:, :, None]
-        if self.dmin is not None and self.mins is not None:
-            low = self.dmin.float().repeat_interleave(per_block, 1) * self.mins.float()
-            result -= low[:, :, None]
-        return result.view(rows, columns)
-
-
-def split_blocks(raw: Tensor, type_name: str, shape: tuple[int, int]) -> SplitBlocks:
-    """Takes the blocks of a Q4_0, Q8_0, Q4_K, Q5_K or Q6_K matrix apart, losing nothing, for kernels that repack them.
-
-    raw: uint8, the matrix's bytes. All arrays of the result are copies.
-    """
-    if type_name not in _SPLIT:
-        raise ValueError(f"ggml type {type_name} cannot be split; supported: {', '.join(_SPLIT)}")
-    layout = LAYOUTS[type_name]
-    rows, columns = shape
-    if (
-        raw.dtype != torch.uint8
-        or raw.numel() != layout.num_bytes(shape)
-        or columns % layout.block_size
-    ):
-        raise ValueError(
-            f"{type_name} {list(shape)} needs {layout.num_bytes(shape)} bytes of uint8"
-        )
-    blocks = raw.reshape(-1, layout.block_bytes)
-    group_size, zero = _SPLIT[type_name]
-    codes, d, scales, dmin, mins = _PARTS[type_name](blocks)
-
-    def by_row(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.reshape(rows, -1).clone()
-
-    return SplitBlocks(
-        codes=codes.reshape(rows, columns).clone(),
-        d=d.reshape(rows, -1).clone(),
-        scales=by_row(scales),
-        dmin=by_row(dmin),
-        mins=by_row(mins),
-        zero=zero,
-        group_size=group_size,
-        block_size=layout.block_size,
-    )
-
-
 # What a block is made of: codes [N, block_size], d [N, 1] fp16, scales, dmin, mins (None where the type has none).
 _Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -258,11 +188,10 @@ def _grouped(codes: Tensor, scale: Tensor, low: Tensor | None = None) -> Tensor:
     return (result if low is None else result.sub_(low[:, :, None])).flatten(1)
 
 
-def _decode_split(type_name: str) -> Callable[[Tensor], Tensor]:
+def _decode_parts(type_name: str) -> Callable[[Tensor], Tensor]:
     def decode(blocks: Tensor) -> Tensor:
         codes, d, scales, dmin, mins = _PARTS[type_name](blocks)
-        zero = _SPLIT[type_name][1]
-        if zero:
+        if zero := _ZEROS.get(type_name):
             codes = codes.view(torch.int8) - zero
         scale = d.float() if scales is None else d.float() * scales.float()
         low = None if dmin is None or mins is None else dmin.float() * mins.float()
@@ -322,8 +251,8 @@ def _decode_iq4_xs(blocks: Tensor) -> Tensor:
     return _grouped(codes, _half(blocks, 0).float() * scales.float())
 
 
-# Type -> (weights per scale, zero of its codes); these five can be split.
-_SPLIT = {"Q4_0": (32, 8), "Q8_0": (32, 0), "Q4_K": (32, 0), "Q5_K": (32, 0), "Q6_K": (16, 32)}
+# What is subtracted from codes.
+_ZEROS = {"Q4_0": 8, "Q6_K": 32}
 _PARTS: dict[str, Callable[[Tensor], _Parts]] = {
     "Q4_0": _parts_q4_0,
     "Q8_0": _parts_q8_0,
@@ -335,7 +264,7 @@ _DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
     "F32": lambda blocks: blocks.contiguous().view(torch.float32),
     "F16": lambda blocks: blocks.contiguous().view(torch.float16).float(),
     "BF16": lambda blocks: blocks.contiguous().view(torch.bfloat16).float(),
-    **{name: _decode_split(name) for name in _SPLIT},
+    **{name: _decode_parts(name) for name in _PARTS},
     "Q4_1": _decode_q4_1,
     "Q5_0": _decode_q5_0,
     "Q5_1": _decode_q5_1,

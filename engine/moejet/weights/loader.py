@@ -76,22 +76,19 @@ def load_weights(
     checkpoint: Checkpoint,
     specs: dict[str, TensorSpec],
     *,
-    num_hidden_layers: int | None = None,
     show_progress: bool | None = None,
-    on_progress: Callable[[LoadProgress], None] | None = None,
 ) -> LoadReport:
     """Calls every spec's `load` once with its tensor, in file order.
 
     The tensor is contiguous, in its stored dtype (F32, F16 or BF16) and valid during the call only: clone to keep it.
-    num_hidden_layers: later layers (multi-token prediction) are left out; None: as many as `specs` has ·
-    show_progress: draw a line on stderr (None: if it is a terminal) · on_progress: called after every piece.
-    Raises ValueError before anything is loaded if names, shapes or dtypes differ. An exception of a `load` or of
-    `on_progress` ends the reading and passes through with a note that names the tensor.
+    Layers beyond those of `specs` (multi-token prediction) are left out. show_progress: draw a line on stderr (None: if
+    it is a terminal); see also `on_load_progress`. Raises ValueError before anything is loaded if names, shapes or
+    dtypes differ. An exception of a `load` ends the reading and passes through with a note that names the tensor.
     """
-    plan = plan_load(checkpoint, specs, num_hidden_layers)
+    plan = plan_load(checkpoint, specs)
     total = sum(piece.num_bytes for piece in plan.pieces)
     line = ProgressLine(enabled=show_progress)
-    on_progress = on_progress or _LISTENER.get()
+    on_progress = _LISTENER.get()
     start = time.perf_counter()
     done = 0
     try:
@@ -127,13 +124,11 @@ def load_weights(
     return report
 
 
-def plan_load(
-    checkpoint: Checkpoint, specs: dict[str, TensorSpec], num_hidden_layers: int | None = None
-) -> _Plan:
+def plan_load(checkpoint: Checkpoint, specs: dict[str, TensorSpec]) -> _Plan:
     """Matches checkpoint and specs without reading data; ValueError lists all differences."""
     plan = _Plan()
     specs = checkpoint.adapt(specs)
-    num_layers = num_hidden_layers or 1 + max((_layer_of(name) for name in specs), default=-1)
+    num_layers = 1 + max((_layer_of(name) for name in specs), default=-1)
     wanted = []
     for info in checkpoint:
         name = plain_name(info.name)

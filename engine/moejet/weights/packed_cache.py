@@ -37,11 +37,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moejet import atomic_file, framed_file, topology
-from moejet.atomic_file import Abandoned, read_all, replace_atomically, reserve, write_all
-from moejet.config import EngineConfig, ModelConfig, env_cache_dir
+from moejet.atomic_file import (
+    FREE_BYTES,
+    Abandoned,
+    read_all,
+    replace_atomically,
+    reserve,
+    write_all,
+)
+from moejet.config import EngineConfig, ModelConfig
 from moejet.extension import load_extension
 from moejet.weights.device_copies import DeviceCopies
 from moejet.weights.gguf import list_shards
+from moejet.weights.packed_files import SUFFIX, cache_files, sweep
 from moejet.weights.packed_header import (
     ALIGNMENT,
     MAGIC,
@@ -62,14 +70,12 @@ from moejet.weights.packed_state import (
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".packed"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _WRITE_BYTES = 64 << 20
 _READ_AHEAD_BYTES = 2 << 20
 _HOLE_BYTES = 1 << 20  # of zeros, that are worth a hole
 # Weights that are read and packed in less time than a file is worth.
 MIN_BYTES = 256 << 20
-FREE_BYTES = 1 << 30  # of the disk, that stay free
 
 
 class PartlyFilled(Exception):
@@ -293,31 +299,6 @@ def weights_key(
     }
     parsed: dict[str, Any] = json.loads(framed_file.canonical(key))
     return parsed
-
-
-def cache_files(directory: Path) -> list[Path]:
-    """Finished cache files, the least recently used first."""
-    if not directory.is_dir():
-        return []
-    return sorted(directory.glob(f"*{SUFFIX}"), key=lambda f: f.stat().st_mtime)
-
-
-def abandoned_files(directory: Path) -> list[Path]:
-    """Temporary files whose writer is dead."""
-    return atomic_file.abandoned_files(directory, SUFFIX)
-
-
-def sweep(directory: Path) -> list[Path]:
-    """Removes what dead writers left; returns the files removed."""
-    files = abandoned_files(directory)
-    for file in files:
-        file.unlink(missing_ok=True)
-    return files
-
-
-def cache_directory() -> Path | None:
-    """MOEJET_CACHE, or moejet in the user's cache directory; None if caching is switched off."""
-    return env_cache_dir()
 
 
 def _fill(fd: int, state: State, blobs: dict[str, Blob], *, maps: bool) -> None:

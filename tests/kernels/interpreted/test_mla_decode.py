@@ -5,7 +5,8 @@ from moejet.kernels.card import CARDS, pretend
 from moejet.kernels.mla_decode import mla_decode
 from moejet.kernels.mla_decode_plan import Tiles
 from moejet.ops.latent_rows import encode_latents
-from moejet.ops.mla_decode import PrefixGroups, mla_decode_ref
+from moejet.ops.mla_decode import mla_decode_ref
+from moejet.prefix_groups import PrefixGroups
 from moejet.testing.tolerances import assert_close
 
 FP8 = torch.uint8

@@ -8,7 +8,7 @@ import torch
 from moejet.kernels import sample as kernels
 from moejet.kernels import top_logits as top
 from moejet.ops.device_sampling import SamplingTensors, count_tokens, sample_on_device_ref
-from moejet.ops.sample import BAD_LOGITS
+from moejet.ops.sample_ref import BAD_LOGITS
 from moejet.ops.top_logits import top_logits_on_device, top_logits_ref
 from moejet.request import SamplingParams
 from moejet.sampler import adjust_logits

@@ -47,24 +47,24 @@ class ToolChoice:
     parallel: bool = True
 
 
-def parse_tools(value: object, field: str = "tools") -> tuple[Tool, ...]:
+def parse_tools(value: object) -> tuple[Tool, ...]:
     """Checked tools of OpenAI's Chat ({"function": {...}}) or Responses form, or Anthropic's (`input_schema`)."""
     if value is None:
         return ()
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
-        raise ValueError(f"{field} must be a list of tools, not {type(value).__name__}")
+        raise ValueError(f"tools must be a list of tools, not {type(value).__name__}")
     if len(value) > MAX_TOOLS:
-        raise ValueError(f"{field} holds {len(value)} tools, and {MAX_TOOLS} are allowed")
-    tools = tuple(_parse_tool(tool, f"{field}[{i}]") for i, tool in enumerate(value))
+        raise ValueError(f"tools holds {len(value)} tools, and {MAX_TOOLS} are allowed")
+    tools = tuple(_parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(value))
     seen: set[str] = set()
     for i, tool in enumerate(tools):
         if tool.name in seen:
-            raise ValueError(f"{field}[{i}]: the name {tool.name!r} occurs twice: rename one tool")
+            raise ValueError(f"tools[{i}]: the name {tool.name!r} occurs twice: rename one tool")
         seen.add(tool.name)
     num_chars = sum(len(json.dumps(tool.for_template())) for tool in tools)
     if num_chars > MAX_TOOLS_CHARS:
         raise ValueError(
-            f"{field} has {num_chars} characters as JSON, and {MAX_TOOLS_CHARS} are allowed: offer "
+            f"tools has {num_chars} characters as JSON, and {MAX_TOOLS_CHARS} are allowed: offer "
             "fewer or shorter tools"
         )
     return tools
@@ -136,7 +136,6 @@ def parse_tool_choice(
     tools: Sequence[Tool],
     *,
     parallel: bool | None = None,
-    field: str = "tool_choice",
 ) -> ToolChoice:
     """The choice in any dialect; without tools, "none". parallel: `parallel_tool_calls`."""
     several = True if parallel is None else parallel
@@ -152,7 +151,9 @@ def parse_tool_choice(
         name = spec.get("name") if isinstance(spec, Mapping) else None
         if not any(tool.name == name for tool in tools):
             names = ", ".join(tool.name for tool in tools[:8]) or "none"
-            raise ValueError(f"{field} names {short(name)}, which is not offered; tools: {names}")
+            raise ValueError(
+                f"tool_choice names {short(name)}, which is not offered; tools: {names}"
+            )
         return ToolChoice("required", name, False)
     modes: dict[object, Mode] = {
         "none": "none",
@@ -162,8 +163,8 @@ def parse_tool_choice(
     }
     if not isinstance(word, str) or word not in modes:
         raise ValueError(
-            f"{field}={short(value)} must be 'none', 'auto', 'required' or name a function"
+            f"tool_choice={short(value)} must be 'none', 'auto', 'required' or name a function"
         )
     if modes[word] == "required" and not tools:
-        raise ValueError(f"{field}={short(value)} needs tools, and none are offered")
+        raise ValueError(f"tool_choice={short(value)} needs tools, and none are offered")
     return ToolChoice(modes[word] if tools else "none", None, several)

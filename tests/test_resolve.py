@@ -1,4 +1,4 @@
-"""moejet.weights.resolve: aliases, directories, and hub ids against a local stand-in for the hub's HTTP API."""
+"""moejet.resolve: aliases, directories, and hub ids against a local stand-in for the hub's HTTP API."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from moejet.resolve import TINY_REASONER, resolve_model
 from moejet.testing.checkpoints import tiny_checkpoint
 from moejet.testing.hub import StandInHub
-from moejet.weights import TINY_REASONER, Checkpoint, resolve_model
+from moejet.weights.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""moejet.reasoning.parser: where reasoning ends and content begins, for any cutting of the text."""
+"""moejet.thinking: where reasoning ends and content begins, for any cutting of the text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moejet.reasoning.parser import (
+from moejet.thinking import (
     ThinkingParser,
     detect_think_tags,
     prompt_opens_thinking,
