@@ -335,6 +335,7 @@ def test_wrong_prompts_are_refused_before_anything_is_queued(make):
         await refused(lambda: llm.complete("a", {"temperature": 0}), "SamplingParams")
         await refused(lambda: llm.complete("a", SHORT, priority="high"), "priority='high'")
         await refused(lambda: llm.complete("a", SHORT, request_id=""), "request_id=''")
+        await refused(lambda: llm.complete("a", SHORT, request_id="branch-3"), "branch-3")
         await refused(lambda: llm.chat([]).result(), "messages is empty")
         await refused(lambda: llm.chat([{"role": "user"}]).start(), "content is missing")
         stream = llm.generate("")
@@ -663,7 +664,7 @@ def test_who_breaks_every_step_ends_alone(make, expected, monkeypatch, place, n)
     if place == "forward":
         runner.execute = forward
     else:
-        monkeypatch.setattr("moejet.engine.sample", sampler)
+        monkeypatch.setattr("moejet.step_compute.sample", sampler)
 
     async def main() -> None:
         good = [asyncio.ensure_future(_tokens(llm.generate(p, SHORT))) for p in PROMPTS[:9]]
@@ -774,7 +775,7 @@ def test_a_hung_step_fails_its_requests_and_recovers(make, expected):
 def test_what_a_hung_request_leaves_never_reaches_another_of_the_same_id(make, expected):
     llm = make(step_timeout_s=0.3, max_num_requests=1)
     thread, reserved = llm._thread, []
-    deliver = thread._deliver
+    deliver = thread._loop._deliver
 
     def reserve_first(deltas):
         if not reserved:  # the hung step has returned, nothing of it was delivered or aborted yet
@@ -786,9 +787,9 @@ def test_what_a_hung_request_leaves_never_reaches_another_of_the_same_id(make, e
         task = asyncio.ensure_future(llm.complete("abc", SHORT, request_id="abc"))
         with pytest.raises(EngineStepError):
             await task
-        thread._deliver = reserve_first
+        thread._loop._deliver = reserve_first
         gate.open()
-        await _until(lambda: reserved and not thread._in_engine)
+        await _until(lambda: reserved and not thread._loop._in_engine)
         assert not reserved[0].ended.done()
         assert reserved[0].mailbox.num_unread == 0
         thread.cancel(reserved[0])
@@ -807,7 +808,7 @@ def test_closing_does_not_wait_for_a_hung_step(make):
             await llm.complete("abc", SHORT)
         await asyncio.wait_for(llm.close(), 5)
         gate.open()
-        await _until(lambda: llm._thread._has_ended)
+        await _until(lambda: llm._thread._state.has_ended)
 
     asyncio.run(main())
 
@@ -864,13 +865,13 @@ def test_dropping_everything_ends_the_thread(path):
     stream = llm.generate("abc", LONG)
     asyncio.run(stream.get())
     del llm
-    assert not thread._has_ended  # the stream keeps it
+    assert not thread._state.has_ended  # the stream keeps it
     del stream
     gc.collect()
     deadline = time.monotonic() + 10
-    while not thread._has_ended and time.monotonic() < deadline:
+    while not thread._state.has_ended and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert thread._has_ended
+    assert thread._state.has_ended
     assert not thread.engine._groups
 
 

@@ -21,7 +21,7 @@ def reasoner():
 
 def run_and_interrupt(llm: LLM, params: SamplingParams, num_steps: int) -> RequestOutput:
     engine = llm.engine
-    text, tokens = llm._render(QUESTION, {})
+    text, tokens = llm.read_prompt(QUESTION)
     request_id = engine.add_request(tokens, params, prompt=text)
     for _ in range(num_steps):
         engine.step()
@@ -68,7 +68,7 @@ def test_all_samples_end_and_statistics_stay(reasoner):
 def test_nobody_thinks(reasoner):
     engine = reasoner.engine
     assert not engine.end_thinking("unknown")
-    text, tokens = reasoner._render(QUESTION, {})
+    text, tokens = reasoner.read_prompt(QUESTION)
     request_id = engine.add_request(
         tokens, SamplingParams(temperature=0.0, max_thinking_tokens=0), prompt=text
     )

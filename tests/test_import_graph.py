@@ -24,8 +24,10 @@ LAYERS = {
         huge_pages hybrid_statistics json_file latent_layout model_cost presets progress rope_config thinking
         tiktoken_files tokenizer tool_markers topology
     """,
-    "requests": "batch cache_blocks engine_counters grammar mailbox output policy prefix_groups request request_rules "
-    "sample_state statistics step_plan ticket",
+    "requests": """
+        batch cache_blocks engine_counters engine_state grammar mailbox output policy prefix_groups prompt_reader request
+        request_rules sample_state statistics step_plan ticket watchdog
+    """,
     "weights": "weights",
     "hub": "hub resolve",
     "kernels": "kernels",
@@ -33,12 +35,12 @@ LAYERS = {
     "experts": "experts",
     "layers": "device_batch layers staging",
     "models": "models",
-    "runners": "ceilings cpu_program gpu_ceilings gpu_memory gpu_runner plan runner sampler scoring",
+    "runners": "ceilings cpu_program decode_graphs gpu_ceilings gpu_memory gpu_runner plan runner sampler scoring",
     "engine": """
         block_file block_pool choices commit decode_traffic engine gpu_loading group isolation loading prefix_store
-        prefix_tier scheduler step_head
+        prefix_tier scheduler step_compute step_head
     """,
-    "library": "branch engine_thread hf hf_layer hybrid_timing llm session timing",
+    "library": "advance branch engine_loop engine_thread hf hf_layer hybrid_timing llm request_stream session timing",
     "reasoning": "reasoning",
     "asynchronous library": "async_llm",
     "server": "server",

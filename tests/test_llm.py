@@ -123,6 +123,18 @@ def test_stop_token_and_max_tokens(llm):
     assert llm.generate("abc", one)[0].outputs[0].finish_reason in ("length", "stop")
 
 
+def test_every_sample_of_a_stream_tells_why_it_ended(llm):
+    free = SamplingParams(temperature=1.0, seed=3, max_tokens=12, n=4, ignore_eos=True)
+    tokens = [o.token_ids for o in llm.generate("abc", free)[0].outputs]
+    params = replace(free, stop_token_ids=(tokens[0][3], tokens[1][5]))
+    deltas = list(llm.stream("abc", params))
+    ends = {d.index: (d.finish_reason, d.stop_reason) for d in deltas if d.finish_reason}
+    outputs = deltas[-1].output.outputs
+    assert ends == {o.index: (o.finish_reason, o.stop_reason) for o in outputs}
+    assert ends[0][0] == ends[1][0] == "stop"
+    assert {ends[0][1], ends[1][1]} <= set(params.stop_token_ids)
+
+
 def test_logprobs_agree_with_score(llm):
     params = SamplingParams(temperature=0.7, seed=1, max_tokens=10, logprobs=3, ignore_eos=True)
     result = llm.generate("some words", params)[0]
@@ -259,6 +271,19 @@ def test_bad_options_and_closed_engine(path):
     llm.close()
     with pytest.raises(ValueError, match="closed"):
         llm.generate("a")
+
+
+def test_threads_end_even_if_something_else_cannot_be_closed(path):
+    llm = LLM(path, **OPTIONS)
+
+    def fail():
+        raise OSError("the disk is gone")
+
+    llm.engine.at_close.callback(fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.engine.probe()
 
 
 def test_two_models_at_once(path, llm):

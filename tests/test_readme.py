@@ -83,11 +83,6 @@ def test_the_table_of_hardware_is_current():
     assert written == TEXT, "run `python tests/hardware_table.py`"
 
 
-def test_a_tokens_way_leads_through_files():
-    for name in set(re.findall(r"`([\w/]+(?:\.\w+|/))`", section("A token's way"))):
-        assert (ROOT / "engine/moejet" / name).exists() or (ROOT / name).exists(), name
-
-
 def test_the_objects_have_what_the_table_says():
     rows = re.findall(r"^\| `([\w.]+)` \| (.*) \|$", section("To embed"), re.MULTILINE)
     assert rows

@@ -15,23 +15,19 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moejet.branch import BRANCH_ID
 from moejet.config import EngineConfig, ModelConfig
 from moejet.decode_traffic import read_ceiling
 from moejet.engine_thread import EngineThread
-from moejet.llm import LLM, TINY_REASONER, Message
-from moejet.request import (
-    MAX_LOGPROBS,
-    RequestOutput,
-    SamplingParams,
-    StreamDelta,
-    TokenLogprobs,
-)
-from moejet.ticket import Ticket
+from moejet.llm import LLM, TINY_REASONER
+from moejet.prompt_reader import Message
+from moejet.request import MAX_LOGPROBS, RequestOutput, SamplingParams, TokenLogprobs
+from moejet.request_stream import RequestStream
 from moejet.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -43,127 +39,6 @@ _MAX_QUEUED_REQUESTS = 512
 _MAX_QUEUED_TOKENS = 1 << 20
 _STEP_TIMEOUT_S = 600.0
 _PROMPT_THREADS = 2
-
-
-class RequestStream(AsyncIterator[StreamDelta]):
-    """One request: an asynchronous iterator over what each step adds to it.
-
-    It is sent to the engine by `start`, or else by the first read. What is not read in time is merged, so a slow reader
-    loses nothing and costs no memory. Cancelling a read, `aclose`, or letting go of the stream ends the request
-    within one step. Read it from one task at a time; the event loop may be another one than that of other streams.
-    """
-
-    def __init__(
-        self,
-        llm: AsyncLLM,
-        prepare: Callable[[], tuple[str | None, list[int]]],
-        params: SamplingParams | None,
-        *,
-        request_id: str | None,
-        priority: int,
-        num_top: int = 0,
-    ):
-        """Made by AsyncLLM.generate and chat, and by score without params.
-
-        prepare() returns the prompt's text, if it has one, and its tokens.
-        """
-        self._llm = llm  # an AsyncLLM that nobody refers to any more ends
-        self._thread = llm._thread
-        self._prepare = prepare
-        self._params = params
-        self._wanted_id = request_id
-        self._priority = priority
-        self._num_top = num_top
-        self._ticket: Ticket | None = None
-        self._is_closed = False
-
-    @property
-    def request_id(self) -> str | None:
-        """None before the request is started, unless the caller has chosen one."""
-        return self._wanted_id if self._ticket is None else self._ticket.request_id
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """0 before the request is started."""
-        return 0 if self._ticket is None else len(self._ticket.token_ids)
-
-    async def start(self) -> RequestStream:
-        """Queues the request, so that a server knows before its response begins whether it was accepted.
-
-        Raises ValueError for a wrong prompt, QueueFullError, EngineClosedError or EngineDeadError. Starting twice
-        does nothing.
-        """
-        self._thread.check_process()
-        if self._is_closed:
-            raise ValueError("this stream is closed: make a new request")
-        if self._ticket is not None:
-            return self
-        ticket = self._ticket = self._thread.reserve(self._wanted_id, self._priority)
-        try:
-            loop = asyncio.get_running_loop()
-            prompt, token_ids = await loop.run_in_executor(self._llm._workers, self._checked)
-            self._thread.enqueue(ticket, prompt, token_ids, self._params, self._num_top)
-        except BaseException:
-            self._ticket, self._is_closed = None, True
-            self._thread.cancel(ticket)
-            raise
-        return self
-
-    async def get(self, timeout_s: float | None = None) -> StreamDelta | None:
-        """The next delta, None after the last.
-
-        Raises TimeoutError if there is none in time, and the request goes on; what a policy of the request raised; and
-        EngineStepError, EngineDeadError or EngineClosedError where the engine could not finish it.
-        """
-        if self._ticket is None or self._is_closed:
-            await self.start()
-        assert self._ticket is not None
-        self._thread.check_process()
-        try:
-            delta = await self._ticket.mailbox.get(timeout_s)
-        except asyncio.CancelledError:
-            self.close()
-            raise
-        if delta is not None and delta.error is not None:
-            raise delta.error
-        return delta
-
-    async def result(self) -> RequestOutput:
-        """Reads on to the end and returns the whole; finish_reason is "abort" if somebody ended it."""
-        async for delta in self:
-            if delta.output is not None:
-                return delta.output
-        raise ValueError("this stream has been read to its end already")
-
-    async def __anext__(self) -> StreamDelta:
-        if self._is_closed:
-            raise StopAsyncIteration
-        delta = await self.get()
-        if delta is None:
-            raise StopAsyncIteration
-        return delta
-
-    def close(self) -> None:
-        """Ends the request if it still runs, and the iteration."""
-        self._is_closed = True
-        if self._ticket is not None and not self._ticket.ended.done():
-            self._thread.abort(self._ticket)
-
-    async def aclose(self) -> None:
-        """The same, by the name that contextlib.aclosing expects."""
-        self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_ticket", None) is not None:
-            self.close()
-
-    def _checked(self) -> tuple[str | None, list[int]]:
-        prompt, token_ids = self._prepare()
-        if self._params is None:
-            self._thread.engine.rules.check_scoring(token_ids)
-        else:
-            self._thread.engine.rules.check_prompt(token_ids, self._params)
-        return prompt, token_ids
 
 
 class AsyncLLM:
@@ -272,7 +147,7 @@ class AsyncLLM:
         """
         # A copy, because the caller may go on using its own.
         mine = list(prompt) if isinstance(prompt, list) else prompt
-        return self._stream(lambda: self._llm._tokenise(mine), params, request_id, priority)
+        return self._stream(lambda: self._llm.prompts.tokenise(mine), params, request_id, priority)
 
     def chat(
         self,
@@ -285,7 +160,10 @@ class AsyncLLM:
     ) -> RequestStream:
         """Answers one conversation, through the checkpoint's chat template; template_kwargs go to that."""
         return self._stream(
-            lambda: self._llm._render(messages, template_kwargs), params, request_id, priority
+            lambda: self._llm.prompts.render(messages, template_kwargs),
+            params,
+            request_id,
+            priority,
         )
 
     async def complete(
@@ -320,17 +198,9 @@ class AsyncLLM:
     ) -> list[TokenLogprobs]:
         """The same with the num_top tokens that the model would have thought most likely in each place."""
         ids = [int(t) for t in token_ids]
-        _check_request(request_id, priority)
         if not 0 <= num_top <= MAX_LOGPROBS:
             raise ValueError(f"num_top={num_top!r} must be between 0 and {MAX_LOGPROBS}")
-        stream = RequestStream(
-            self,
-            lambda: (None, ids),
-            None,
-            request_id=request_id,
-            priority=priority,
-            num_top=num_top,
-        )
+        stream = self._request(lambda: (None, ids), None, request_id, priority, num_top)
         output = await stream.result()
         if output.prompt_logprobs is None:
             raise RuntimeError(f"{output.request_id!r} was aborted before its tokens were scored")
@@ -468,13 +338,34 @@ class AsyncLLM:
         params = self.default_sampling() if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
+        return self._request(prepare, params, request_id, priority)
+
+    def _request(
+        self,
+        prepare: Callable[[], tuple[str | None, list[int]]],
+        params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+        num_top: int = 0,
+    ) -> RequestStream:
         _check_request(request_id, priority)
-        return RequestStream(self, prepare, params, request_id=request_id, priority=priority)
+        return RequestStream(
+            self._thread,
+            self._workers,
+            prepare,
+            params,
+            request_id=request_id,
+            priority=priority,
+            owner=self,
+            num_top=num_top,
+        )
 
 
 def _check_request(request_id: Any, priority: Any) -> None:
     if request_id is not None and (not isinstance(request_id, str) or not request_id):
         raise ValueError(f"request_id={request_id!r} must be a non-empty string")
+    if request_id is not None and request_id.startswith(BRANCH_ID):
+        raise ValueError(f"request_id={request_id!r} is for branches of strategies: choose another")
     if not isinstance(priority, int) or isinstance(priority, bool):
         raise ValueError(f"priority={priority!r} must be an integer; smaller ones run first")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from torch import Tensor, from_numpy
 
 from moejet.request import Request
 
@@ -51,9 +53,9 @@ class Batch:
             assert len(request.block_table) * block_size >= end, f"{request.request_id=} {end=}"
             token_ids += request.token_ids[start:end]
             positions += range(start, end)
+            table = request.block_table
             slots += [
-                request.block_table[p // block_size] * block_size + p % block_size
-                for p in range(start, end)
+                table[p // block_size] * block_size + p % block_size for p in range(start, end)
             ]
             context_lens.append(end)
             if request.scores is not None:
@@ -66,12 +68,17 @@ class Batch:
         tables = [r.block_table + [-1] * (width - len(r.block_table)) for r in requests]
         return cls(
             requests=requests,
-            token_ids=torch.tensor(token_ids, dtype=torch.int64),
-            positions=torch.tensor(positions, dtype=torch.int64),
-            slot_mapping=torch.tensor(slots, dtype=torch.int64),
+            token_ids=int64_tensor(token_ids),
+            positions=int64_tensor(positions),
+            slot_mapping=int64_tensor(slots),
             query_lens=list(query_lens),
             context_lens=context_lens,
-            block_tables=torch.tensor(tables, dtype=torch.int64),
-            logits_indices=torch.tensor(logits_indices, dtype=torch.int64),
+            block_tables=int64_tensor(tables),
+            logits_indices=int64_tensor(logits_indices),
             sampled=sampled,
         )
+
+
+def int64_tensor(values: Sequence[Any]) -> Tensor:
+    """As torch.tensor, which takes several times as long for a few numbers, as there are in a step that decodes."""
+    return from_numpy(np.array(values, dtype=np.int64))

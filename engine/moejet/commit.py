@@ -61,11 +61,11 @@ def commit_token(request: Request, assembler: OutputAssembler, token: SampledTok
             )
             pending += more
             if ending is not None:
-                _stop(request, assembler, gained, ending.reason)
+                _end(request, assembler, gained, "stop", ending.reason)
         else:
             state.track(was_thinking)  # a branch may go on
     if stop is not None and gained.finish_reason is None:
-        _stop(request, assembler, gained, stop.reason)
+        _end(request, assembler, gained, "stop", stop.reason)
     return gained
 
 
@@ -86,27 +86,25 @@ def _append(
         request.cumulative_logprob += entry.logprob
     is_eos = token_id in request.eos_token_ids
     if is_eos or token_id in request.params.stop_token_ids:
-        gained.add(_flush(request, assembler))
-        gained.finish("stop", None if is_eos else token_id)
+        _end(request, assembler, gained, "stop", None if is_eos else token_id)
         return
     gained.add(assembler.push(token_id))
     if assembler.stopped_by is not None:
         gained.finish("stop", assembler.stopped_by)
     elif len(request.token_ids) >= request.max_total_tokens:
-        gained.add(_flush(request, assembler))
-        if assembler.stopped_by is not None:
-            gained.finish("stop", assembler.stopped_by)
-        else:
-            gained.finish("length")
+        _end(request, assembler, gained, "length")
 
 
-def _stop(
-    request: Request, assembler: OutputAssembler, gained: Gained, reason: str | int | None
+def _end(
+    request: Request,
+    assembler: OutputAssembler,
+    gained: Gained,
+    reason: FinishReason,
+    stop_reason: str | int | None = None,
 ) -> None:
-    gained.add(_flush(request, assembler))
-    gained.finish("stop", assembler.stopped_by or reason)
-
-
-def _flush(request: Request, assembler: OutputAssembler) -> tuple[str, str]:
-    """The end of the text; a branch's goes on."""
-    return ("", "") if request.is_branch else assembler.flush()
+    """Ends the sample; what its text had held back may turn out to hold a stop string, which then ended it."""
+    if not request.is_branch:  # whose text goes on
+        gained.add(assembler.flush())
+    if assembler.stopped_by is not None:
+        reason, stop_reason = "stop", assembler.stopped_by
+    gained.finish(reason, stop_reason)

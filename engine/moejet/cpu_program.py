@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moejet import huge_pages
+from moejet.batch import Batch, int64_tensor
 from moejet.config import ModelConfig
 from moejet.experts.cpu_experts import CpuExperts
 from moejet.extension import load_extension
@@ -28,10 +29,10 @@ from moejet.layers.gpu import GpuGatedMLP
 from moejet.layers.linear import RMSNorm
 from moejet.layers.mla import MLA
 from moejet.layers.moe import MoE
+from moejet.ops.router_topk import group_rank
 
 if TYPE_CHECKING:
     from moejet._C import ExpertWeights, ThreadPool
-    from moejet.batch import Batch
     from moejet.models.deepseek import DeepseekForCausalLM
 
 
@@ -81,8 +82,8 @@ class CpuProgram:
             batch.token_ids,
             batch.positions,
             batch.slot_mapping,
-            torch.tensor(batch.query_lens),
-            torch.tensor(batch.context_lens),
+            int64_tensor(batch.query_lens),
+            int64_tensor(batch.context_lens),
             batch.block_tables,
             batch.logits_indices,
             logits,
@@ -170,9 +171,6 @@ class CpuProgram:
 
     def _record_moe(self, moe: MoE) -> list[Tensor]:
         config, router = self._config, moe.router
-        group_rank = "none"
-        if config.topk_method != "greedy" and config.n_group > 1:
-            group_rank = "best_two" if config.topk_method == "noaux_tc" else "best"
         self._native.router(
             router.weight,
             router.bias,
@@ -181,7 +179,7 @@ class CpuProgram:
             self._topk_ids,
             self._topk_weights,
             config.scoring_func,
-            group_rank,
+            group_rank(config),
             config.n_group,
             config.topk_group,
             config.norm_topk_prob,

@@ -12,8 +12,8 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,31 +25,21 @@ from moejet.config import EngineConfig, ModelConfig
 from moejet.decode_traffic import DecodeTraffic
 from moejet.engine_counters import EngineCounters
 from moejet.group import Group
-from moejet.isolation import compute_apart
 from moejet.model_cost import ModelCost
 from moejet.output import OutputAssembler
 from moejet.request import Request, RequestState, SamplingParams, StreamDelta
 from moejet.request_rules import RequestRules
 from moejet.runner import Runner
 from moejet.sample_state import PolicyFailure, SampleState
-from moejet.sampler import BadLogitsError, SampledToken, derive_seed, sample
+from moejet.sampler import BadLogitsError, SampledToken, derive_seed
 from moejet.scheduler import Scheduler
-from moejet.scoring import set_scores
+from moejet.step_compute import StepComputer
 from moejet.step_head import StepHead
 from moejet.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 _MAX_SCORED_BYTES = 1 << 28  # of a step's fp32 logits that only scores need
-
-
-@dataclass(slots=True)
-class _Computed:
-    """A batch, or the part of one that could be computed, and the tokens that were sampled from it."""
-
-    batch: Batch
-    requests: list[Request]
-    tokens: list[SampledToken]
 
 
 class Engine:
@@ -74,7 +64,7 @@ class Engine:
         self.default_params = SamplingParams()
         self.step_head: StepHead | None = None
         self.prefix_key: dict[str, Any] = {}  # what decides about a prefix's latents
-        self.on_close: Callable[[], None] = lambda: None
+        self.at_close = ExitStack()  # what is called then, the last one first
         self.on_scheduled: Callable[[Batch], None] = lambda batch: None
         self.scheduler = Scheduler(
             block_pool,
@@ -86,6 +76,7 @@ class Engine:
         )
         eos = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.eos_token_ids = frozenset(eos or model_config.eos_token_ids)
+        self._computer = StepComputer(runner, self._drawers, block_size=block_pool.block_size)
         self._groups: OrderedDict[str, Group] = OrderedDict()
         self._ids = itertools.count()
         self.rules = RequestRules(
@@ -146,15 +137,16 @@ class Engine:
         seed = self.seed_of(params, number)
         room = self.max_context - len(prompt_token_ids)
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
-        thinking, tags = self.rules.thinking_of(prompt, prompt_token_ids)
+        thinking, tags = self.rules.thinking_of(prompt_token_ids)
+        token_ids = tuple(prompt_token_ids)
         samples = [
             Request(
                 request_id=request_id,
                 index=index,
-                prompt_token_ids=tuple(prompt_token_ids),
+                prompt_token_ids=token_ids,
                 params=params,
                 seed=derive_seed(seed, index),
-                max_total_tokens=len(prompt_token_ids) + limit,
+                max_total_tokens=len(token_ids) + limit,
                 eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
                 order=number,
                 priority=priority,
@@ -260,7 +252,7 @@ class Engine:
             return []
         self.on_scheduled(batch)
         self.traffic.begin()
-        parts, culprits = self._compute_isolating(batch)
+        parts, culprits = self._computer.compute_isolating(batch, self.probe, self.step_head)
         num_of_prompts = self.totals.prefill_tokens
         deltas: list[StreamDelta] = []
         self.totals.steps += 1
@@ -274,59 +266,6 @@ class Engine:
             deltas += self._end_failed(request_id, error, is_step_error=True)
         self.totals.generated_tokens += sum(len(delta.token_ids) for delta in deltas)
         return deltas
-
-    def _compute_isolating(self, batch: Batch) -> tuple[list[_Computed], dict[str, Exception]]:
-        """The batch; or those of its requests that can be computed, and why the others cannot."""
-        try:
-            return [self._compute(batch)], {}
-        except Exception as error:
-            logger.warning("a step failed and is computed in parts", exc_info=error)
-            try:
-                self.probe()
-            except Exception as probe_error:
-                raise error from probe_error
-        # Outside of the handler: errors would refer to the first one and, by its frames, to tensors.
-        parts, culprits = compute_apart(batch, self._compute, block_size=self.block_pool.block_size)
-        return parts, {r.request_id: e.with_traceback(None) for r, e in culprits.items()}
-
-    def _compute(self, batch: Batch) -> _Computed:
-        # Nothing but scores is recorded before the tokens are known, and those would come out the same again.
-        if self.runner.samples:
-            tokens = self.runner.sample(batch, *self._sampled_rows(batch))
-            if tokens is not None:
-                kept = {r: token for r, token in tokens if r.state is not RequestState.FINISHED}
-                return _Computed(batch, list(kept), list(kept.values()))
-        logits = self.runner.execute(batch)
-        if self.step_head is not None:
-            self._score_steps(self.step_head, batch)
-        rows, requests = self._sampled_rows(batch)
-        for request in dict.fromkeys(batch.sampled):
-            if request.scores is not None:
-                first = batch.sampled.index(request)
-                set_scores(request, logits[first : first + batch.sampled.count(request)])
-        if rows != list(range(logits.shape[0])):  # else a copy of all of them would change nothing
-            logits = logits[rows]
-        return _Computed(batch, requests, sample(logits, requests) if requests else [])
-
-    def _score_steps(self, head: StepHead, batch: Batch) -> None:
-        """Notes the head's score of the last computed token of each sample that is watched."""
-        hidden = self.runner.hidden(len(batch.sampled))
-        if hidden is None:
-            return
-        counts = dict(zip(batch.requests, batch.query_lens, strict=True))
-        rows = [
-            (row, request)
-            for row, request in enumerate(batch.sampled)
-            if request.sample_state is not None and request.scores is None
-        ]
-        if not rows:
-            return
-        for (_, request), score in zip(
-            rows, head.scores(hidden[[row for row, _ in rows]]), strict=True
-        ):
-            assert request.sample_state is not None
-            last = request.num_computed_tokens + counts[request] - 1 - request.num_prompt_tokens
-            request.sample_state.step_scores[last] = score
 
     def probe(self) -> None:
         """One forward pass of one token outside the schedule; raises if even that does not work."""
@@ -346,7 +285,7 @@ class Engine:
             r
             for r in batch.requests
             if r.state is RequestState.RUNNING
-            and not _samples(r)
+            and not r.wants_tokens
             and r.num_computed_tokens == len(r.token_ids)
         ]
         return [
@@ -401,11 +340,11 @@ class Engine:
 
     def close(self) -> None:
         """Aborts every request and releases the threads."""
-        for request_id in list(self._groups):
-            self.abort(request_id)
-        for request in list(self.scheduler.held):
-            self.scheduler.drop(request)
-        self.on_close()
+        with self.at_close:
+            for request_id in list(self._groups):
+                self.abort(request_id)
+            for request in list(self.scheduler.held):
+                self.scheduler.drop(request)
 
     @contextmanager
     def scratch_request(self, token_ids: list[int]) -> Iterator[Request]:
@@ -442,18 +381,12 @@ class Engine:
                 totals.cached_tokens += request.num_cached_tokens
                 totals.disk_tokens += request.num_disk_tokens
 
-    def _sampled_rows(self, batch: Batch) -> tuple[list[int], list[Request]]:
-        """Rows of the logits and whose they are: at the end of a prompt, all samples draw from the same row."""
-        rows: list[int] = []
-        requests: list[Request] = []
-        for row, request in enumerate(batch.sampled):
-            if request.state is RequestState.FINISHED or not _samples(request):
-                continue  # aborted while the step ran, or not to go on
-            group = self._groups[request.request_id]
-            begins = [request] if group.has_forked else group.samples
-            rows += [row] * len(begins)
-            requests += begins
-        return rows, requests
+    def _drawers(self, request: Request) -> list[Request]:
+        """Who draws a token from this request's row: at the end of a prompt, all its samples do."""
+        if request.state is RequestState.FINISHED or not request.wants_tokens:
+            return []  # aborted while the step ran, or not to go on
+        group = self._groups[request.request_id]
+        return [request] if group.has_forked else group.samples
 
     def _commit(self, requests: list[Request], tokens: list[SampledToken]) -> list[StreamDelta]:
         deltas: list[StreamDelta] = []
@@ -514,8 +447,3 @@ class Engine:
         if group.has_ended:
             del self._groups[request.request_id]
         return delta
-
-
-def _samples(request: Request) -> bool:
-    """Whether more tokens are wanted; of a branch, perhaps only the latents of those it has."""
-    return len(request.token_ids) < request.max_total_tokens

@@ -119,10 +119,9 @@ def vram_budget(config: EngineConfig, device: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class GpuSetup:
-    """A runner, where its experts live, and what releases it."""
+    """A runner and what releases it."""
 
     runner: GpuRunner
-    placement: Placement
     close: Callable[[], None]
 
 
@@ -187,7 +186,7 @@ def create_gpu_runner(
         finally:
             close_stream()
 
-    return GpuSetup(runner, memory.placement, close_all)
+    return GpuSetup(runner, close_all)
 
 
 def _limit_memory(place: torch.device, budget: int) -> None:

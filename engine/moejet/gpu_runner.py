@@ -1,8 +1,7 @@
 """Runs the model on a GPU, with the routed experts that do not live there on the CPU.
 
-Decode batches are padded and, on CUDA, replayed as one graph: model, choice of tokens, and the copy of the result. The
-calling thread then serves the layers' CPU shares (`experts.bridge`) until the step is done. The first batch of a kind
-is launched operation by operation, as all other batches are, and captured afterwards.
+Decode batches are padded and, on CUDA, replayed as one graph (`decode_graphs`). The calling thread then serves the
+layers' CPU shares (`experts.bridge`) until the step is done. All other batches are launched operation by operation.
 
 Prompts of many tokens do without the CPU: its experts stream to the GPU (`experts.expert_ring`).
 
@@ -16,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +23,8 @@ from torch import Tensor
 
 from moejet.batch import Batch
 from moejet.config import EngineConfig, ModelConfig
-from moejet.device_batch import DeviceBatch, PaddedBatch, padded_sizes
-from moejet.environment import use_graphs, use_reference
+from moejet.decode_graphs import Choice, DecodeSteps, synchronize
+from moejet.device_batch import DeviceBatch
 from moejet.experts.bridge import CpuBridge
 from moejet.experts.expert_cache import ExpertCache
 from moejet.experts.expert_ring import ExpertRing, Transfers
@@ -39,7 +38,7 @@ from moejet.models.deepseek import DeepseekForCausalLM
 from moejet.ops.device_sampling import SamplingTensors, sample_on_device
 from moejet.ops.latent_rows import CACHE_TYPES
 from moejet.request import Request
-from moejet.sampler import SampledToken, sampled_token, samples_plainly, uniform
+from moejet.sampler import SampledToken, sampled_token, samples_plainly
 
 if TYPE_CHECKING:
     from moejet._C import ThreadPool
@@ -50,44 +49,6 @@ _abandoned: list[Any] = []  # of runners whose device did not come to rest
 
 # Of logits that are on the device at a time.
 _LOGITS_BYTES = 64 << 20
-
-
-@dataclass(slots=True)
-class _Choice:
-    """What a step's rows choose by, where the device does it: rows of the logits, and whose they are."""
-
-    rows: list[int]
-    requests: list[Request]
-
-    @property
-    def kind(self) -> tuple[bool, bool]:
-        """Whether any row draws, and whether any cuts off: what decides about the launches."""
-        params = [request.params for request in self.requests]
-        return (
-            any(p.temperature > 0.0 for p in params),
-            any(p.top_k or p.top_p < 1.0 or p.min_p for p in params),
-        )
-
-    @property
-    def uniforms(self) -> list[float]:
-        return [uniform(r.seed, len(r.token_ids)) for r in self.requests]
-
-
-_Kind = tuple[bool, bool] | None  # of the choice; None: logits go to the host
-
-
-@dataclass(slots=True)
-class _Graph:
-    """A captured step, and where it leaves its result: pinned, logits [n, V] fp32 or token ids [n] int32."""
-
-    graph: torch.cuda.CUDAGraph
-    result: Tensor
-
-
-@dataclass(slots=True)
-class _DecodeStep:
-    inputs: PaddedBatch
-    graphs: dict[_Kind, _Graph] = field(default_factory=dict)
 
 
 class GpuRunner:
@@ -131,12 +92,14 @@ class GpuRunner:
             device=dense.device,
         )
         self._max_context = max_context
-        self._max_blocks = -(-max_context // config.block_size)
         self._key_chunk = key_chunk(model_config)
-        self._sizes = padded_sizes(min(config.max_num_requests, config.max_batch_tokens))
-        self._steps: dict[int, _DecodeStep] = {}
-        self.uses_graphs = dense.device.type == "cuda" and use_graphs() and not use_reference()
-        self._graph_memory: Any = None  # that all graphs share
+        self.decoding = DecodeSteps(
+            model,
+            self.latent_cache,
+            bridge,
+            max_num_requests=min(config.max_num_requests, config.max_batch_tokens),
+            max_context=max_context,
+        )
         self._has_to_reset = False  # the bridge, which was not possible after the last step
 
     def weights_loaded(self) -> None:
@@ -177,17 +140,17 @@ class GpuRunner:
             except BaseException:
                 if not self._is_idle():
                     # Waiting might never end, and what the device may still use has to stay.
-                    _abandoned.append((self.ring, dict(self._steps)))
+                    _abandoned.append((self.ring, dict(self.decoding.steps)))
                     raise
                 self._release()
                 raise
             self._release()
 
     def _release(self) -> None:
-        self._synchronize()
+        synchronize(self.device)
         if self.ring is not None:
             self.ring.close()
-        self._steps.clear()
+        self.decoding.steps.clear()
 
     def _is_idle(self) -> bool:
         return self.device.type != "cuda" or torch.cuda.current_stream(self.device).query()
@@ -230,8 +193,8 @@ class GpuRunner:
 
     def execute(self, batch: Batch) -> Tensor:
         """Logits [L, V] fp32 on the CPU of the rows batch.logits_indices; their latents are in the cache afterwards."""
-        if self._is_decode(batch):
-            logits = self._timed(lambda: self._decode(batch, None))
+        if self.decoding.takes(batch):
+            logits = self._timed(lambda: self._decode(batch))
             return logits[batch.logits_indices]
         return self._timed(lambda: self._run(batch))
 
@@ -247,20 +210,17 @@ class GpuRunner:
             return None
         if any(request.scores is not None for request in batch.sampled):
             return None
-        if self._is_decode(batch) and len(set(rows)) == len(rows):
+        if self.decoding.takes(batch) and len(set(rows)) == len(rows):
             at = batch.logits_indices[list(rows)].tolist()
-            choice = _Choice(at, list(requests))
+            choice = Choice(at, list(requests))
             tokens = self._timed(lambda: self._decode(batch, choice))[at]
         else:
-            choice = _Choice(list(rows), list(requests))
+            choice = Choice(list(rows), list(requests))
             tokens = self._timed(lambda: self._run(batch, choice))
         return [
             (request, sampled_token(request, token))
             for request, token in zip(requests, tokens.tolist(), strict=True)
         ]
-
-    def _is_decode(self, batch: Batch) -> bool:
-        return max(batch.query_lens) == 1 and len(batch.requests) <= self._sizes[-1]
 
     def _timed(self, step: Callable[[], Tensor]) -> Tensor:
         """Runs a step to its end; if it fails, what it left on the stream is let through."""
@@ -272,7 +232,7 @@ class GpuRunner:
                 if self.expert_cache is not None:
                     self.expert_cache.advance()
                 result = step()
-                self._synchronize()
+                synchronize(self.device)
             return result
         except BaseException as error:
             if self.bridge is not None:
@@ -292,29 +252,20 @@ class GpuRunner:
             self.bridge.reset()
         self._has_to_reset = False
 
-    def padded(self, num_requests: int) -> int:
-        """Rows of a decode step for so many requests."""
-        return next(size for size in self._sizes if size >= num_requests)
-
-    def input_bytes(self, num_requests: int) -> int:
-        """What a decode step for so many requests moves to the device before it begins; 0 before the first one."""
-        step = self._steps.get(self.padded(num_requests))
-        return 0 if step is None else step.inputs.staging.nbytes
-
     def on_device(self) -> AbstractContextManager[object]:
         """The calling thread may have another current device than the one that loaded the model."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
 
     def _copy_blocks(self, batch: Batch) -> None:
         for source, target in batch.block_copies:
             self.latent_cache[:, target] = self.latent_cache[:, source]
         batch.block_copies.clear()
 
-    def _run(self, batch: Batch, choice: _Choice | None = None) -> Tensor:
+    def _decode(self, batch: Batch, choice: Choice | None = None) -> Tensor:
+        self._copy_blocks(batch)
+        return self.decoding.run(batch, choice, self.clock)
+
+    def _run(self, batch: Batch, choice: Choice | None = None) -> Tensor:
         """A batch of any kind, launched operation by operation: logits [L, V], or a token per row of the choice."""
         self._copy_blocks(batch)
         there = DeviceBatch.of(
@@ -329,7 +280,7 @@ class GpuRunner:
                 hidden = self.model.forward(there, self.latent_cache)
             return self._results(there, hidden, choice)
 
-    def _results(self, there: DeviceBatch, hidden: Tensor, choice: _Choice | None) -> Tensor:
+    def _results(self, there: DeviceBatch, hidden: Tensor, choice: Choice | None) -> Tensor:
         """Of the rows that are wanted, on the CPU: logits, or the tokens of the choice."""
         assert there.logits_indices is not None
         wanted = there.logits_indices
@@ -358,78 +309,3 @@ class GpuRunner:
         if self.ring is None or self._stream_tokens is None or num_tokens < self._stream_tokens:
             return nullcontext()
         return self.ring.step()
-
-    def _decode(self, batch: Batch, choice: _Choice | None) -> Tensor:
-        """A decode batch: logits of all its rows, or their tokens, of which only those of the choice mean anything."""
-        self._copy_blocks(batch)
-        size = self.padded(batch.num_tokens)
-        step = self._steps.get(size)
-        if step is None:
-            inputs = PaddedBatch(
-                size,
-                self.model.embed_tokens.weight,
-                self.device,
-                max_context=self._max_context,
-                max_blocks=self._max_blocks,
-            )
-            step = self._steps[size] = _DecodeStep(inputs)
-        kind = None if choice is None else choice.kind
-        step.inputs.fill(batch)
-        if choice is not None:
-            step.inputs.fill_choice(
-                choice.rows, [request.params for request in choice.requests], choice.uniforms
-            )
-        step.inputs.staging.upload()
-        captured = step.graphs.get(kind)
-        if captured is None:
-            with self.clock():
-                result = self._launch(step.inputs, kind).cpu()
-            if self.uses_graphs:
-                self._try_capture(step, kind)
-            return result[: batch.num_tokens]
-        with self.clock():
-            captured.graph.replay()
-        if self.bridge is not None:
-            self.bridge.run_step(size)
-        self._synchronize()
-        return captured.result[: batch.num_tokens].clone()
-
-    def _launch(self, inputs: PaddedBatch, kind: _Kind) -> Tensor:
-        """Enqueues a step over the padded batch: logits [n, V] or token ids [n] on the device."""
-        hidden = self.model.forward(inputs.batch(), self.latent_cache)
-        logits = self.model.compute_logits(hidden)
-        if kind is None:
-            return logits
-        is_random, has_cut_offs = kind
-        columns = inputs.sampling(is_random=is_random, has_cut_offs=has_cut_offs)
-        return sample_on_device(logits, columns)[0]
-
-    def _try_capture(self, step: _DecodeStep, kind: _Kind) -> None:
-        try:
-            step.graphs[kind] = self._capture(step.inputs, kind)
-        except RuntimeError as error:
-            self.uses_graphs = False
-            logger.warning(
-                "steps cannot be captured as graphs (%s): they are launched operation by operation, which is slower",
-                error,
-            )
-            if self.bridge is not None:
-                self.bridge.reset()
-
-    def _capture(self, inputs: PaddedBatch, kind: _Kind) -> _Graph:
-        """Records the same as a graph, after it has run once: all kernels are loaded then."""
-        start = time.perf_counter()
-        if self._graph_memory is None:
-            self._graph_memory = torch.cuda.graph_pool_handle()
-        vocab = self.model.config.vocab_size
-        shape = (inputs.size,) if kind is not None else (inputs.size, vocab)
-        dtype = torch.float32 if kind is None else torch.int32
-        result = torch.empty(shape, dtype=dtype, pin_memory=True)
-        graph = torch.cuda.CUDAGraph()
-        self._synchronize()
-        # Other threads may use the device meanwhile: the one that copies blocks to disk does.
-        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-            result.copy_(self._launch(inputs, kind), non_blocking=True)
-        elapsed = time.perf_counter() - start
-        logger.debug("captured a graph for %d requests in %.2f s", inputs.size, elapsed)
-        return _Graph(graph, result)

@@ -81,6 +81,7 @@ class Group:
             output=self._output() if self.has_ended else None,
             tool_markers=assembler.take_markers(),
             logprobs=_logprobs(request, gained),
+            stop_reason=request.stop_reason,
         )
 
     def close_broken(self, request: Request, error: Exception) -> StreamDelta:

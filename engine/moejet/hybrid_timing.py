@@ -93,12 +93,14 @@ class Profile:
         with scratch_requests(self._engine, steps, depth, batch) as requests:
             self._run(_WARM_UP, lambda: self._decode_step(requests))
             readings = self._read(num_steps, lambda: self._decode_step(requests))
-        rows = runner.padded(batch)
+        rows = runner.decoding.padded(batch)
         asked = num_steps * model.num_moe_layers * model.num_experts_per_tok
         return Readings(
             num_tokens=batch,
             handover_s=self.handover_seconds(rows),
-            hand_over=self._hand_over(rows, inputs=runner.input_bytes(batch), results=4 * rows),
+            hand_over=self._hand_over(
+                rows, inputs=runner.decoding.input_bytes(batch), results=4 * rows
+            ),
             asked_experts=float(asked) if batch == 1 else None,
             **readings,
         )
@@ -150,7 +152,7 @@ class Profile:
     def _handovers(self, bridge: CpuBridge, enqueue: Callable[[], None], rows: int) -> list[float]:
         clock, runner = self._clock, self._runner
         enqueue()
-        if not runner.uses_graphs:
+        if not runner.decoding.uses_graphs:
             for _ in range(_HANDOVERS):
                 with clock():
                     enqueue()

@@ -19,20 +19,21 @@ from pathlib import Path
 from typing import Any, cast
 
 from moejet import session
-from moejet.branch import Advance, Branch, Segment, Until
+from moejet.advance import Advance
+from moejet.branch import Branch, Segment, Until
 from moejet.choices import describe_choices
 from moejet.config import EngineConfig, ModelConfig
 from moejet.engine import Engine
 from moejet.loading import build_engine, load_engine
 from moejet.model_cost import ModelCost
 from moejet.presets import parse_preset
+from moejet.prompt_reader import Message, PromptReader, kind
 from moejet.request import RequestOutput, SamplingParams, StreamDelta
 from moejet.session import Session
 from moejet.timing import step_overhead, time_decode, time_prefill
 from moejet.tokenizer import Tokenizer
 
 TINY_REASONER = "tiny-reasoner"
-Message = Mapping[str, Any]
 
 
 class LLM:
@@ -50,6 +51,7 @@ class LLM:
 
     def _setup(self, engine: Engine) -> None:
         self.engine = engine
+        self.prompts = PromptReader(engine.tokenizer)
         self._mail: dict[str, deque[StreamDelta]] = {}
         self._lock = threading.RLock()
         self._closed = False
@@ -84,9 +86,7 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer. Raises ValueError for a synthetic model, which has none."""
-        if self.engine.tokenizer is None:
-            raise ValueError("this model has no tokenizer: pass token ids instead of text")
-        return self.engine.tokenizer
+        return self.prompts.tokenizer
 
     def describe(self) -> str:
         """In one line: formats, memory, threads, context, and whether a GPU helps."""
@@ -103,7 +103,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes prompts (texts or token ids); all of them run together. Results come in the order given."""
         batch = self._as_prompts(prompts)
-        return self._run_all([self._tokenise(p) for p in batch], sampling_params)
+        return self._run_all([self.prompts.tokenise(p) for p in batch], sampling_params)
 
     def chat(
         self,
@@ -116,7 +116,7 @@ class LLM:
         template_kwargs go to the template, e.g. enable_thinking=False where it knows that.
         """
         if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise ValueError(f"messages must be a list of messages, not {_kind(messages)}")
+            raise ValueError(f"messages must be a list of messages, not {kind(messages)}")
         many = (
             bool(messages)
             and isinstance(messages[0], Sequence)
@@ -124,7 +124,7 @@ class LLM:
         )
         conversations = messages if many else [messages]
         prompts = [
-            self._render(cast(Sequence[Message], conversation), template_kwargs)
+            self.prompts.render(cast(Sequence[Message], conversation), template_kwargs)
             for conversation in conversations
         ]
         return self._run_all(prompts, sampling_params)
@@ -133,7 +133,7 @@ class LLM:
         self, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None
     ) -> Generator[StreamDelta, None, None]:
         """Yields what each step adds; closing the iterator early aborts the request."""
-        return self._stream(self._tokenise(prompt), sampling_params)
+        return self._stream(self.prompts.tokenise(prompt), sampling_params)
 
     def stream_chat(
         self,
@@ -142,7 +142,7 @@ class LLM:
         **template_kwargs: Any,
     ) -> Generator[StreamDelta, None, None]:
         """Like `stream`, for one conversation."""
-        return self._stream(self._render(messages, template_kwargs), sampling_params)
+        return self._stream(self.prompts.render(messages, template_kwargs), sampling_params)
 
     def branch(
         self, prompt: str | Sequence[int] | Sequence[Message], **template_kwargs: Any
@@ -151,19 +151,13 @@ class LLM:
 
         prompt: a text, token ids, or a conversation, which goes through the chat template.
         """
-        text, tokens = self.read_prompt(prompt, **template_kwargs)
-        return Branch(self, tokens, text)
+        return Branch(self, self.read_prompt(prompt, **template_kwargs)[1])
 
     def read_prompt(
         self, prompt: str | Sequence[int] | Sequence[Message], **template_kwargs: Any
     ) -> tuple[str | None, list[int]]:
         """A prompt's text, None if it was given as token ids, and its tokens. Messages go through the chat template."""
-        is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
-        if is_chat:
-            return self._render(cast(Sequence[Message], prompt), template_kwargs)
-        if template_kwargs:
-            raise ValueError(f"{', '.join(template_kwargs)}: a text has no chat template")
-        return self._tokenise(prompt)
+        return self.prompts.read(prompt, template_kwargs)
 
     def advance(
         self,
@@ -207,7 +201,7 @@ class LLM:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
             tokens = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            tokens = self._tokenise(conversation)[1]
+            tokens = self.prompts.tokenise(conversation)[1]
         with self.exclusive() as engine:
             if not self.config.prefix_caching:
                 raise ValueError("sessions need prefix_caching=True")
@@ -268,11 +262,10 @@ class LLM:
 
     def close(self) -> None:
         """Aborts what runs and ends the threads; weights go with the object. Calling it twice is harmless."""
-        if self._closed:
-            return
         with self._lock:
-            self._closed = True
-            self.engine.close()
+            if not self._closed:
+                self._closed = True
+                self.engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -293,7 +286,7 @@ class LLM:
             return [prompts]
         if not isinstance(prompts, Sequence):
             raise ValueError(
-                f"prompts must be text, a list of texts, or lists of token ids, not {_kind(prompts)}"
+                f"prompts must be text, a list of texts, or lists of token ids, not {kind(prompts)}"
             )
         items = list(prompts)
         if not items:
@@ -301,31 +294,6 @@ class LLM:
         if all(isinstance(item, int) for item in items):
             return [items]
         return items
-
-    def _tokenise(self, prompt: Any) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise ValueError("the prompt is empty: it needs at least one token")
-            return prompt, self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence):
-            raise ValueError(f"a prompt must be text or a list of token ids, not {_kind(prompt)}")
-        ids: list[int] = list(prompt)
-        bad = next((t for t in ids if not isinstance(t, int) or isinstance(t, bool)), None)
-        if bad is not None:
-            raise ValueError(f"prompt token {bad!r} is not an integer: pass text or token ids")
-        return None, ids
-
-    def _render(
-        self, messages: Sequence[Message], template_kwargs: dict[str, Any]
-    ) -> tuple[str | None, list[int]]:
-        if "add_generation_prompt" in template_kwargs:
-            raise ValueError(
-                "add_generation_prompt cannot be set here: chat always asks for a reply"
-            )
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, **template_kwargs
-        )
-        return text, self.tokenizer.encode(text, add_special_tokens=False)
 
     def _run_all(
         self,
@@ -340,7 +308,7 @@ class LLM:
             isinstance(p, SamplingParams) for p in sampling_params
         ):
             raise ValueError(
-                f"sampling_params must be SamplingParams or a list of them, not {_kind(sampling_params)}"
+                f"sampling_params must be SamplingParams or a list of them, not {kind(sampling_params)}"
             )
         if len(sampling_params) != len(prompts):
             raise ValueError(
@@ -462,7 +430,3 @@ class LLM:
                 self._mail.pop(request_id, None)
                 if not finished and not self._closed:
                     self.engine.abort(request_id)
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,16 +139,7 @@ def _load(
     checkpoint = checkpoint or Checkpoint.open(path)
     load_weights(checkpoint, model.tensor_specs(), show_progress=config.show_progress)
     if file is not None:
-        writer = BackgroundWriter(file, model.state())
-        close_pool = engine.on_close
-
-        def finish() -> None:
-            try:
-                writer.finish()
-            finally:
-                close_pool()
-
-        engine.on_close = finish
+        engine.at_close.callback(BackgroundWriter(file, model.state()).finish)
 
 
 def _cache_file(engine: Engine, path: Path, key: dict[str, Any]) -> CacheFile | None:
@@ -206,46 +198,41 @@ def _create_engine(
     if config.prefix_disk_gib:
         prefix_directory(config)
     check_memory(config, model_config, num_blocks * config.block_size)
-    pool = create_pool(config.num_threads)
-    isa = resolve_isa(config.isa)
-    if config.deterministic and isa not in INVARIANT_ISAS:
-        isa = resolve_isa(INVARIANT_ISAS[-1])
-    close = pool.close
-    if config.device == "cpu":
-        dense_format, own = config.dense_formats_of(model_config)
-        dense = DenseWeights(dense_format, pool, isa, config.arithmetic, own)
-        model = create_model(config, model_config, dense, max_context)
-        runner: Runner = ModelRunner(
-            model, model_config, config, num_blocks=num_blocks, dense=dense
-        )
-    else:
-        setup = create_gpu_runner(
-            config,
+    with ExitStack() as at_close:
+        pool = create_pool(config.num_threads)
+        at_close.callback(pool.close)
+        isa = resolve_isa(config.isa)
+        if config.deterministic and isa not in INVARIANT_ISAS:
+            isa = resolve_isa(INVARIANT_ISAS[-1])
+        if config.device == "cpu":
+            dense_format, own = config.dense_formats_of(model_config)
+            dense = DenseWeights(dense_format, pool, isa, config.arithmetic, own)
+            model = create_model(config, model_config, dense, max_context)
+            runner: Runner = ModelRunner(
+                model, model_config, config, num_blocks=num_blocks, dense=dense
+            )
+        else:
+            setup = create_gpu_runner(
+                config,
+                model_config,
+                device=config.device,
+                num_blocks=num_blocks,
+                max_context=max_context,
+                pool=pool,
+                isa=isa,
+            )
+            runner = setup.runner
+            at_close.callback(setup.close)
+        engine = Engine(
+            runner,
             model_config,
-            device=config.device,
-            num_blocks=num_blocks,
+            config,
+            block_pool=BlockPool(num_blocks, config.block_size),
+            tokenizer=tokenizer,
             max_context=max_context,
-            pool=pool,
-            isa=isa,
         )
-        runner, close_stream = setup.runner, setup.close
-
-        def close() -> None:
-            try:
-                close_stream()
-            finally:
-                pool.close()
-
-    engine = Engine(
-        runner,
-        model_config,
-        config,
-        block_pool=BlockPool(num_blocks, config.block_size),
-        tokenizer=tokenizer,
-        max_context=max_context,
-    )
-    engine.on_close = close
-    return engine
+        engine.at_close = at_close.pop_all()
+        return engine
 
 
 def create_model(

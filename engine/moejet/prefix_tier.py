@@ -259,13 +259,7 @@ def attach_prefixes(engine: Engine, weights: dict[str, Any]) -> None:
     )
     tier = PrefixTier(store, engine.block_pool, cache, min_tokens=config.prefix_min_tokens)
     engine.scheduler.store = tier
-    close_rest = engine.on_close
-
-    def close() -> None:
-        tier.close()
-        close_rest()
-
-    engine.on_close = close
+    engine.at_close.callback(tier.close)
 
 
 def prefix_directory(config: EngineConfig) -> Path:

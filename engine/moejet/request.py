@@ -234,7 +234,6 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     timings: Timings
-    finished: bool = True
     prompt_logprobs: tuple[float, ...] | None = None
     prompt_top: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
@@ -247,6 +246,8 @@ class RequestOutput:
 @dataclass(frozen=True, slots=True)
 class StreamDelta:
     """What one step added to one sample; `finish_reason` on its last, `output` on the very last of the request.
+
+    stop_reason: with finish_reason "stop", the stop string or token that ended the sample, or what a policy gave
 
     error: what ended it with finish_reason "abort": something that a policy of this request raised or, with
     is_step_error, that went wrong whenever it was computed.
@@ -267,6 +268,7 @@ class StreamDelta:
     is_step_error: bool = False
     tool_markers: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    stop_reason: str | int | None = None
 
 
 class RequestState(Enum):
@@ -325,6 +327,11 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether more of them may come; of a branch, perhaps only the latents of those it has."""
+        return len(self.token_ids) < self.max_total_tokens
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         self.state = RequestState.FINISHED

@@ -11,6 +11,8 @@ from moejet.request import SamplingParams
 from moejet.thinking import prompt_opens_thinking
 from moejet.tokenizer import Tokenizer
 
+_END_TOKENS = 64  # of a prompt, which tell whether it ends with a tag: the whole may be very long
+
 
 class RequestRules:
     """Depends on the model alone and keeps nothing but compiled grammars, so any thread may ask."""
@@ -54,9 +56,9 @@ class RequestRules:
 
     def _check_ids(self, token_ids: list[int]) -> None:
         vocab = self.model_config.vocab_size
-        bad = next((t for t in token_ids if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {vocab}")
+        for token_id in (min(token_ids), max(token_ids)):
+            if not 0 <= token_id < vocab:
+                raise ValueError(f"token id {token_id} is outside the vocabulary of {vocab}")
 
     def check_params(self, params: SamplingParams) -> None:
         """Raises ValueError if this model cannot do what is asked."""
@@ -99,11 +101,12 @@ class RequestRules:
             policies.append(GrammarPolicy(self._grammars, params.grammar))
         return policies
 
-    def thinking_of(
-        self, prompt: str | None, token_ids: list[int]
-    ) -> tuple[bool, tuple[str, str] | None]:
+    def thinking_of(self, token_ids: list[int]) -> tuple[bool, tuple[str, str] | None]:
         """Whether a prompt leaves the model inside its thinking, and the tags around that."""
         if self.tokenizer is None or self.tokenizer.think_tags is None:
             return False, None
-        text = prompt if prompt is not None else self.tokenizer.decode(token_ids, False)
-        return prompt_opens_thinking(text, *self.tokenizer.think_tags), self.tokenizer.think_tags
+        tags = self.tokenizer.think_tags
+        text = self.tokenizer.decode(token_ids[-_END_TOKENS:], False)
+        if len(text.rstrip()) <= len(tags[0]):  # almost nothing but blanks
+            text = self.tokenizer.decode(token_ids, False)
+        return prompt_opens_thinking(text, *tags), tags

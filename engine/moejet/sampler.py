@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moejet.batch import int64_tensor
 from moejet.ops.sample import sample_tokens
 from moejet.ops.sample_ref import BAD_LOGITS
 from moejet.ops.token_scores import token_scores
@@ -138,12 +139,12 @@ def adjust_logits(row: Tensor, request: Request) -> Tensor:
     """
     params, row = request.params, row.clone()
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(request.token_ids)), dtype=torch.int64)
+        seen = torch.unique(int64_tensor(request.token_ids))
         values = row[seen]
         penalty = params.repetition_penalty
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if request.output_token_ids and (params.presence_penalty or params.frequency_penalty):
-        counts = torch.bincount(torch.tensor(request.output_token_ids))
+    if params.presence_penalty or params.frequency_penalty:
+        counts = torch.bincount(int64_tensor(request.output_token_ids))
         ids = torch.nonzero(counts).squeeze(1)
         counts = counts[ids]
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts

@@ -155,9 +155,10 @@ class Scheduler:
             first = request.num_computed_tokens // size
             request.num_computed_tokens += query_len
             end = request.num_computed_tokens // size
-            hashes = self._hashes(request)[first:end]
-            for block, digest in zip(request.block_table[first:], hashes, strict=False):
-                self.pool.register(block, digest)
+            if end > first:
+                hashes = self._hashes(request)[first:end]
+                for block, digest in zip(request.block_table[first:], hashes, strict=False):
+                    self.pool.register(block, digest)
             self._offer(request)
 
     def finish(
@@ -340,10 +341,12 @@ class Scheduler:
 
     def _make_room(self, request: Request, query_len: int, step: StepPlan) -> bool:
         """Blocks of its own for the next tokens, preempting others; False if it has to wait."""
-        if not self._until_free(request, step, lambda: self._own_block(request)):
-            return False
         end = request.num_computed_tokens + query_len
-        return self._until_free(request, step, lambda: self.pool.extend(request.block_table, end))
+
+        def attempt() -> bool:
+            return self._own_block(request) and self.pool.extend(request.block_table, end)
+
+        return self._until_free(request, step, attempt)
 
     def _own_block(self, request: Request) -> bool:
         if not self._needs_copy(request):

@@ -187,7 +187,12 @@ class Tokenizer:
     @cached_property
     def is_byte_level(self) -> bool:
         """Whether tokens are strings of bytes, so that none of a text is lost."""
-        return _is_byte_level(self.raw)
+        if self.raw.decoder is None:
+            return False
+        decoder = json.loads(self.raw.to_str()).get("decoder")
+        parts = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        kinds = [part["type"] for part in parts]
+        return "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Fuse"}
 
     @property
     def chat_template(self) -> str | None:
@@ -256,7 +261,9 @@ class IncrementalDecoder:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
         self._raw = tokenizer.raw
         self._skipped = tokenizer.hidden_token_ids if skip_special_tokens else frozenset()
-        self._is_byte_level = _is_byte_level(self._raw)
+        self._is_byte_level = (
+            tokenizer.is_byte_level
+        )  # found once: it takes a copy of the vocabulary
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._context: list[int] = []
         self._pending: list[int] = []
@@ -303,15 +310,6 @@ class IncrementalDecoder:
     def _decode(self, ids: list[int]) -> str:
         text: str = self._raw.decode(ids, skip_special_tokens=False) if ids else ""
         return text
-
-
-def _is_byte_level(raw: RawTokenizer) -> bool:
-    decoder = json.loads(raw.to_str()).get("decoder") if raw.decoder is not None else None
-    if decoder is None:
-        return False
-    parts = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    kinds = [part["type"] for part in parts]
-    return "ByteLevel" in kinds and set(kinds) <= {"ByteLevel", "Fuse"}
 
 
 def _is_byte_token(token: str) -> bool:

@@ -47,7 +47,7 @@ def _tokens(llm: LLM, params=GREEDY) -> list[list[int]]:
 
 
 def _graphs(llm: LLM) -> int:
-    return sum(len(step.graphs) for step in llm.engine.runner._steps.values())
+    return sum(len(step.graphs) for step in llm.engine.runner.decoding.steps.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

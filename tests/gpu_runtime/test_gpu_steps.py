@@ -26,7 +26,7 @@ PROMPTS = [list(range(20, 37)), [7, 9, 30], list(range(90, 99))]
 @pytest.fixture
 def sampled(monkeypatch):
     """Kinds of choices that were made on the device."""
-    from moejet import gpu_runner
+    from moejet import decode_graphs, gpu_runner
 
     seen = []
     original = gpu_runner.sample_on_device
@@ -35,7 +35,8 @@ def sampled(monkeypatch):
         seen.append((columns.is_random, columns.has_cut_offs))
         return original(logits, columns, **options)
 
-    monkeypatch.setattr(gpu_runner, "sample_on_device", record)
+    for module in (decode_graphs, gpu_runner):
+        monkeypatch.setattr(module, "sample_on_device", record)
     return seen
 
 

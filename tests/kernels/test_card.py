@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 from moejet.kernels import card
 
 LAUNCHERS = {
-    "embedding": "embedding",
     "fused_add_rms_norm": "fused_add_rms_norm",
     "gather_latent": "gather_latent",
     "linear": "linear",

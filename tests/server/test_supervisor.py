@@ -16,7 +16,7 @@ from moejet.server.backend import Job
 from moejet.server.restarts import RestartPolicy, describe_exit
 from moejet.server.supervisor import LoadError, RemoteBackend, WorkerOptions
 
-# Answers every request with three deltas, unless its prompt says how to fail.
+# Answers every request with three deltas, unless its salt says how to fail.
 STAND_IN = """
 import os, signal, socket, struct, sys, time
 import msgspec
@@ -60,7 +60,7 @@ def delta(number, text, **more):
 while True:
     frame = receive()
     if isinstance(frame, frames.Start):
-        n, words = frame.number, frame.job.prompt
+        n, words = frame.number, frame.job.params.cache_salt or ""
         if words == "full":
             send(frames.Failed(n, "QueueFullError", "the queue is full; try again in 3 s", 3.0)); continue
         send(frames.Accepted(n), delta(n, "a"))
@@ -99,7 +99,7 @@ def stand_in(monkeypatch, tmp_path):
 
 
 def job(words: str = "", request_id: str = "r") -> Job:
-    return Job(request_id, [1, 2], SamplingParams(), words)
+    return Job(request_id, [1, 2], SamplingParams(cache_salt=words or None), "not sent")
 
 
 async def read(stream) -> str:

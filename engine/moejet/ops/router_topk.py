@@ -19,7 +19,6 @@ from moejet.environment import use_reference
 from moejet.extension import load_extension
 from moejet.ops.native import cpu_isa, runs_native
 
-_GROUP_RANKS = {"greedy": "none", "group_limited_greedy": "best", "noaux_tc": "best_two"}
 _MAX_NATIVE_EXPERTS = 1024
 
 
@@ -47,7 +46,7 @@ def router_topk(
         topk_ids,
         topk_weights,
         config.scoring_func,
-        _GROUP_RANKS[config.topk_method],
+        group_rank(config),
         config.n_group,
         config.topk_group,
         config.norm_topk_prob,
@@ -56,6 +55,13 @@ def router_topk(
         isa=cpu_isa(),
     )
     return topk_ids, topk_weights
+
+
+def group_rank(config: ModelConfig) -> str:
+    """By what groups of experts are ranked, as the extension names it; "none": all groups are kept."""
+    if config.topk_method == "greedy" or config.n_group == 1:
+        return "none"
+    return "best_two" if config.topk_method == "noaux_tc" else "best"
 
 
 def selection_of(config: ModelConfig) -> dict[str, Any]:

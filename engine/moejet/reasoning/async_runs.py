@@ -136,7 +136,7 @@ class AsyncRuns:
         self._driver = Driver(_Watched(self._executor, self._go_on_later), only=self._llm)
         self._active: dict[StrategyStream, Active] = {}
         self._streams: set[StrategyStream] = set()  # those that have not been told their end
-        thread.guest = self
+        thread.attach(self)
 
     # On any thread.
 

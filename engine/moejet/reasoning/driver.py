@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from moejet.branch import Advance, BranchHost
+from moejet.advance import Advance
+from moejet.branch import BranchHost
 from moejet.reasoning.cost import expected_distinct_experts
 from moejet.reasoning.result import Background, Progress
 from moejet.reasoning.task import Gather, Ledger, Run

@@ -19,7 +19,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from moejet.llm import LLM, Message
+from moejet.llm import LLM
+from moejet.prompt_reader import Message
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.driver import Driver
 from moejet.reasoning.result import Progress, Result

@@ -20,9 +20,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
-from moejet.branch import Advance, Branch, Segment, Until
-from moejet.llm import LLM, Message
+from moejet.advance import Advance
+from moejet.branch import Branch, Segment, Until
+from moejet.llm import LLM
 from moejet.policy import TokenPolicy
+from moejet.prompt_reader import Message
 from moejet.reasoning.budget import Budget, Deadline
 from moejet.reasoning.result import Background, Candidate, Node, Progress, Result, ScoredStep, Usage
 from moejet.request import SamplingParams
@@ -216,7 +218,7 @@ class Task:
         """n branches that hold the prompt, which is computed once."""
         if self._root is None or not self._root.is_computed:  # the second if its cache was needed
             salt = self.ledger.cache_salt
-            root = self._add(Branch(self.llm, self.prompt_token_ids, self.prompt, cache_salt=salt))
+            root = self._add(Branch(self.llm, self.prompt_token_ids, cache_salt=salt))
             yield Advance(self.llm, [root], max_tokens=0, params=SamplingParams())
             if self.usage.prompt_tokens == 0:
                 self.usage.prompt_tokens = len(self.prompt_token_ids)

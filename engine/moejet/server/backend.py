@@ -38,7 +38,7 @@ class Job:
     request_id: str
     token_ids: list[int]
     params: SamplingParams
-    prompt: str | None = None  # the text behind token_ids, which tells whether the thinking is open
+    prompt: str | None = None  # the text behind token_ids, for the log
     priority: int = 0
 
 

@@ -74,10 +74,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceEnd:
-    """stop_reason: the stop string or token, where it is known already, which it is for the last sample of a prompt.
-
-    outcome: of the strategy that chose this answer
-    """
+    """stop_reason: the stop string or token · outcome: of the strategy that chose this answer"""
 
     choice: int
     finish_reason: FinishReason
@@ -359,13 +356,9 @@ class _Sample:
             for i, part in enumerate(parts)
         ]
         if delta.finish_reason is not None:
-            stop_reason = None
-            if delta.output is not None:
-                stop_reason = delta.output.outputs[delta.index].stop_reason
             num_calls = self._parser.num_calls if self._parser is not None else 0
-            events.append(
-                ChoiceEnd(self._choice, delta.finish_reason, num_calls, stop_reason, self._take())
-            )
+            reasons = delta.finish_reason, num_calls, delta.stop_reason
+            events.append(ChoiceEnd(self._choice, *reasons, self._take()))
         return events
 
     def _take(self) -> Tokens:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -135,7 +135,7 @@ class RemoteBackend:
         self._check_running()
         number = next(self._numbers)
         stream = RemoteStream(self, number, job)
-        await self._begin(number, stream, frames.Start(number, job))
+        await self._begin(number, stream, frames.Start(number, replace(job, prompt=None)))
         return stream
 
     async def solve(self, job: SolveJob) -> StrategyRun:

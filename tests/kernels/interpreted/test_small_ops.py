@@ -1,10 +1,8 @@
 import pytest
 import torch
 
-from moejet.kernels.embedding import embedding
 from moejet.kernels.fused_add_rms_norm import fused_add_rms_norm as launch_norm
 from moejet.kernels.silu_mul import silu_mul
-from moejet.ops.embedding import embedding_ref
 from moejet.ops.fused_add_rms_norm import fused_add_rms_norm, fused_add_rms_norm_ref
 from moejet.ops.silu_mul import silu_mul_ref
 
@@ -29,19 +27,6 @@ def test_silu_mul_keeps_nan():
     got = silu_mul(gate, up, out_dtype=torch.float32)
     assert got.isnan().tolist() == [[False, True, False]]
     assert got.isinf().tolist() == [[True, False, False]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
-def test_embedding(dtype, ids_dtype):
-    weight = torch.randn(50, 1300).to(dtype)[:, :1251]
-    ids = torch.tensor([3, 49, -1, 0, 3], dtype=ids_dtype)
-    for out_dtype in (torch.float32, torch.float16):
-        got = embedding(ids, weight, out_dtype=out_dtype)
-        assert torch.equal(got, embedding_ref(ids, weight, out_dtype=out_dtype))
-    assert embedding(ids[:0], weight, out_dtype=dtype).shape == (0, 1251)
-    beyond = embedding(torch.tensor([50, 2**31 - 1]), weight, out_dtype=dtype)
-    assert not beyond.any()
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,9 @@ def test_a_capture_launches_what_the_first_step_compiled(tmp_path, launched):
             runner.execute(Batch.build([a, b], [1, 1], block_size=size))
             first = {name: set(kinds) for name, kinds in launched.items()}
             launched.clear()
-            [step] = runner._steps.values()
+            [step] = runner.decoding.steps.values()
             with torch.inference_mode():
-                runner._launch(step.inputs, None)  # as `_capture` does
+                runner.decoding.launch(step.inputs, None)  # as `_capture` does
         assert dict(launched) == first
         assert _unaligned(first) == _unaligned(prompt) == []
         # Layers share their kernels: rows of the cache's tables begin as aligned as the first.

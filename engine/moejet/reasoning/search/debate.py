@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from moejet.llm import Message
+from moejet.prompt_reader import Message
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, conversation, reply
 from moejet.reasoning.search.steps import check_count

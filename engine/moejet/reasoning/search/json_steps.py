@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moejet.grammar import Grammar
-from moejet.llm import Message
+from moejet.prompt_reader import Message
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, question, reply, with_question
 from moejet.reasoning.search.steps import check_count

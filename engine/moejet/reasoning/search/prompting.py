@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moejet.llm import LLM, Message
+from moejet.llm import LLM
+from moejet.prompt_reader import Message
 from moejet.reasoning.result import Candidate
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams

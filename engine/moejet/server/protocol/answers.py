@@ -50,7 +50,7 @@ class Answer:
     def add(self, event: Piece | ChoiceEnd) -> None:
         self.logprobs += event.tokens.logprobs
         if isinstance(event, ChoiceEnd):
-            self.finish_reason = event.finish_reason
+            self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
             self.outcome = event.outcome
             return
         match event.event:
@@ -108,7 +108,4 @@ async def collect(generation: Generation | StrategyGeneration, num_choices: int)
     async for event in generation.events():
         if isinstance(event, Piece | ChoiceEnd):
             answers[event.choice].add(event)
-    samples = [sample for output in generation.outputs for sample in output.outputs]
-    for answer, sample in zip(answers, samples, strict=True):
-        answer.stop_reason = sample.stop_reason
     return answers

@@ -43,7 +43,6 @@ KERNELS = (
     "gather_latent",
     "fused_add_rms_norm",
     "silu_mul",
-    "embedding",
     "mla_prepare",
     "router_topk",
     "sample",
