@@ -25,8 +25,8 @@ LAYERS = {
         tiktoken_files tokenizer tool_markers topology
     """,
     "requests": """
-        batch cache_blocks engine_counters engine_state grammar mailbox output policy prefix_groups prompt_reader request
-        request_rules sample_state statistics step_plan ticket watchdog
+        batch cache_blocks engine_counters engine_state grammar mailbox output policy prefix_groups prompt_reader
+        request request_rules sample_state statistics step_plan ticket watchdog
     """,
     "weights": "weights",
     "hub": "hub resolve",

@@ -31,9 +31,10 @@ from moejet.request_stream import RequestStream
 from moejet.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from moejet.reasoning.answer_classes import Answers
     from moejet.reasoning.async_runs import AsyncRuns, StrategyStream
     from moejet.reasoning.budget import Budget
-    from moejet.reasoning.task import Answers, Strategy
+    from moejet.reasoning.task import Render, Strategy
 
 _MAX_QUEUED_REQUESTS = 512
 _MAX_QUEUED_TOKENS = 1 << 20
@@ -217,20 +218,27 @@ class AsyncLLM:
         budget: Budget | None = None,
         seed: int = 0,
         answers: Answers | None = None,
+        request_id: str | None = None,
+        messages: Sequence[Message] | None = None,
+        render: Render | None = None,
         **template_kwargs: Any,
     ) -> StrategyStream:
         """Answers a prompt by a strategy, or by its specification (`moejet.reasoning.specs`), beside other requests.
 
         `await llm.solve(...).result()`, or iterate over its progress. Arguments as of `moejet.reasoning.solve`.
         At most 16 run at once; more are refused with QueueFullError.
+        request_id: by which `abort` and `end_thinking` find it · messages: of which a prompt of token ids was made ·
+        render: makes text and tokens of conversations with which a strategy goes on, in place of the chat template
         """
         from moejet.reasoning.async_runs import AsyncRuns, StrategyStream, Wanted
 
         with self._runs_lock:
             if self._runs is None:
                 self._runs = AsyncRuns(self._thread)
-        wanted = Wanted(prompt, strategy, params, budget, seed, answers, template_kwargs)
-        return StrategyStream(self._runs, wanted)
+        wanted = Wanted(
+            prompt, strategy, params, budget, seed, answers, template_kwargs, messages, render
+        )
+        return StrategyStream(self._runs, wanted, request_id)
 
     async def checked_strategy(
         self,
@@ -264,12 +272,16 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> bool:
         """Ends a request within one step: its stream gets a last delta with finish_reason "abort".
 
-        Returns when it has ended; False if there is none of that id.
+        A strategy ends with the best of what it has. Returns when it has ended; False if there is none of that id.
         """
         self._thread.check_process()
         ticket = self._thread.find(request_id)
         if ticket is None:
-            return False
+            if self._runs is None or (run := self._runs.find(request_id)) is None:
+                return False
+            self._runs.abort(run)
+            await asyncio.shield(asyncio.wrap_future(run.ended))
+            return True
         self._thread.abort(ticket)
         await asyncio.shield(asyncio.wrap_future(ticket.ended))
         return True
@@ -277,12 +289,16 @@ class AsyncLLM:
     async def end_thinking(self, request_id: str) -> bool:
         """Makes a request answer now: with the next step its samples end their thinking, as if its budget were spent.
 
-        False if there is no request of that id, or none of its samples thinks.
+        So do all branches of a strategy, which begins no further ones. False if there is no request of that id, or none
+        of its samples thinks.
         """
         self._thread.check_process()
         ticket = self._thread.find(request_id)
         if ticket is None:
-            return False
+            if self._runs is None or (run := self._runs.find(request_id)) is None:
+                return False
+            self._runs.end_thinking(run)
+            return True
         return await asyncio.wrap_future(self._thread.end_thinking(ticket))
 
     @property

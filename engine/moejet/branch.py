@@ -189,12 +189,12 @@ class Branch:
         """Blocks of the cache that it holds, shared ones included."""
         return len(self._request.block_table)
 
-    def fork(self, n: int = 1) -> list[Branch]:
-        """n copies that share what is computed; what is not computed yet is computed first."""
+    def fork(self, n: int = 1, *, computes: bool = True) -> list[Branch]:
+        """n copies that share what is computed; what is not computed yet is computed first, unless computes=False."""
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"n={n!r} must be an integer of at least 1")
         self._check_usable()
-        if not self.is_computed:
+        if computes and not self.is_computed:
             self.advance(max_tokens=0)
         with self.llm.exclusive():
             forks = [self._fork() for _ in range(n)]

@@ -123,10 +123,14 @@ class EngineThread:
             wakes = [self._state.end(ticket)]
         wake(wakes)
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Runs a function on the engine's thread, between two steps; it must not raise."""
+    def check_accepting(self) -> None:
+        """Raises EngineClosedError or EngineDeadError where nothing new may be begun."""
         with self._state.changed:
             self._state.check_accepting()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Runs a function on the engine's thread, between two steps; it must not raise. Takes no lock."""
+        if self.is_own_process():
             self._state.inbox.put(("call", function))
 
     def notify(self) -> None:

@@ -2,10 +2,13 @@
 
 score = sigmoid(w h + b), h [D] the final-normed hidden state of a step's last token. A checkpoint has one if it holds
 step_head.weight [1, D] and step_head.bias [1], beside the model's tensors or in a step_head.safetensors of its own.
+`step_head_pattern` in config.json may say, as a regular expression, how those lines of the thinking begin that are
+steps.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,13 +18,16 @@ from torch import Tensor
 from moejet.json_file import read_json_object
 from moejet.weights.checkpoint import INDEX_NAME, SINGLE_NAME
 
+# Of models whose config.json does not say.
+_OWN_PATTERNS = {"tiny_reasoner": "[A-J]:"}
 _WEIGHT, _BIAS = "step_head.weight", "step_head.bias"
 
 
 class StepHead:
-    """weight [1, D] and bias [1] of any float dtype."""
+    """weight [1, D] and bias [1] of any float dtype. pattern: of lines that are steps, None if all are."""
 
-    def __init__(self, weight: Tensor, bias: Tensor):
+    def __init__(self, weight: Tensor, bias: Tensor, pattern: str | None = None):
+        self.pattern = pattern
         self._weight, self._bias = weight.float(), bias.float()
 
     def scores(self, hidden: Tensor) -> list[float]:
@@ -54,7 +60,19 @@ def read_step_head(root: Path, hidden_size: int) -> StepHead | None:
             f"the step head in {file} has shapes {tuple(weight.shape)} and {tuple(bias.shape)}, and this model needs "
             f"(1, {hidden_size}) and (1,)"
         )
-    return StepHead(weight, bias)
+    return StepHead(weight, bias, _pattern_of(root))
+
+
+def _pattern_of(root: Path) -> str | None:
+    config = root / "config.json"
+    given = read_json_object(config).get("step_head_pattern") if config.is_file() else None
+    given = _OWN_PATTERNS.get(root.name) if given is None else given
+    try:
+        return None if given is None else re.compile(given).pattern
+    except (TypeError, re.error) as error:
+        raise ValueError(
+            f"step_head_pattern={given!r} in {config} must be a regular expression: {error}"
+        ) from None
 
 
 def _file_of(root: Path) -> Path | None:

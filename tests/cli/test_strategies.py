@@ -1,11 +1,12 @@
 """`moejet run --strategy`, `--effort` of run and chat, and trees of searches."""
 
+import contextlib
 import io
 import json
 
 import pytest
 
-from moejet.cli import tree
+from moejet.cli import options, tree
 from moejet.cli.effort import EFFORTS as OFFERED
 from moejet.reasoning import effort
 from moejet.reasoning.result import Node, Progress, Result
@@ -28,6 +29,30 @@ def test_a_vote_tells_its_progress_and_its_cost(moejet, tiny):
     # Greedy samples are the same, and so are their experts: the formula knows nothing of that.
     assert "distinct experts per layer and step (formula" in figures
     assert moejet("run", "--strategy", "single", "-q", PROMPT).err == ""
+
+
+def test_names_with_options_and_second_models(moejet, shared, monkeypatch):
+    opened: list[str] = []
+
+    def open_llm(model, given):
+        opened.append(model)
+        return contextlib.nullcontext(shared)
+
+    monkeypatch.setattr(options, "open_llm", open_llm)
+    for spec in (
+        "best:2,scorer=step_head",
+        "debate:2,rounds=1",
+        "mutual,inner=(vote:2),second=other",
+        "mutual,inner=(vote:2),second=tiny-reasoner",
+        "mcts:2x2,parallel=2",
+    ):
+        result = moejet("run", "--strategy", spec, "--temperature", "0.5", "--seed", "1", PROMPT)
+        assert result.code == 0, result.err
+        assert result.out.endswith("The answer is 208.\n"), spec
+        assert ("├─" in result.err or "└─" in result.err) == spec.startswith("mcts")
+    # The model that answers is not loaded a second time.
+    assert [name for name in opened if name != "tiny-reasoner"] == ["other"]
+    assert len(opened) == 6
 
 
 def test_json_is_the_whole_result(moejet, tiny):
@@ -211,7 +236,9 @@ class Searching:
 
 
 def test_the_tree_comes_before_the_answer(moejet, tiny, monkeypatch):
-    monkeypatch.setattr("moejet.reasoning.specs.parse_strategy", lambda spec, llm: Searching())
+    monkeypatch.setattr(
+        "moejet.reasoning.specs.parse_strategy", lambda spec, llm, load: Searching()
+    )
     result = moejet("run", "--strategy", "mcts:4", PROMPT)
     _, *lines = result.err.splitlines()
     assert lines[0] == "step 1: 2 of 4 are kept"

@@ -1,16 +1,21 @@
 """Strategies on an AsyncLLM: the same answers as alone, beside other requests, and nothing left behind."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
 from moejet import LLM, AsyncLLM, EngineClosedError, EngineDeadError, QueueFullError, SamplingParams
+from moejet.policy import ForceContinuation
 from moejet.reasoning import (
     Best,
     Budget,
+    ChainOfThought,
+    Majority,
     Progress,
     Result,
     Run,
@@ -286,5 +291,100 @@ def test_a_prompt_that_the_cache_has_lost_costs_others_nothing() -> None:
             assert (await llm.solve(PROMPTS[0], Evicted(), answers=NUMBERS).result()).answer
         for task in others:
             assert len((await task).outputs[0].token_ids) == 300
+
+    run(body)
+
+
+def test_reading_a_long_prompt_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the prompt nor what a strategy says later is tokenised where others wait for their tokens."""
+    gate, threads = threading.Event(), []
+
+    async def body(llm: AsyncLLM) -> None:
+        encode = llm.tokenizer.encode
+
+        def slow(text: str, *args: Any, **options: Any) -> list[int]:
+            if "LONG" in text:
+                threads.append(threading.current_thread().name)
+                assert gate.wait(20), "the other request waited for this"
+            return encode(text, *args, **options)
+
+        monkeypatch.setattr(llm.tokenizer, "encode", slow)
+        prompt = [{"role": "user", "content": "LONG: start with 17, add 25."}]
+        for strategy in ("single", ChainOfThought("LONG")):
+            gate.clear()
+            stream = await llm.solve(prompt, strategy, answers=NUMBERS).start()
+            other = await llm.chat(PROMPTS[0], SamplingParams(temperature=0.0)).result()
+            assert other.outputs[0].finish_reason == "stop"
+            gate.set()
+            assert (await stream.result()).candidates
+        assert len(threads) == 3
+        assert all(name.startswith("moejet-strategy") for name in threads)
+
+    run(body)
+
+
+ENDLESS = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=3000)
+
+
+def test_aborting_ends_with_what_is_there() -> None:
+    async def body(llm: AsyncLLM) -> None:
+        # Three answers are complete, the fourth goes on for ever.
+        stream = llm.solve(PROMPTS[0], LastIsEndless(), answers=NUMBERS, request_id="four")
+        found: list[Any] = []
+        while len(found) < 3:
+            event = await anext(stream)
+            found += [event] if isinstance(event, Progress) and event.kind == "candidate" else []
+        assert await llm.abort("four")
+        result = await stream.result()
+        assert result.is_exhausted
+        assert [c.finish_reason for c in result.candidates] == ["stop"] * 3 + ["abort"]
+        assert result.answer == found[0].data["answer"]
+        assert not await llm.abort("four")
+        # Before anything has been generated, and in the middle of every kind of run.
+        for spec in ("single", "vote:40", "beam:4x2", "mcts:40", "rounds:9", "probe"):
+            for wait in (False, True):
+                stream = await llm.solve(
+                    PROMPTS[0], spec, answers=NUMBERS, params=ENDLESS, request_id="x"
+                ).start()
+                while wait and not llm._thread.engine.counters.decode_tokens:
+                    await asyncio.sleep(0.01)
+                assert await llm.abort("x")
+                result = await stream.result()
+                assert result.is_exhausted
+                assert result.candidate.finish_reason == "abort"
+
+    run(body)
+
+
+@dataclass(frozen=True)
+class LastIsEndless:
+    def run(self, task: Task) -> Run[Result]:
+        runs = [Sample(1).run(task.part(i)) for i in range(3)]
+        endless = task.params
+        endless = replace(endless, ignore_eos=True, max_tokens=3000)
+        results = yield from task.gather([*runs, Single(endless).run(task.part(3))])
+        chosen = yield from Majority().choose(task, [r.candidate for r in results])
+        return chosen
+
+
+@pytest.mark.parametrize(
+    "spec", ["single", "vote:3", "adaptive:40", "beam:4x2", "mcts:40", "turns"]
+)
+def test_ending_the_thinking_makes_all_branches_answer(spec: str) -> None:
+    """The model is kept thinking for ever, so that nothing else could end it."""
+
+    async def body(llm: AsyncLLM) -> None:
+        params = replace(PARAMS, policy=lambda: ForceContinuation(1000))
+        stream = await llm.solve(
+            PROMPTS[0], spec, answers=NUMBERS, params=params, request_id="x"
+        ).start()
+        while llm._thread.engine.counters.decode_tokens < 40:
+            await asyncio.sleep(0.01)
+        assert await llm.end_thinking("x")
+        result = await stream.result()
+        assert not result.is_exhausted
+        assert all(c.finish_reason == "stop" for c in result.candidates)
+        assert all("</think>" in c.text for c in result.candidates)
+        assert not await llm.end_thinking("x")
 
     run(body)

@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 from moejet.reasoning.metrics import (
     Interval,
     Solution,
-    average_at_k,
     bootstrap_interval,
-    consensus_at_k,
-    count_reflections,
     mcnemar,
     mean_pass_at_k,
     outcome_efficiency,
@@ -54,13 +51,12 @@ def test_pass_at_k_is_stable() -> None:
 
 def test_averages() -> None:
     outcomes = [[1, 0, 0, 1], [0, 0, 0, 0], [True, True, True, True]]
-    assert average_at_k(outcomes) == pytest.approx(0.5)
     assert mean_pass_at_k(outcomes, 1) == pytest.approx(0.5)
     assert mean_pass_at_k(outcomes, 2) == pytest.approx((5 / 6 + 0 + 1) / 3)
     assert mean_pass_at_k(outcomes, 4) == pytest.approx(2 / 3)
     for bad in ([], [[]], [1, 0], [[2, 0]]):
         with pytest.raises(ValueError, match="correct"):
-            average_at_k(bad)
+            mean_pass_at_k(bad, 1)
 
 
 def test_plurality_and_ties() -> None:
@@ -76,20 +72,6 @@ def test_plurality_and_ties() -> None:
     assert plurality(["a", "a", "b"], [-100.0, -100.0, 0.0]) == "a"
     with pytest.raises(ValueError, match="1 logprobs for 2 keys"):
         plurality(["a", "b"], [0.0])
-
-
-def test_consensus() -> None:
-    reference = ["a", "b", "c"]
-    keys = [["a", "a", "b"], ["a", None, "b"], [None, None, None]]
-
-    def is_right(problem: int, key: object) -> bool:
-        return key == reference[problem]
-
-    assert consensus_at_k(keys, is_right) == pytest.approx(1 / 3)
-    logprobs = [[0.0, 0.0, 0.0], [-2.0, 0.0, -1.0], [0.0, 0.0, 0.0]]
-    assert consensus_at_k(keys, is_right, logprobs) == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="keys"):
-        consensus_at_k([], is_right)
 
 
 def test_wilson_interval() -> None:
@@ -194,17 +176,6 @@ def test_efficiency() -> None:
     for bad in ([], [[]], [[Solution(0, "1", True)]]):
         with pytest.raises(ValueError, match="traces"):
             outcome_efficiency(bad)
-
-
-def test_reflections() -> None:
-    assert (
-        count_reflections("Wait, let me check. Hmm... Waiting is no wait. Mistaken? A mistake!")
-        == 5
-    )
-    assert count_reflections("") == 0
-    assert count_reflections("let me double-check: on second thought") == 2
-    assert count_reflections("a+b a+b", ["a+b"]) == 2
-    assert count_reflections("wait", []) == 0
 
 
 def test_truncation_rate() -> None:

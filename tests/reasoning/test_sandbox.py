@@ -10,10 +10,11 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def sandbox_processes() -> list[int]:
         return is_orphan
 
     return [pid for pid in sandboxes if is_own(pid)]
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -402,7 +410,7 @@ def test_environment_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEJET_SECRET", "swordfish")
     monkeypatch.setenv("PYTHONINSPECT", "1")
     result = run_python("import os, sys\nprint(dict(os.environ), len(sys.argv))", limits=BARE)
-    assert result.stdout == "{} 2\n"
+    assert result.stdout == "{} 1\n"
 
 
 def test_parents_death_ends_the_program(tmp_path: Path) -> None:
@@ -411,11 +419,8 @@ def test_parents_death_ends_the_program(tmp_path: Path) -> None:
         "import sys; from moejet.reasoning.sandbox import *\n"
         "run_python('while True: pass', limits=SandboxLimits(cpu_s=60, wall_s=60))"
     )
-    parent = subprocess.Popen([os.sys.executable, "-c", code], env={**os.environ})  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 30
-    while len(sandbox_processes()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert len(sandbox_processes()) == 2
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    until(lambda: len(sandbox_processes()) == 2)
     parent.kill()
     parent.wait()
     for folder in Path(tempfile.gettempdir()).glob("moejet-sandbox-*"):
@@ -423,14 +428,43 @@ def test_parents_death_ends_the_program(tmp_path: Path) -> None:
     # the fixture sees that both processes go
 
 
+def test_parents_death_counts_also_where_its_pipes_live_on() -> None:
+    """A process that was forked from the parent holds the other ends of all pipes."""
+    code = (
+        "import os, threading, time; from moejet.reasoning.sandbox import *\n"
+        "def go(): run_python('while True: pass', limits=SandboxLimits(cpu_s=60, wall_s=60))\n"
+        "threading.Thread(target=go).start()\n"
+        "input()\n"
+        "print(os.fork() or time.sleep(30), flush=True)\n"
+        "input()"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    until(lambda: len(sandbox_processes()) == 2)
+    parent.stdin.write("\n")
+    parent.stdin.flush()
+    holder = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    try:
+        until(lambda: not sandbox_processes(), seconds=2)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        parent.stdin.close()
+        parent.stdout.close()
+    for folder in Path(tempfile.gettempdir()).glob("moejet-sandbox-*"):
+        folder.rmdir()
+
+
 def test_supervisors_death_ends_the_program() -> None:
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(
             run_python, "while True: pass", limits=SandboxLimits(cpu_s=60, wall_s=60)
         )
-        deadline = time.monotonic() + 30
-        while len(sandbox_processes()) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: len(sandbox_processes()) == 2)
         time.sleep(0.2)  # let it come to the program
         children = [p for p in sandbox_processes() if f"PPid:\t{os.getpid()}\n" in _state(p)]
         assert len(children) == 1

@@ -1,13 +1,17 @@
 """Selectors, stop rules, rounds and DeepConf, on made-up candidates and on the tiny reasoner."""
 
+import json
 import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from moejet import LLM, SamplingParams
 from moejet.reasoning.deepconf import LOWEST, STOPPED, ConfidenceWindow, DeepConf
@@ -38,6 +42,7 @@ from moejet.reasoning.solver import solve
 from moejet.reasoning.stopping import BetaStop, Decided, Unanimous, beta_confidence
 from moejet.reasoning.task import Run, Task
 from moejet.statistics import TokenScores
+from moejet.step_head import read_step_head
 from moejet.testing.arithmetic import check_steps, held_out_problems
 from moejet.testing.number_answers import NumberAnswers
 
@@ -249,16 +254,16 @@ def test_the_step_head_knows_wrong_lines(llm: LLM) -> None:
     pairs = np.array(right)[:, None] - np.array(wrong)[None]
     auc = float((pairs > 0).mean() + 0.5 * (pairs == 0).mean())
     assert auc > 0.75
-    product = StepHead("product", pattern=r"[A-J]:")
+    product, pattern = StepHead("product"), r"[A-J]:"
     steps = (
         ScoredStep("Plan: 1", 0.1),
         ScoredStep("A: 1", 0.2),
         ScoredStep("B: 1", 0.5),
         ScoredStep("A: 2", 0.9),
     )
-    assert product._of(steps) == pytest.approx(0.45)
-    assert StepHead("last", pattern=r"[A-J]:")._of(steps) == 0.9
-    assert StepHead("min")._of(steps) == 0.1
+    assert product.of_steps(steps, pattern) == pytest.approx(0.45)
+    assert StepHead("last").of_steps(steps, pattern) == 0.9
+    assert StepHead("min").of_steps(steps, None) == 0.1
 
 
 @dataclass(frozen=True)
@@ -271,7 +276,7 @@ class ScoreTwice:
         scores = []
         while not a.is_finished and a.is_thinking:
             yield from task.advance([a], until="\n", max_tokens=60, params=greedy)
-            found = yield from StepHead("last").score_steps(task, [a])
+            found = yield from StepHead("last", pattern=".*").score_steps(task, [a])
             scores += found
         yield from task.advance([b], params=greedy)
         whole = task.candidate(b)
@@ -403,3 +408,27 @@ def test_answers_are_compared_in_the_background_and_once(llm: LLM) -> None:
     assert slow.num_calls <= 2 * len(different)
     ends = {str(answer)[-1] for answer in different}
     assert len(result.details["votes"]) == len(ends)
+
+
+def test_a_model_says_which_lines_are_steps(llm: LLM, tmp_path: Path) -> None:
+    """By its config.json; without a word there all lines are. The tiny reasoner's are those of its calculation."""
+    head = llm.engine.step_head
+    assert head is not None
+    assert head.pattern == "[A-J]:"
+    weights = {"step_head.weight": torch.ones(1, 8), "step_head.bias": torch.zeros(1)}
+    save_file(weights, tmp_path / "step_head.safetensors")
+    for given, found in ((None, None), ("Step \\d+", "Step \\d+")):
+        (tmp_path / "config.json").write_text(json.dumps({"step_head_pattern": given}))
+        read = read_step_head(tmp_path, 8)
+        assert read is not None
+        assert read.pattern == found
+    for bad in ("(", 7):
+        (tmp_path / "config.json").write_text(json.dumps({"step_head_pattern": bad}))
+        with pytest.raises(ValueError, match=r"step_head_pattern=.*config\.json must be a regular"):
+            read_step_head(tmp_path, 8)
+    result = solve(
+        llm, PROMPT, Sample(2, select=Best(StepHead())), answers=NUMBERS, params=SamplingParams()
+    )
+    steps = [s for s in result.candidate.steps if s.text[:2] in ("A:", "B:", "C:", "D:", "E:")]
+    latest = {step.text[:2]: step.score for step in steps}
+    assert result.candidate.scores["score"] == pytest.approx(math.prod(latest.values()))

@@ -11,12 +11,13 @@ import pytest
 
 from moejet import LLM, SamplingParams
 from moejet.reasoning import AtTransitions, BetaStop, Probed
+from moejet.reasoning.answer_classes import Answers
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.result import Candidate, Progress, Result
 from moejet.reasoning.sample import Sample
 from moejet.reasoning.single import Single
 from moejet.reasoning.solver import solve, solve_many, stream
-from moejet.reasoning.task import Answers, Run, Task
+from moejet.reasoning.task import Run, Task
 from moejet.testing.number_answers import NumberAnswers
 
 NUMBERS = NumberAnswers()

@@ -327,7 +327,7 @@ def test_a_search_is_drawn_as_a_tree(browser: Any, serve: Callable[[Any], Any]) 
     scripted = ScriptedBackend(["-"], TOKENIZER, events=[*STEPS, outcome], delay_s=0.1)
     scripted.card = replace(scripted.card, strategies=("vote", "mcts"))
     visit = Visit(browser, serve(asgi_app(scripted)).url + "/")
-    visit.page.select_option("#strategy", "mcts:16")
+    visit.page.select_option("#strategy", "mcts:16,parallel=4")
     visit.ask("search", is_waited_for=False)
     visit.page.wait_for_selector(".strategy:visible")
     visit.page.click(".strategy > summary")
@@ -342,6 +342,6 @@ def test_a_search_is_drawn_as_a_tree(browser: Any, serve: Callable[[Any], Any]) 
     assert visit.texts(".votes li") == ["<script>window.hacked=2</script>: 1"]
     assert visit.texts(".answer") == ["the answer"]
     assert visit.page.locator(".strategy img, .strategy script, .strategy i").count() == 0
-    assert scripted.runs[0].job.strategy == "mcts:16"
+    assert scripted.runs[0].job.strategy == "mcts:16,parallel=4"
     visit.check()
     visit.context.close()

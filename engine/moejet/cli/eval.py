@@ -13,6 +13,7 @@ import moejet
 from moejet.cli import options
 from moejet.cli.effort import add_effort_option, template_of, with_level
 from moejet.cli.plot import add_plot_option, check_plot, save_accuracy
+from moejet.cli.strategies import models_by_name
 from moejet.cli.terminal import note
 from moejet.progress import ProgressLine, bar, duration
 
@@ -127,8 +128,11 @@ def execute(args: argparse.Namespace) -> int:
         seed=_seed(args),
         duplicates=args.duplicates,
     )
-    with options.open_llm(args.model, options.engine_options(args)) as llm:
-        evaluation = Evaluation(llm, problems, shape, args)
+    with (
+        options.open_llm(args.model, options.engine_options(args)) as llm,
+        models_by_name(llm, args.model, args) as load,
+    ):
+        evaluation = Evaluation(llm, problems, shape, args, load)
         found = evaluation.run()
     _write(found, args)
     return 0
@@ -155,7 +159,12 @@ class Evaluation:
     """Everything that is fixed before the first run."""
 
     def __init__(
-        self, llm: "LLM", problems: "list[Problem]", shape: "Shape", args: argparse.Namespace
+        self,
+        llm: "LLM",
+        problems: "list[Problem]",
+        shape: "Shape",
+        args: argparse.Namespace,
+        load: "Callable[[str], LLM]",
     ):
         from moejet.reasoning.datasets import answer_key
         from moejet.reasoning.eval_runs import INSTRUCTIONS, jobs_of, prompt_of
@@ -167,19 +176,20 @@ class Evaluation:
             with_level(options.sampling_params(args, llm), args.effort, args.model, llm), seed=None
         )
         self.strategies = {
-            spec: parse_strategy(spec, llm) for spec in specs_of(args.strategy, args.effort)
+            spec: parse_strategy(spec, llm, load=load)
+            for spec in specs_of(args.strategy, args.effort)
         }
         self.jobs = jobs_of(problems, args.samples, _seed(args), limit=args.limit)
         self.problems = problems[: args.limit]
         self.instruction = INSTRUCTIONS[shape] if args.instruction is None else args.instruction
-        template = template_of(args.effort, llm)
+        self.template = template_of(args.effort, llm)
         self.prompts = {
             problem.id: prompt_of(
                 llm,
                 problem,
                 instruction=self.instruction,
                 system=args.system,
-                template=template,
+                template=self.template,
             )
             for problem in self.problems
         }
@@ -253,6 +263,7 @@ class Evaluation:
                     self.prompts,
                     key=self.key,
                     shape=self.shape,
+                    template=self.template,
                     params=self.params,
                     budget=Budget(total_tokens=self.args.budget_tokens),
                     concurrency=self.args.concurrency,

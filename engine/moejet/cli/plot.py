@@ -71,7 +71,8 @@ def _picture(path: Path, size: tuple[float, float], description: str | None) -> 
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    style: Any = _STYLE  # the stubs want a literal of every key
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         key = {".svg": "Description", ".png": "Description", ".pdf": "Subject"}[path.suffix]

@@ -76,7 +76,8 @@ def execute(args: argparse.Namespace) -> int:
             note(llm.describe())
         params = with_level(options.sampling_params(args, llm), args.effort, model, llm)
         if args.strategy is not None:
-            run_strategy(llm, model, _prompt(llm, prompt, args), params, args)
+            asked = prompt if args.raw else _messages(prompt, args)
+            run_strategy(llm, model, asked, params, args)
             return 0
         if args.json or params.n > 1:
             output = _generate(llm, prompt, params, args)
@@ -122,16 +123,6 @@ def _is_model_directory(text: str) -> bool:
 def _messages(prompt: str, args: argparse.Namespace) -> list[dict[str, str]]:
     system = [{"role": "system", "content": args.system}] if args.system is not None else []
     return [*system, {"role": "user", "content": prompt}]
-
-
-def _prompt(llm: "LLM", prompt: str, args: argparse.Namespace) -> "str | list[dict[str, str]]":
-    """Messages; or their text, if the chat template has to be told of the effort."""
-    template = template_of(args.effort, llm)
-    if args.raw or not template:
-        return prompt if args.raw else _messages(prompt, args)
-    text, _ = llm.read_prompt(_messages(prompt, args), **template)
-    assert text is not None
-    return text
 
 
 def _generate(

@@ -6,16 +6,17 @@ import math
 import secrets
 import shutil
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from moejet.cli.effort import resolve_strategy
+from moejet.cli import options
+from moejet.cli.effort import resolve_strategy, template_of
 from moejet.cli.terminal import AnswerWriter, note
 from moejet.cli.tree import print_tree
 from moejet.progress import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator, Iterator
 
     from moejet.config import ModelConfig
     from moejet.llm import LLM
@@ -36,30 +37,32 @@ def check_options(args: argparse.Namespace) -> None:
 def run_strategy(
     llm: "LLM", model: str, prompt: Any, params: "SamplingParams", args: argparse.Namespace
 ) -> None:
-    """prompt: messages, or a text that is ready."""
+    """prompt: messages, or a text that goes through no chat template."""
     from moejet.reasoning.result import Result
     from moejet.reasoning.solver import stream
     from moejet.reasoning.specs import parse_strategy
 
     spec = resolve_strategy(args.strategy.strip(), args.effort)
     is_quiet = args.quiet or args.json
-    events = stream(
-        llm,
-        prompt,
-        parse_strategy(spec, llm),
-        params=params,
-        seed=secrets.randbits(63) if args.seed is None else args.seed,
-    )
     result: Result | None = None
     told = ""
-    # Closing the generator ends the run, also when Ctrl-C or a closed pipe ends the loop.
-    with closing(cast("Generator[Progress | Result, None, None]", events)) as events:
-        for event in events:
-            if isinstance(event, Result):
-                result = event
-            elif not is_quiet and event.message != told:  # a step tells of each of its nodes
-                told = event.message
-                note(told)
+    with models_by_name(llm, model, args) as load:
+        events = stream(
+            llm,
+            prompt,
+            parse_strategy(spec, llm, load=load),
+            params=params,
+            seed=secrets.randbits(63) if args.seed is None else args.seed,
+            template_kwargs={} if args.raw else template_of(args.effort, llm),
+        )
+        # Closing the generator ends the run, also when Ctrl-C or a closed pipe ends the loop.
+        with closing(cast("Generator[Progress | Result, None, None]", events)) as events:
+            for event in events:
+                if isinstance(event, Result):
+                    result = event
+                elif not is_quiet and event.message != told:  # a step tells of each of its nodes
+                    told = event.message
+                    note(told)
     assert result is not None
     if args.json:
         found = {"model": model, "strategy": spec, **result.as_dict()}
@@ -75,6 +78,23 @@ def run_strategy(
     writer.finish()
     if not is_quiet:
         note(figures(result, llm.model_config))
+
+
+@contextmanager
+def models_by_name(
+    llm: "LLM", model: str, args: argparse.Namespace
+) -> "Iterator[Callable[[str], LLM]]":
+    """Loads second models that a strategy names, each once, with the first one's options."""
+    with ExitStack() as stack:
+        loaded = {model: llm}
+
+        def load(name: str) -> "LLM":
+            if name not in loaded:
+                chosen = {**options.engine_options(args), "revision": None}
+                loaded[name] = stack.enter_context(options.open_llm(name, chosen))
+            return loaded[name]
+
+        yield load
 
 
 def figures(result: "Result", model: "ModelConfig") -> str:

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moejet.engine_thread import EngineThread
 from moejet.llm import LLM
+from moejet.prompt_reader import Message
+from moejet.reasoning.answer_classes import Answers
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.driver import Active, Driver
 from moejet.reasoning.result import Progress, Result
 from moejet.reasoning.solver import Prompt, make_task, supervised
 from moejet.reasoning.specs import parse_strategy
-from moejet.reasoning.task import Answers, Strategy
+from moejet.reasoning.task import Render, Strategy, Task
 from moejet.request import StreamDelta
 from moejet.ticket import QueueFullError
 
@@ -37,7 +41,10 @@ _RETRY_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to answer and how; see `moejet.reasoning.solve`. strategy: one, or its specification"""
+    """What to answer and how; see `moejet.reasoning.solve`. strategy: one, or its specification
+
+    messages: of which a prompt of token ids was made · render: makes prompts of further conversations
+    """
 
     prompt: Prompt
     strategy: Strategy | str | Mapping[str, Any]
@@ -46,6 +53,8 @@ class Wanted:
     seed: int = 0
     answers: Answers | None = None
     template_kwargs: Mapping[str, Any] | None = None
+    messages: Sequence[Message] | None = None
+    render: Render | None = None
 
 
 _Event = Progress | Result | BaseException | None  # None: the stream was closed
@@ -58,17 +67,22 @@ class StrategyStream:
     or the run goes on for nobody. For one event loop.
     """
 
-    def __init__(self, runs: AsyncRuns, wanted: Wanted):
+    def __init__(self, runs: AsyncRuns, wanted: Wanted, request_id: str | None = None):
+        self.request_id = request_id
+        self.ended: Future[None] = Future()
+        self.is_aborted = self.answers_now = False  # what somebody wants of it
         self._runs = runs
         self._wanted = wanted
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._has_ended = False
+        self.start_s = 0.0
 
     async def start(self) -> StrategyStream:
         """Begins the run. Raises QueueFullError, EngineClosedError or EngineDeadError; twice does nothing."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
+            self.start_s = time.monotonic()
             try:
                 self._runs.begin(self, self._wanted)
             except BaseException:
@@ -153,14 +167,29 @@ class AsyncRuns:
             )
         self._streams.add(stream)
         try:
-            self._thread.call(partial(self._start, stream, wanted))
+            self._thread.check_accepting()
+            prepared = self._executor.submit(self._prepare, wanted)
         except BaseException:
             self._streams.discard(stream)
             raise
+        prepared.add_done_callback(partial(self._start_later, stream))
+
+    def find(self, request_id: str) -> StrategyStream | None:
+        """The run of that id, if it has not ended."""
+        return next((s for s in list(self._streams) if s.request_id == request_id), None)
+
+    def abort(self, stream: StrategyStream) -> None:
+        """Ends a run with what it has by then."""
+        stream.is_aborted = True
+        self._thread.call(partial(self._heed, stream))
+
+    def end_thinking(self, stream: StrategyStream) -> None:
+        """Makes every branch of a run answer now; it begins no others."""
+        stream.answers_now = True
+        self._thread.call(partial(self._heed, stream))
 
     def cancel(self, stream: StrategyStream) -> None:
-        if self._thread.is_own_process():
-            self._thread.inbox.put(("call", partial(self._cancel, stream)))
+        self._thread.call(partial(self._cancel, stream))
 
     def give_up(self, error: Exception) -> None:
         for stream in list(self._streams):
@@ -169,6 +198,29 @@ class AsyncRuns:
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    # On the executor's threads, or wherever its work is called off.
+
+    def _prepare(self, wanted: Wanted) -> tuple[Task, Strategy]:
+        """What takes long where the prompt is long."""
+        strategy = wanted.strategy
+        if isinstance(strategy, str | Mapping):
+            strategy = parse_strategy(strategy, self._llm)
+        task = make_task(
+            self._llm,
+            wanted.prompt,
+            wanted.params,
+            wanted.budget,
+            wanted.seed,
+            wanted.answers,
+            wanted.template_kwargs,
+            wanted.messages,
+            wanted.render,
+        )
+        return task, strategy
+
+    def _start_later(self, stream: StrategyStream, prepared: Future[tuple[Task, Strategy]]) -> None:
+        self._thread.call(partial(self._start, stream, prepared))
 
     # On the engine's thread.
 
@@ -188,25 +240,15 @@ class AsyncRuns:
             self._tell(stream, error)
             self._cancel(stream)
 
-    def _start(self, stream: StrategyStream, wanted: Wanted) -> None:
+    def _start(self, stream: StrategyStream, prepared: Future[tuple[Task, Strategy]]) -> None:
         if stream not in self._streams:
             return  # it was told that the engine has ended, or left
         try:
-            strategy = wanted.strategy
-            if isinstance(strategy, str | Mapping):
-                strategy = parse_strategy(strategy, self._llm)
-            task = make_task(
-                self._llm,
-                wanted.prompt,
-                wanted.params,
-                wanted.budget,
-                wanted.seed,
-                wanted.answers,
-                **(wanted.template_kwargs or {}),
-            )
-        except Exception as error:
+            task, strategy = prepared.result()
+        except (Exception, CancelledError) as error:
             self._tell(stream, error)
             return
+        task.ledger.start_s = stream.start_s
 
         def ended(result: Any, error: BaseException | None) -> None:
             self._active.pop(stream, None)
@@ -218,6 +260,21 @@ class AsyncRuns:
         )
         if stream in self._streams:
             self._active[stream] = active
+            self._heed(stream)
+
+    def _heed(self, stream: StrategyStream) -> None:
+        """Does with a run's branches what was wanted of it, perhaps before it began."""
+        active = self._active.get(stream)
+        if active is None or not (stream.is_aborted or stream.answers_now):
+            return
+        ledger, engine = active.ledger, self._llm.engine
+        ledger.is_aborted, ledger.answers_now = stream.is_aborted, stream.answers_now
+        ledger.has_cut |= ledger.is_aborted
+        for request_id in self._driver.requests_of(ledger):
+            if ledger.is_aborted:
+                self.deliver(engine.abort(request_id))
+            else:
+                engine.end_thinking(request_id)
 
     def _cancel(self, stream: StrategyStream) -> None:
         active = self._active.pop(stream, None)
@@ -227,18 +284,20 @@ class AsyncRuns:
 
     def _go_on_later(self) -> None:
         """Something in the background is done."""
-        if self._thread.is_own_process():
-            self._thread.inbox.put(("call", self._driver.take_futures))
+        self._thread.call(self._driver.take_futures)
 
     def _tell(self, stream: StrategyStream, event: Result | BaseException) -> None:
-        if stream in self._streams:
-            stream.put(event)
+        is_known = stream in self._streams
         self._forget(stream)
+        if is_known:
+            stream.put(event)
 
     def _forget(self, stream: StrategyStream) -> None:
         self._streams.discard(stream)
+        with suppress(InvalidStateError):
+            stream.ended.set_result(None)
         # Not at once: whoever ends it may hold the lock that is needed for this.
-        self._thread.inbox.put(("call", self._thread.notify))
+        self._thread.call(self._thread.notify)
 
 
 class _Watched:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from moejet.policy import Stop, TokenPolicy
 from moejet.sample_state import SampleState
@@ -29,10 +28,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, low in (("total_tokens", 1), ("thinking_tokens", 0), ("branches", 1)):
-            _check_count(name, getattr(self, name), low)
-        if self.answer_reserve is None:
-            raise ValueError("answer_reserve=None must be an integer of at least 0")
-        _check_count("answer_reserve", self.answer_reserve, 0)
+            check_count(name, getattr(self, name), low, or_none=True)
+        check_count("answer_reserve", self.answer_reserve, 0)
         is_number = isinstance(self.wall_s, int | float) and not isinstance(self.wall_s, bool)
         if self.wall_s is not None and not (is_number and 0 < self.wall_s < math.inf):
             raise ValueError(f"wall_s={self.wall_s!r} must be a positive number of seconds")
@@ -48,7 +45,7 @@ class Deadline(TokenPolicy):
         return Stop("wall_s") if time.monotonic() >= self.at_s else None
 
 
-def _check_count(name: str, value: Any, low: int) -> None:
+def check_count(name: str, value: object, low: int = 1, *, or_none: bool = False) -> None:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    if value is not None and not is_count:
+    if not is_count and not (or_none and value is None):
         raise ValueError(f"{name}={value!r} must be an integer of at least {low}")

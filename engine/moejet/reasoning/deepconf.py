@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from moejet.policy import Action, Keep, Stop, TokenPolicy
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.select import choose_by_votes, votes
 from moejet.reasoning.stopping import BetaStop, StopRule
@@ -73,8 +74,7 @@ class DeepConf:
         if self.mode not in ("online", "offline"):
             raise ValueError(f"mode={self.mode!r} must be 'online' or 'offline'")
         for name in ("warmup", "window", "wave"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
+            check_count(name, getattr(self, name))
         if self.total < self.warmup:
             raise ValueError(f"total={self.total!r} must be at least warmup={self.warmup!r}")
         if not 0 < self.keep <= 1:
@@ -85,7 +85,7 @@ class DeepConf:
         count = self.warmup if is_online else self.total
         candidates = yield from self._trace(task, count, None)
         bar = float(np.quantile([c.scores[LOWEST] for c in candidates], 1 - self.keep))
-        while is_online and len(candidates) < self.total and not task.is_exhausted:
+        while is_online and len(candidates) < self.total and not task.is_ending:
             finished = [c for c in candidates if c.stop_reason != STOPPED]
             if self.stop is not None and self.stop.is_enough(finished, task.answers):
                 yield from task.tell("stop", f"{len(candidates)} traces are enough")

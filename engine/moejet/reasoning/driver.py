@@ -17,8 +17,9 @@ from typing import Any, Protocol
 from moejet.advance import Advance
 from moejet.branch import BranchHost
 from moejet.reasoning.cost import expected_distinct_experts
+from moejet.reasoning.ledger import Ledger
 from moejet.reasoning.result import Background, Progress
-from moejet.reasoning.task import Gather, Ledger, Run
+from moejet.reasoning.task import Gather, Run
 from moejet.request import CompletionOutput, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,10 @@ class Driver:
         for llm, request_id in self._by_request:
             found.setdefault(llm, []).append(request_id)
         return found
+
+    def requests_of(self, ledger: Ledger) -> list[str]:
+        """Those of one run."""
+        return [i for (_, i), active in self._by_request.items() if active.ledger is ledger]
 
     @property
     def num_runs(self) -> int:

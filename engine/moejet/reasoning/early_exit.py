@@ -38,7 +38,7 @@ class _Exit:
 
     def _may_go_on(self, task: Task, branch: Branch) -> bool:
         """Whether it still thinks, may, and leaves a trial its place in the context."""
-        if not branch.is_thinking or branch.is_finished or task.is_exhausted:
+        if not branch.is_thinking or branch.is_finished or task.is_ending:
             return False
         texts = len(self.probe) + len(self.closing) + 2 * len(_closing_tag(task))
         left = task.llm.max_context - len(branch.prompt_token_ids) - len(branch.token_ids)
@@ -106,9 +106,7 @@ class Probed(_Exit):
             tries += 1
             yield from task.classify([answer])
             is_sure = answer is not None and not _hedges(words, self.hedges)
-            is_same = last is not None and answer is not None
-            if is_same and task.answers.group([last or "", answer or ""]) != [0, 0]:
-                is_same = False
+            is_same = task.answers.count(last, [answer]) == 1
             equal = (equal + 1 if is_same else 1) if is_sure else 0
             last = answer if is_sure else None
             if equal >= self.agree:

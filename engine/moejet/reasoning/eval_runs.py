@@ -22,7 +22,7 @@ from moejet.reasoning.answers import AnswerKey, Choice, LastNumber
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.datasets import Problem, Shape
 from moejet.reasoning.equality import NumericEqual
-from moejet.reasoning.metrics import REFLECTION_WORDS, Solution
+from moejet.reasoning.metrics import Solution
 from moejet.reasoning.result import Candidate, Result, Usage, json_value
 from moejet.reasoning.solver import Prompt, solve_many
 from moejet.reasoning.task import Run, Strategy, Task
@@ -40,6 +40,22 @@ INSTRUCTIONS: Mapping[Shape, str] = {
     "gpqa": "Please reason step by step, and end with the line 'Answer: X', where X is the letter of your choice.",
     "plain": "",
 }
+REFLECTION_WORDS = (
+    "wait",
+    "hmm",
+    "alternatively",
+    "let me check",
+    "let me double-check",
+    "let me verify",
+    "let me re-check",
+    "let me rethink",
+    "let me reconsider",
+    "on second thought",
+    "hold on",
+    "recheck",
+    "re-examine",
+    "mistake",
+)
 _TURN = re.compile(rf"(?<!\w)(?={'|'.join(re.escape(w) for w in REFLECTION_WORDS)})", re.IGNORECASE)
 
 Key = tuple[str, str, int]  # strategy, problem, sample
@@ -134,7 +150,7 @@ def attempts(
 ) -> tuple[Solution, ...]:
     """What a text is made of: attempts at the answer, each up to the words with which the next one begins.
 
-    A new attempt begins where the thinking looks back ("wait", "let me check", ...: `metrics.REFLECTION_WORDS`), and
+    A new attempt begins where the thinking looks back ("wait", "let me check", ...: REFLECTION_WORDS), and
     with the answer. The answer of an attempt is its last number, or its letter; an attempt without one belongs to the
     next.
     """
@@ -167,20 +183,20 @@ def prompt_of(
     system: str | None,
     template: Mapping[str, Any],
 ) -> Prompt:
-    """The problem as the model is asked: messages, or their text if the chat template has to be told something.
+    """The problem as the model is asked. Raises ValueError, naming the problem, if the model cannot read it.
 
-    Raises ValueError, naming the problem, if the model cannot read it.
+    template: what the chat template is told
     """
     text = f"{problem.prompt}\n\n{instruction}" if instruction else problem.prompt
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": text})
-    prompt, token_ids = llm.read_prompt(messages, **template)
+    _, token_ids = llm.read_prompt(messages, **template)
     if len(token_ids) >= llm.max_context:
         raise ValueError(
             f"problem {problem.id!r} has {len(token_ids)} tokens, max_context={llm.max_context} "
             "leaves no room for an answer: raise --max-context or remove the problem"
         )
-    return prompt if template and prompt is not None else messages
+    return messages
 
 
 def run_jobs(
@@ -192,6 +208,7 @@ def run_jobs(
     *,
     key: AnswerKey,
     shape: Shape,
+    template: Mapping[str, Any],
     params: SamplingParams,
     budget: Budget,
     concurrency: int,
@@ -211,6 +228,7 @@ def run_jobs(
         budget=budget,
         seeds=[job.seed for job in jobs],
         answers=key,
+        template_kwargs=template,
         concurrency=concurrency,
         on_result=done,
     )

@@ -9,7 +9,6 @@ Wilson 1927; McNemar 1947 in its exact form; bootstrap percentiles, Efron 1979.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -48,11 +47,6 @@ def _outcomes(correct: ArrayLike) -> Floats:
     return array
 
 
-def average_at_k(correct: ArrayLike) -> float:
-    """pass@1 averaged over the k samples of every problem."""
-    return float(_outcomes(correct).mean())
-
-
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """1 - C(n-c, k) / C(n, k): the unbiased chance that one of k samples is right, given c right ones among n."""
     n, c = num_samples, num_correct
@@ -87,21 +81,6 @@ def plurality(
     if not votes:
         return None
     return max(votes, key=lambda key: (len(votes[key]), sum(votes[key])))
-
-
-def consensus_at_k(
-    keys: Sequence[Sequence[Hashable | None]],
-    is_right: Callable[[int, Hashable], bool],
-    logprobs: Sequence[Sequence[float]] | None = None,
-) -> float:
-    """cons@k (maj@k): the share of problems whose plurality answer is right, by `is_right(problem, key)`."""
-    if not keys:
-        raise ValueError("keys is empty: give one sequence of answers per problem")
-    right = 0
-    for index, answers in enumerate(keys):
-        winner = plurality(answers, None if logprobs is None else logprobs[index])
-        right += winner is not None and is_right(index, winner)
-    return right / len(keys)
 
 
 # --- intervals and tests -------------------------------------------------------------------------
@@ -254,32 +233,6 @@ def _tokens_to_first_correct(trace: Sequence[Solution]) -> int:
 def _tokens_of_distinct(trace: Sequence[Solution]) -> int:
     first = {solution.key: solution.tokens for solution in reversed(trace)}
     return sum(first.values())
-
-
-REFLECTION_WORDS = (
-    "wait",
-    "hmm",
-    "alternatively",
-    "let me check",
-    "let me double-check",
-    "let me verify",
-    "let me re-check",
-    "let me rethink",
-    "let me reconsider",
-    "on second thought",
-    "hold on",
-    "recheck",
-    "re-examine",
-    "mistake",
-)
-
-
-def count_reflections(text: str, words: Sequence[str] = REFLECTION_WORDS) -> int:
-    """How often a trace looks back, by whole words in any case; longer phrases first, each place counted once."""
-    if not words:
-        return 0
-    choices = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    return len(re.findall(rf"(?<!\w)(?:{choices})(?!\w)", text, re.IGNORECASE))
 
 
 def truncation_rate(finish_reasons: Sequence[str]) -> float:

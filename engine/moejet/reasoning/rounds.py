@@ -34,7 +34,7 @@ class VerifyRounds:
     def run(self, task: Task) -> Run[Result]:
         candidates: list[Candidate] = []
         chosen: Candidate | None = None
-        while len(candidates) < self.most and not (candidates and task.is_exhausted):
+        while len(candidates) < self.most and not (candidates and task.is_ending):
             result = yield from self.inner.run(task)
             candidates.append(result.candidate)
             yield from task.classify([result.answer])
@@ -46,12 +46,13 @@ class VerifyRounds:
                 if len(candidates) >= self.least:
                     break
         final = chosen or candidates[-1]
-        same = _same(task, final, candidates)
+        same = task.answers.count(final.answer, (c.answer for c in candidates))
         return Result(final, tuple(candidates), same / len(candidates))
 
     def _agrees(self, task: Task, candidates: list[Candidate]) -> bool:
         last = candidates[-self.agree :]
-        return len(last) == self.agree and _same(task, last[-1], last) == self.agree
+        same = task.answers.count(last[-1].answer, (c.answer for c in last))
+        return same == self.agree
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,3 @@ class CheckedOnce:
         )
         result = yield from Single(checked).run(task)
         return result
-
-
-def _same(task: Task, candidate: Candidate, others: list[Candidate]) -> int:
-    if candidate.answer is None:
-        return 0
-    given = [candidate.answer, *(c.answer for c in others if c.answer is not None)]
-    return task.answers.group(given)[1:].count(0)

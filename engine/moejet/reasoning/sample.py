@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.select import Majority, Select
 from moejet.reasoning.single import Single
@@ -27,11 +28,8 @@ class Sample:
     wave: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n", "wave"):
-            value = getattr(self, name)
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not is_count and (name, value) != ("wave", None):
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        check_count("n", self.n)
+        check_count("wave", self.wave, or_none=True)
 
     def run(self, task: Task) -> Run[Result]:
         stop = self.stop
@@ -50,7 +48,9 @@ class Sample:
         choice = yield from self.select.choose(task, candidates)
         return choice
 
-    def _one(self, task: Task, number: int) -> Run[Result]:
+    def _one(self, task: Task, number: int) -> Run[Result | None]:
+        if number and task.is_ending:
+            return None
         result = yield from self.inner.run(task)
         answer = result.answer
         yield from task.classify([answer])

@@ -171,7 +171,16 @@ class Child:
         folder = tempfile.mkdtemp(prefix="moejet-sandbox-")
         status_r, status_w = os.pipe()
         # -P -s and an empty environment are what -I does, but for the hash seed, which makes runs repeatable.
-        command = [sys.executable, "-P", "-s", "-S", "-B", str(CHILD), str(status_w)]
+        command = [
+            sys.executable,
+            "-P",
+            "-s",
+            "-S",
+            "-B",
+            str(CHILD),
+            str(status_w),
+            str(os.getpid()),
+        ]
         try:
             self.process = subprocess.Popen(
                 command,

@@ -47,10 +47,15 @@ CAPABILITY_VERSION_3 = 0x20080522
 
 
 def main() -> None:
-    status_fd = int(sys.argv[1])
+    status_fd, parent = int(sys.argv[1]), int(sys.argv[2])
+    del sys.argv[1:]  # which say nothing to the program
+    parent_fd = _watched_process(parent)
+    if os.getppid() != parent:
+        sys.exit("nobody waits for this")
     with suppress(OSError):
         os.rmdir(os.getcwd())  # an unlinked directory: nothing can ever be created in it
-    job: Job = marshal.loads(_read_exactly(int.from_bytes(_read_exactly(8), "little")))
+    size = int.from_bytes(_read_exactly(8, parent_fd), "little")
+    job: Job = marshal.loads(_read_exactly(size, parent_fd))
     libc = ctypes.CDLL(None, use_errno=True)
     measures = _enter_namespaces(libc)
     ready_r, ready_w = os.pipe()
@@ -64,12 +69,26 @@ def main() -> None:
             os._exit(EXIT_UNAVAILABLE)
     for fd in (ready_w, 0, 1):
         os.close(fd)
-    _supervise(job, pid, ready_r, status_fd)
+    _supervise(job, pid, ready_r, status_fd, (parent, parent_fd))
 
 
-def _read_exactly(size: int) -> bytes:
+def _watched_process(pid: int) -> int:
+    """A descriptor that can be read once the process has ended; -1 where the kernel has none."""
+    with suppress(OSError):
+        return os.pidfd_open(pid)
+    return -1
+
+
+def _read_exactly(size: int, parent_fd: int) -> bytes:
+    """From stdin. A process that was forked from the parent may hold the other end, so its end alone is no sign."""
+    poller = select.poll()
+    for fd in (0, parent_fd):
+        if fd >= 0:
+            poller.register(fd, select.POLLIN)
     data = b""
     while len(data) < size:
+        if parent_fd in dict(poller.poll()):
+            sys.exit("the parent has ended")
         piece = os.read(0, min(size - len(data), 1 << 20))
         if not piece:
             sys.exit("the job ended early")
@@ -95,15 +114,20 @@ def _enter_namespaces(libc: ctypes.CDLL) -> list[str]:
     return [name for name, flag in NAMESPACES.items() if libc.unshare(flag) == 0]
 
 
-def _supervise(job: Job, pid: int, ready_r: int, status_fd: int) -> None:
-    """Waits for the child and ends it at a limit. Reports in two lines: what protects it, then what came of it."""
+def _supervise(job: Job, pid: int, ready_r: int, status_fd: int, parent: tuple[int, int]) -> None:
+    """Waits for the child and ends it at a limit. Reports in two lines: what protects it, then what came of it.
+
+    parent: its number and a descriptor, see `_watched_process`; nobody waits for us any more once it has ended, or has
+    closed its end of status_fd
+    """
     poller = select.poll()
     poller.register(ready_r, select.POLLIN)
-    poller.register(status_fd, 0)  # an error there means that nobody waits for us any more
-    pid_fd = -1
-    with suppress(OSError):
-        pid_fd = os.pidfd_open(pid)
-        poller.register(pid_fd, select.POLLIN)
+    poller.register(status_fd, 0)  # tells of an error
+    parent_pid, parent_fd = parent
+    pid_fd = _watched_process(pid)
+    for fd in (pid_fd, parent_fd):
+        if fd >= 0:
+            poller.register(fd, select.POLLIN)
     cpu_clock = (~pid << 3) | 2  # of a whole process, as clock_getcpuclockid(3) makes it
     outcome, told = "ended", b""
     start, cpu_start = time.monotonic(), 0.0
@@ -129,9 +153,12 @@ def _supervise(job: Job, pid: int, ready_r: int, status_fd: int) -> None:
                 start, cpu_start = _report_measures(told, status_fd)
                 wall_limit, cpu_limit = float(job["wall_s"]), float(job["cpu_s"])
             continue
-        if status_fd in events or pid_fd in events:
+        if status_fd in events or pid_fd in events or parent_fd in events:
             break
-        if pid_fd < 0 and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if pid_fd < 0 and (
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            or os.getppid() != parent_pid
+        ):
             break
     with suppress(ProcessLookupError):
         os.kill(pid, SIGKILL)
@@ -153,6 +180,7 @@ def _report_measures(told: bytes, status_fd: int) -> tuple[float, float]:
 
 
 def _confined(job: Job, libc: ctypes.CDLL, measures: list[str], ready_w: int) -> NoReturn:
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     _limit(resource.RLIMIT_AS, _address_space_bytes() + int(job["memory_bytes"]) + STARTUP_BYTES)
     _limit(resource.RLIMIT_CPU, STARTUP_CPU_S + int(job["cpu_s"]) + 1)
     if job["mode"] == "run":
@@ -246,7 +274,7 @@ def _shut_doors(libc: ctypes.CDLL) -> list[str]:
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     if libc.capset(header, (ctypes.c_uint32 * 6)()) == 0 and 0 not in os.getresuid():
         done.append("uid")
-    # After the change of user, which clears it. If the supervisor has died already, the report to it fails.
+    # Again after the change of user, which clears it. If the supervisor has died already, the report to it fails.
     libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:

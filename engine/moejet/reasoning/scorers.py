@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 
 from moejet.branch import Branch
 from moejet.llm import LLM
+from moejet.policy import TokenPolicy
 from moejet.reasoning.result import Candidate, ScoredStep
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
@@ -78,7 +79,8 @@ class StepHead:
     """The scalar head of the model itself (`moejet.step_head`), which decoding computes without another pass.
 
     how: see `aggregate` · pattern: a regular expression; only lines that begin with a match are steps, and of those
-    that begin with the same one only the latest counts, since a repaired step replaces the first attempt
+    that begin with the same one only the latest counts, since a repaired step replaces the first attempt. None: the
+    model's own, and all lines if it has none
     Raises ValueError if the model has no step head.
     """
 
@@ -86,27 +88,36 @@ class StepHead:
     pattern: str | None = None
 
     def score(self, task: Task, candidates: Sequence[Candidate]) -> Run[list[float]]:
-        _check_head(task.llm)
-        return [self._of(candidate.steps) for candidate in candidates]
+        pattern = self._pattern_of(task.llm)
+        return [self.of_steps(candidate.steps, pattern) for candidate in candidates]
         yield
 
     def score_steps(self, task: Task, branches: Sequence[Branch]) -> Run[list[float]]:
         """Computes what has not been, so that the last step counts."""
-        _check_head(task.llm)
+        pattern = self._pattern_of(task.llm)
         late = [b for b in branches if b.token_ids and len(b.token_ids) - 1 not in b.step_scores]
         if late:
             yield from task.advance([b for b in late if not b.is_finished], max_tokens=0)
-        return [self._of(task.candidate(branch).steps) for branch in branches]
+        return [self.of_steps(task.candidate(branch).steps, pattern) for branch in branches]
 
-    def _of(self, steps: Sequence[ScoredStep]) -> float:
-        if self.pattern is None:
+    def of_steps(self, steps: Sequence[ScoredStep], pattern: str | None) -> float:
+        if pattern is None:
             return aggregate([step.score for step in steps], self.how)
         latest: dict[str, float] = {}
         for step in steps:
-            if match := re.match(self.pattern, step.text):
+            if match := re.match(pattern, step.text):
                 latest.pop(match.group(), None)
                 latest[match.group()] = step.score
         return aggregate(list(latest.values()), self.how)
+
+    def _pattern_of(self, llm: LLM) -> str | None:
+        head = llm.engine.step_head
+        if head is None:
+            raise ValueError(
+                f"{llm.config.model} has no step head: use another scorer, or add "
+                "step_head.safetensors to its directory"
+            )
+        return head.pattern if self.pattern is None else self.pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,18 +229,17 @@ def next_token_shares(
     if first[0] == first[1]:
         raise ValueError(f"{good!r} and {bad!r} begin with the same token: choose other words")
     task.usage.model_evaluations += len(prompts)
-    shares: list[list[float]] = [[] for _ in prompts]
-    runs = [
-        _read_logits(task.on(list(tokenizer.encode(prompt)), llm=model), first, share)
-        for prompt, share in zip(prompts, shares, strict=True)
-    ]
-    yield from task.gather(runs)
-    return [share[0] for share in shares]
+    runs = [_share_of(task, model, prompt, first) for prompt in prompts]
+    shares = yield from task.gather(runs)
+    return [0.5 if share is None else share for share in shares]
 
 
-def _read_logits(task: Task, token_ids: Sequence[int], share: list[float]) -> Run[None]:
-    """The share of token_ids[0] among the two, by a policy that looks at the logits and keeps nothing."""
-    from moejet.policy import TokenPolicy
+def _share_of(task: Task, model: LLM, prompt: str, token_ids: Sequence[int]) -> Run[float]:
+    """The share of token_ids[0] among the two, by a policy that looks at the logits and keeps nothing.
+
+    Where the budget allows no look it is 0.5: nothing is known.
+    """
+    share = [0.5]
 
     class Look(TokenPolicy):
         needs_logits = True
@@ -238,14 +248,9 @@ def _read_logits(task: Task, token_ids: Sequence[int], share: list[float]) -> Ru
             good, bad = (float(row[i]) for i in token_ids)  # type: ignore[index]
             share[:] = [1 / (1 + math.exp(min(700.0, bad - good)))]
 
-    [branch] = yield from task.open()
+    asked = yield from task.on(prompt, llm=model)
+    [branch] = yield from asked.open()
     params = SamplingParams(temperature=0.0, max_tokens=1, policy=Look)
-    yield from task.advance([branch], params=params)
-    task.close()
-
-
-def _check_head(llm: LLM) -> None:
-    if llm.engine.step_head is None:
-        raise ValueError(
-            f"{llm.config.model} has no step head: use another scorer, or add step_head.safetensors to its directory"
-        )
+    yield from asked.advance([branch], params=params)
+    asked.close()
+    return share[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from contextlib import contextmanager
@@ -21,10 +21,12 @@ from typing import Any
 
 from moejet.llm import LLM
 from moejet.prompt_reader import Message
+from moejet.reasoning.answer_classes import Answers
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.driver import Driver
+from moejet.reasoning.ledger import Ledger
 from moejet.reasoning.result import Progress, Result
-from moejet.reasoning.task import Answers, Ledger, Run, Strategy, Task, messages_of
+from moejet.reasoning.task import Render, Run, Strategy, Task, messages_of
 from moejet.request import SamplingParams
 
 _THREADS = 4  # for what runs in the background
@@ -40,12 +42,14 @@ def solve(
     budget: Budget | None = None,
     seed: int = 0,
     answers: Answers | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     watch: Callable[[Progress], None] | None = None,
 ) -> Result:
     """Answers a prompt (text, token ids, or messages) by a strategy.
 
     params: how candidates are sampled, the model's own recommendation unless given · seed: decides everything random ·
-    answers: finds answers in texts and compares them, `AnswerKey()` unless given · watch: gets the progress
+    answers: finds answers in texts and compares them, `AnswerKey()` unless given · template_kwargs: for the chat
+    template · watch: gets the progress
     Raises what the strategy raises; ValueError for a wrong prompt.
     """
     [result] = solve_many(
@@ -56,6 +60,7 @@ def solve(
         budget=budget,
         seeds=[seed],
         answers=answers,
+        template_kwargs=template_kwargs,
         watch=None if watch is None else lambda _, progress: watch(progress),
     )
     return result
@@ -70,6 +75,7 @@ def solve_many(
     budget: Budget | None = None,
     seeds: Sequence[int] | None = None,
     answers: Answers | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     concurrency: int = 8,
     watch: Callable[[int, Progress], None] | None = None,
     on_result: Callable[[int, Result], None] | None = None,
@@ -100,9 +106,8 @@ def solve_many(
                 _step(driver)
             if errors:
                 break
-            task = make_task(
-                llm, prompt, params, budget, index if seeds is None else seeds[index], answers
-            )
+            seed = index if seeds is None else seeds[index]
+            task = make_task(llm, prompt, params, budget, seed, answers, template_kwargs)
             driver.start(
                 supervised(task, strategy),
                 task.ledger,
@@ -125,6 +130,7 @@ def stream(
     budget: Budget | None = None,
     seed: int = 0,
     answers: Answers | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[Progress | Result]:
     """As `solve`, with the progress as it comes and the result at the end. Closing the iterator ends the run."""
     events: deque[Progress | Result] = deque()
@@ -137,7 +143,7 @@ def stream(
             events.append(result)
 
     with _driving() as driver:
-        task = make_task(llm, prompt, params, budget, seed, answers)
+        task = make_task(llm, prompt, params, budget, seed, answers, template_kwargs)
         driver.start(supervised(task, strategy), task.ledger, watch=events.append, end=ended)
         while driver.num_runs or events:
             while events:
@@ -185,10 +191,16 @@ def make_task(
     budget: Budget | None,
     seed: int,
     answers: Answers | None,
-    **template_kwargs: Any,
+    template_kwargs: Mapping[str, Any] | None = None,
+    messages: Sequence[Message] | None = None,
+    render: Render | None = None,
 ) -> Task:
-    """The task of a new run; arguments as of `solve`. Raises ValueError for a wrong prompt."""
-    text, token_ids = llm.read_prompt(prompt, **template_kwargs)
+    """The task of a new run; arguments as of `solve`. Raises ValueError for a wrong prompt. Any thread may call it.
+
+    messages: of which a prompt of token ids was made · render: makes prompts of further conversations
+    """
+    kwargs = dict(template_kwargs or {})
+    text, token_ids = llm.read_prompt(prompt, **kwargs)
     if answers is None:
         from moejet.reasoning.answers import AnswerKey
 
@@ -201,7 +213,8 @@ def make_task(
         params=replace(params, cache_salt=None),
         answers=answers,
         ledger=Ledger(budget or Budget(), seed, params.cache_salt),
-        messages=messages_of(prompt),
+        messages=messages_of(prompt) if messages is None else list(messages),
+        render=render or partial(llm.read_prompt, **kwargs),
     )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from moejet.reasoning.answer_classes import Answers
 from moejet.reasoning.result import Candidate
-from moejet.reasoning.task import Answers
 
 
 class StopRule(Protocol):

@@ -13,10 +13,9 @@ Methods below that return a `Run` are generators as well, to be used with `yield
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
@@ -25,8 +24,10 @@ from moejet.branch import Branch, Segment, Until
 from moejet.llm import LLM
 from moejet.policy import TokenPolicy
 from moejet.prompt_reader import Message
-from moejet.reasoning.budget import Budget, Deadline
-from moejet.reasoning.result import Background, Candidate, Node, Progress, Result, ScoredStep, Usage
+from moejet.reasoning.answer_classes import Answers, KnownAnswers
+from moejet.reasoning.candidates import candidate_of
+from moejet.reasoning.ledger import Ledger
+from moejet.reasoning.result import Background, Candidate, Node, Progress, Result, Usage
 from moejet.request import SamplingParams
 from moejet.sampler import derive_seed
 from moejet.tokenizer import Tokenizer
@@ -35,36 +36,8 @@ T = TypeVar("T")
 Run = Generator["Advance | Background | Gather | Progress", Any, T]
 
 
-class Answers(Protocol):
-    """How answers are found in a text and compared."""
-
-    def extract(self, content: str) -> str | None:
-        """The answer that a finished text gives, None if it gives none."""
-
-    def group(self, answers: Sequence[str]) -> list[int]:
-        """For each answer the index of the first one that is equal to it."""
-
-
-class KnownAnswers:
-    """Answers that remembers which ones are equal: comparing may take a proof, and an engine waits for nobody.
-
-    `Task.classify` finds it out in the background; what it has seen is grouped at once.
-    """
-
-    def __init__(self, answers: Answers):
-        self.answers = answers
-        self.classes: dict[
-            str, str
-        ] = {}  # each answer and the one that stands for all that equal it
-
-    def extract(self, content: str) -> str | None:
-        return self.answers.extract(content)
-
-    def group(self, answers: Sequence[str]) -> list[int]:
-        if not all(answer in self.classes for answer in answers):
-            return self.answers.group(answers)
-        classes = [self.classes[answer] for answer in answers]
-        return [classes.index(name) for name in classes]
+# Of a conversation its text and tokens. It may be called on any thread.
+Render = Callable[[Any], tuple[str | None, list[int]]]
 
 
 class Strategy(Protocol):
@@ -86,41 +59,12 @@ class Gather:
     stop: Callable[[Sequence[Any]], bool] | None = None
 
 
-@dataclass(slots=True)
-class Ledger:
-    """What the tasks of one run have spent together.
-
-    held: tokens that branches under way may still take · live: runs that go on at the same time · holding: those of
-    them that hold tokens · has_cut: the budget has ended a branch · cache_salt: of all their branches
-    """
-
-    budget: Budget
-    seed: int
-    cache_salt: str | None = None
-    usage: Usage = field(default_factory=Usage)
-    start_s: float = field(default_factory=time.monotonic)
-    held: int = 0
-    live: int = 1
-    holding: int = 0
-    has_cut: bool = False
-    generating: set[int] = field(default_factory=set)  # numbers of branches
-
-    @property
-    def num_left(self) -> int | None:
-        """Tokens that nobody has spent or holds."""
-        total = self.budget.total_tokens
-        return None if total is None else total - self.usage.generated_tokens - self.held
-
-    @property
-    def deadline_s(self) -> float | None:
-        return None if self.budget.wall_s is None else self.start_s + self.budget.wall_s
-
-
 class Task:
     """One prompt for one model. `on(...)` makes one for another prompt or model that shares the budget.
 
     params: how candidates are sampled, unless a strategy says otherwise · answers: finds and compares answers ·
-    messages: the conversation that the prompt is made of, None if it was given as a text or as token ids
+    messages: the conversation that the prompt is made of, None if it was given as a text or as token ids ·
+    render: makes prompts of conversations, for this model
     """
 
     def __init__(
@@ -134,8 +78,10 @@ class Task:
         ledger: Ledger,
         messages: Sequence[Message] | None = None,
         seed: int | None = None,
+        render: Render | None = None,
     ):
         self.llm = llm
+        self.render: Render = llm.read_prompt if render is None else render
         self.messages = messages
         self.prompt_token_ids = tuple(prompt_token_ids)
         self.prompt = prompt
@@ -158,11 +104,13 @@ class Task:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the budget allows no further token."""
-        left, deadline = self.ledger.num_left, self.ledger.deadline_s
-        return (left is not None and left <= 0) or (
-            deadline is not None and time.monotonic() >= deadline
-        )
+        """Whether no further token is allowed, by the budget or because somebody has aborted the run."""
+        return self.ledger.is_exhausted
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether nothing more shall be begun: no token is left, or somebody wants the answer now."""
+        return self.ledger.answers_now or self.ledger.is_exhausted
 
     def on(
         self,
@@ -171,12 +119,13 @@ class Task:
         llm: LLM | None = None,
         params: SamplingParams | None = None,
         answers: Answers | None = None,
-    ) -> Task:
+    ) -> Run[Task]:
         """A task with another prompt (text, token ids, or messages), model, or sampling; ends with this one.
 
         Another model reads the messages through its own chat template; without messages, the text as it stands.
         """
         llm = llm or self.llm
+        seed = self.next_seed()
         messages = self.messages if prompt is None else messages_of(prompt)
         if prompt is None and llm is self.llm:
             text, token_ids = self.prompt, self.prompt_token_ids
@@ -186,7 +135,10 @@ class Task:
                 raise ValueError(
                     "another model needs the prompt as messages or as a text, not token ids"
                 )
-            text, ids = llm.read_prompt(prompt)
+            is_own_chat = messages is not None and llm is self.llm
+            read = partial(self.render if is_own_chat else llm.read_prompt, prompt)
+            is_text = messages is not None or isinstance(prompt, str)
+            text, ids = (yield from self.background(read)) if is_text else read()
             token_ids = tuple(ids)
         child = Task(
             llm,
@@ -196,7 +148,8 @@ class Task:
             answers=answers or self.answers,
             ledger=self.ledger,
             messages=messages,
-            seed=self.next_seed(),
+            seed=seed,
+            render=self.render if llm is self.llm else None,
         )
         self._children.append(child)
         return child
@@ -219,7 +172,7 @@ class Task:
         if self._root is None or not self._root.is_computed:  # the second if its cache was needed
             salt = self.ledger.cache_salt
             root = self._add(Branch(self.llm, self.prompt_token_ids, cache_salt=salt))
-            yield Advance(self.llm, [root], max_tokens=0, params=SamplingParams())
+            yield from self._compute(root)
             if self.usage.prompt_tokens == 0:
                 self.usage.prompt_tokens = len(self.prompt_token_ids)
             else:
@@ -227,13 +180,12 @@ class Task:
             if self._root is not None:
                 self.release([self._root])
             self._root = root
-        return [self._add(fork) for fork in self._root.fork(n)]
+        return [self._add(fork) for fork in self._root.fork(n, computes=False)]
 
     def fork(self, branch: Branch, n: int = 1) -> Run[list[Branch]]:
         """n copies of a branch, which shares its cache with them."""
-        if not branch.is_computed:
-            yield Advance(branch.llm, [branch], max_tokens=0, params=SamplingParams())
-        return [self._add(fork) for fork in branch.fork(n)]
+        yield from self._compute(branch)
+        return [self._add(fork) for fork in branch.fork(n, computes=False)]
 
     def append(self, branch: Branch, text: str | Sequence[int]) -> None:
         """Adds a text or token ids, which are computed when the branch goes on; they count as appended tokens."""
@@ -256,7 +208,7 @@ class Task:
         each branch, new ones unless given; a branch that advances in pieces with the same seed becomes what it would
         have become in one go.
         """
-        params = self._limited(params or self.params)
+        params = self.ledger.limited(params or self.params)
         limit = params.max_tokens if max_tokens is None else max_tokens
         limits = list(limit) if isinstance(limit, Sequence) else [limit] * len(branches)
         marks = [branch.mark for branch in branches]
@@ -267,10 +219,10 @@ class Task:
         waiting = [i for i in range(len(branches)) if i not in ends]
         while waiting:
             if self.is_exhausted:
-                ends |= dict.fromkeys(waiting, ("length", "budget"))
+                ends |= dict.fromkeys(waiting, self.ledger.cut)
                 self.ledger.has_cut = True
                 break
-            group, waiting = waiting[: self._width], waiting[self._width :]
+            group, waiting = waiting[: self.ledger.width], waiting[self.ledger.width :]
             wanted = [
                 None if (most := limits[i]) is None else most - _gained(branches[i], marks[i])
                 for i in group
@@ -315,7 +267,7 @@ class Task:
             raise ValueError(f"limit={limit!r} must be at least 1")
         if not runs:
             return []
-        limit = min(len(runs), self._width, sys.maxsize if limit is None else limit)
+        limit = min(len(runs), self.ledger.width, sys.maxsize if limit is None else limit)
         self.ledger.live += limit - 1
         try:
             results: list[T | None] = yield Gather(runs, limit, stop)
@@ -359,25 +311,13 @@ class Task:
         scores: Mapping[str, float] | None = None,
     ) -> Candidate:
         """What a branch has become; segment: its last one, which knows why it ended."""
-        statistics = branch.statistics
-        is_cut = segment is not None and (
-            segment.finish_reason == "length" or segment.stop_reason == "wall_s"
-        )
-        is_open = branch.is_thinking
-        return Candidate(
-            text=branch.text,
-            reasoning=branch.reasoning,
-            content=branch.content,
-            answer=None if is_open else self.answers.extract(branch.content),
-            num_tokens=len(branch.token_ids),
-            num_thinking_tokens=branch.num_thinking_tokens,
-            finish_reason="length" if is_cut else "stop",
-            stop_reason=None if segment is None else segment.stop_reason,
-            logprob=statistics.sum.logprob,
-            mean=statistics.mean,
-            scores=dict(scores or {}),
-            steps=_scored_lines(branch, self.tokenizer) if branch.step_scores else (),
+        return candidate_of(
+            branch,
+            segment,
+            answers=self.answers,
+            tokenizer=self.tokenizer,
             parent=parent,
+            scores=scores,
         )
 
     def release(self, branches: Sequence[Branch]) -> None:
@@ -393,72 +333,22 @@ class Task:
         self._children.clear()
         self.release(list(self._opened))
 
+    def _compute(self, branch: Branch) -> Run[None]:
+        """What forks will share; nothing in a run that was aborted."""
+        if not branch.is_computed and not self.ledger.is_aborted:
+            yield Advance(branch.llm, [branch], max_tokens=0, params=SamplingParams())
+
     def _add(self, branch: Branch) -> Branch:
         self._opened[branch] = None
         return branch
-
-    def _limited(self, params: SamplingParams) -> SamplingParams:
-        """With the budget's limits on thinking and time."""
-        budget = self.ledger.budget
-        most = [x for x in (params.max_thinking_tokens, budget.thinking_tokens) if x is not None]
-        if budget.answer_reserve:
-            left = self.ledger.num_left
-            share = None if left is None else left // self.ledger.live
-            ends = [x for x in (params.max_tokens, share) if x is not None]
-            most += [max(0, min(ends) - budget.answer_reserve)] if ends else []
-        changes: dict[str, Any] = {"max_thinking_tokens": min(most)} if most else {}
-        deadline = self.ledger.deadline_s
-        if deadline is not None:
-            changes["policy"] = (*params.policies, lambda: Deadline(deadline))
-        return replace(params, **changes) if changes else params
-
-    @property
-    def _width(self) -> int:
-        """How many branches this run may let go on at the same time."""
-        most = self.ledger.budget.branches
-        return sys.maxsize if most is None else max(1, most // self.ledger.live)
 
     def _advance(
         self, branches: list[Branch], wanted: list[int | None], **options: Any
     ) -> Run[tuple[list[Segment], list[int | None]]]:
         """Their segments, and how many tokens each was allowed."""
-        ledger, usage = self.ledger, self.usage
-        shares = self._reserve(wanted)
-        thoughts = sum(branch.num_thinking_tokens for branch in branches)
-        lengths = [len(branch.token_ids) for branch in branches]
-        chosen = sum(branch.statistics.num_tokens for branch in branches)
-        try:
+        with self.ledger.charging(branches, wanted) as shares:
             segments = yield Advance(branches[0].llm, branches, max_tokens=shares, **options)
-        finally:
-            if ledger.budget.total_tokens is not None:
-                ledger.held -= sum(share or 0 for share in shares)
-                ledger.holding -= 1
-            gains = [len(b.token_ids) - n for b, n in zip(branches, lengths, strict=True)]
-            usage.generated_tokens += sum(gains)
-            chosen = sum(branch.statistics.num_tokens for branch in branches) - chosen
-            usage.injected_tokens += sum(gains) - chosen
-            usage.thinking_tokens += sum(b.num_thinking_tokens for b in branches) - thoughts
-            ledger.generating.update(
-                b.number for b, gain in zip(branches, gains, strict=True) if gain
-            )
-            usage.branches = len(ledger.generating)
         return segments, shares
-
-    def _reserve(self, wanted: list[int | None]) -> list[int | None]:
-        """Tokens that branches may take now, of those that are left: equal shares, and nobody more than it wants."""
-        ledger = self.ledger
-        left = ledger.num_left
-        if left is None:
-            return wanted
-        left //= max(1, ledger.live - ledger.holding)
-        shares = [0] * len(wanted)
-        order = sorted(range(len(wanted)), key=lambda i: _or_more(wanted[i], left))
-        for place, i in enumerate(order):
-            shares[i] = min(_or_more(wanted[i], left), left // (len(order) - place))
-            left -= shares[i]
-        ledger.held += sum(shares)
-        ledger.holding += 1
-        return list(shares)
 
 
 def room_of(task: Task, branch: Branch, params: SamplingParams | None = None) -> int:
@@ -474,33 +364,10 @@ def with_policy(params: SamplingParams, policy: TokenPolicy) -> SamplingParams:
     return replace(params, policy=(*params.policies, lambda: policy))
 
 
-def _scored_lines(branch: Branch, tokenizer: Tokenizer) -> tuple[ScoredStep, ...]:
-    """The lines of the thinking, as far as the head has seen the token that ends them."""
-    steps, first, scores = [], 0, branch.step_scores
-    ids = branch.token_ids
-    end = ids.index(close) if (close := _closing_id(tokenizer)) in ids else len(ids)
-    for index, token_id in enumerate(ids[:end]):
-        if "\n" not in tokenizer.decode([token_id], False):
-            continue
-        text = tokenizer.decode(list(ids[first : index + 1]), False).strip("\n")
-        if index in scores and text:
-            steps.append(ScoredStep(text, scores[index]))
-        first = index + 1
-    return tuple(steps)
-
-
-def _closing_id(tokenizer: Tokenizer) -> int | None:
-    return None if tokenizer.think_tags is None else tokenizer.token_to_id(tokenizer.think_tags[1])
-
-
 def messages_of(prompt: str | Sequence[int] | Sequence[Message]) -> list[Message] | None:
     """The messages of a prompt, None if it is a text or token ids."""
     is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
     return list(cast(Sequence[Message], prompt)) if is_chat else None
-
-
-def _or_more(wanted: int | None, left: int) -> int:
-    return left if wanted is None else wanted
 
 
 def _gained(branch: Branch, mark: tuple[int, int]) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from moejet.request import SamplingParams, StreamDelta, TokenLogprobs
+from moejet.server.prompts import PromptMaker
 from moejet.server.strategies import SolveJob, StrategyRun
 from moejet.tokenizer import Tokenizer
 
@@ -95,6 +96,7 @@ class LocalBackend:
             tokenizer = None
         self._llm = llm
         self._is_owned = is_owned
+        self._prompts = PromptMaker(tokenizer, llm.max_context)
         self.card = ModelCard(
             name=name,
             max_context=llm.max_context,
@@ -115,7 +117,7 @@ class LocalBackend:
     async def solve(self, job: SolveJob) -> StrategyRun:
         from moejet.server.local_strategy import LocalStrategy
 
-        return await LocalStrategy.start(self._llm, job)
+        return await LocalStrategy.start(self._llm, job, self._prompts)
 
     async def score(self, token_ids: list[int], num_top: int = 0) -> list[TokenLogprobs]:
         return await self._llm.score_top(token_ids, num_top)

@@ -25,7 +25,7 @@ from moejet.request import (
 )
 from moejet.server.backend import Backend, Job, Stream
 from moejet.server.errors import ApiError
-from moejet.server.strategies import Outcome, SolveJob
+from moejet.server.strategies import Conversation, Outcome, SolveJob
 from moejet.server.tool_calls import ContentDelta, OutputEvent, OutputParser, ReasoningDelta
 from moejet.ticket import EngineStepError
 
@@ -147,7 +147,7 @@ class Plan:
 
     make_parser: None if the text is wanted as it is, thinking tags included · include_reasoning: whether it is shown
     is_logged: whether prompts and answers may be written to the log · solve: a strategy answers it, in place of jobs
-    returns_candidates: of that
+    returns_candidates: of that · conversation: that it was made of
     """
 
     request_id: str
@@ -158,6 +158,7 @@ class Plan:
     wants_progress: bool = False
     is_logged: bool = False
     solve: SolveJob | None = None
+    conversation: Conversation | None = None
     returns_candidates: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 

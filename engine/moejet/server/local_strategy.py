@@ -6,11 +6,14 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.result import Progress, Result
-from moejet.server.strategies import Outcome, SolveJob, plain
+from moejet.server.errors import ApiError
+from moejet.server.prompts import PromptMaker
+from moejet.server.strategies import Conversation, Outcome, SolveJob, plain
 
 if TYPE_CHECKING:
     from moejet.async_llm import AsyncLLM
@@ -42,8 +45,11 @@ class LocalStrategy:
         self._num_moe_layers = num_moe_layers
 
     @classmethod
-    async def start(cls, llm: AsyncLLM, job: SolveJob) -> LocalStrategy:
-        """Raises ValueError naming the request's field, QueueFullError, EngineClosedError or EngineDeadError."""
+    async def start(cls, llm: AsyncLLM, job: SolveJob, prompts: PromptMaker) -> LocalStrategy:
+        """prompts: makes those of the model.
+
+        Raises ValueError naming the request's field, QueueFullError, EngineClosedError or EngineDeadError.
+        """
         try:
             strategy = await llm.checked_strategy(
                 job.strategy, job.token_ids, job.params, max_samples=job.max_samples
@@ -51,11 +57,15 @@ class LocalStrategy:
         except ValueError as error:
             text = str(error)[:_MAX_MESSAGE]
             if text.startswith(("strategy", "scorer")):
-                text = f"reasoning_strategy={job.spec[:80]!r}: {text}"
+                text = f"reasoning_strategy={job.strategy[:80]!r}: {text}"
             raise ValueError(text) from None
+        conversation = job.conversation
         stream = llm.solve(
             job.token_ids,
             strategy,
+            request_id=job.request_id,
+            messages=None if conversation is None else conversation.messages,
+            render=None if conversation is None else partial(_render, prompts, conversation),
             params=job.params,
             budget=_budget(job.limits),
             seed=job.seed,
@@ -78,6 +88,16 @@ class LocalStrategy:
     def __del__(self) -> None:
         if getattr(self, "_stream", None) is not None:
             self.close()
+
+
+def _render(
+    prompts: PromptMaker, conversation: Conversation, messages: Sequence[dict[str, Any]]
+) -> tuple[str, list[int]]:
+    """As the server renders requests, so that no text in a later question can pass for a turn either."""
+    try:
+        return prompts.of_chat(messages, conversation.template_kwargs)
+    except ApiError as error:
+        raise ValueError(str(error)) from None
 
 
 def _budget(limits: dict[str, Any]) -> Budget | None:

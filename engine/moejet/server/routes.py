@@ -197,12 +197,15 @@ def _add_control(app: FastAPI, server: Server) -> None:
         "/v1/requests/{request_id}/end_thinking", responses=answers("Controlled", has_body=False)
     )
     async def end_thinking(request_id: str) -> Response:
-        """Makes a running request answer now."""
+        """Makes a running request answer now, or all branches of a strategy."""
         return _controlled(request_id, await server.backend.end_thinking(request_id), "thinks")
 
     @app.post("/v1/requests/{request_id}/abort", responses=answers("Controlled", has_body=False))
     async def abort(request_id: str) -> Response:
-        """Ends a running request; its answer so far is returned with finish_reason "abort"."""
+        """Ends a running request; its answer so far is returned with finish_reason "abort".
+
+        A strategy returns the best of what it has.
+        """
         is_ended = await server.backend.abort(request_id)
         for i in range(0 if is_ended else server.config.max_prompts):
             # The prompts of one completion request are numbered; some may have ended by themselves.

@@ -8,42 +8,40 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from moejet.reasoning.result import Progress, Result
+from moejet.reasoning.spec_text import Spec
 from moejet.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Of what a prompt was made, so that a strategy can go on with it: messages, and variables of the chat template."""
+
+    messages: list[dict[str, Any]]
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class SolveJob:
     """One request to be answered by a strategy.
 
-    strategy: its specification (`moejet.reasoning.specs`) · limits: fields of `moejet.reasoning.budget.Budget`
+    strategy: its specification (`moejet.reasoning.spec_text`) · limits: fields of `moejet.reasoning.budget.Budget`
     max_samples: that the specification may ask for · compares: answers by what they say, or answers as they stand
     """
 
     request_id: str
     token_ids: list[int]
     params: SamplingParams
-    strategy: str | dict[str, Any]
+    strategy: str
     seed: int
     limits: dict[str, int | float] = field(default_factory=dict)
     max_samples: int = 64
     compares: Literal["answers", "texts"] = "answers"
+    conversation: Conversation | None = None
 
     @property
     def name(self) -> str:
-        """Of the strategy, without its numbers."""
-        if isinstance(self.strategy, str):
-            return self.strategy.split(":", 1)[0].strip()
-        return str(self.strategy.get("name"))
-
-    @property
-    def spec(self) -> str:
-        """The specification in one line."""
-        if isinstance(self.strategy, str):
-            return self.strategy.strip()
-        fields = self.strategy
-        numbers = "x".join(str(fields[key]) for key in ("n", "width") if fields.get(key))
-        parts = (self.name, numbers, fields.get("scorer"))
-        return ":".join(str(part) for part in parts if part)
+        """Of the strategy, without its options."""
+        return Spec.read(self.strategy).name
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class StrategyGeneration:
         self._observer.request_started(self.plan.dialect)
         if self.plan.is_logged:
             prompt = self.plan.jobs[0].prompt
-            logger.info("%s asks by %s %r", self._job.request_id, self._job.spec, prompt)
+            logger.info("%s asks by %s %r", self._job.request_id, self._job.strategy, prompt)
         try:
             self._run = await self._backend.solve(self._job)
         except Exception as error:

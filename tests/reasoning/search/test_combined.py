@@ -95,7 +95,7 @@ def test_models_that_number_their_requests_alike_are_told_apart(
     @dataclass(frozen=True)
     class Both:
         def run(self, task: Task) -> Run[Result]:
-            other = task.on(llm=second)
+            other = yield from task.on(llm=second)
             assert other.prompt_token_ids == task.prompt_token_ids
             assert other.messages == task.messages
             results = yield from task.gather([Single().run(t) for t in (task, other) * 3])

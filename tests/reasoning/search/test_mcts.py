@@ -68,19 +68,24 @@ def _two_ways(llm: LLM) -> SamplingParams:
     return scripted(llm, reply)
 
 
-@pytest.mark.parametrize("c", [0.5, 2.0])
-def test_visits_of_a_scripted_generator_follow_uct(llm: LLM, c: float) -> None:
-    strategy = MCTS((NextStep(2),), Scored(Contains("left")), rollouts=24, c=c, simulation="none")
+@pytest.mark.parametrize(("c", "parallel"), [(0.5, 1), (2.0, 1), (0.5, 2)])
+def test_visits_of_a_scripted_generator_follow_uct(llm: LLM, c: float, parallel: int) -> None:
+    """Of rollouts side by side, the second sees the first as a visit that has brought nothing yet."""
+    strategy = MCTS(
+        (NextStep(2),), Scored(Contains("left")), 24, c, simulation="none", parallel=parallel
+    )
     result = solve(llm, "which way?", strategy, params=_two_ways(llm), answers=NumberAnswers())
     visits, totals = [1, 1], [1.0, 0.0]  # each way once, then by hand
-    for parent in range(2, 24):
-        values = [
-            total / n + c * math.sqrt(math.log(parent) / n)
-            for n, total in zip(visits, totals, strict=True)
-        ]
-        way = values.index(max(values))
-        visits[way] += 1
-        totals[way] += way == 0
+    for parent in range(2, 24, parallel):
+        ways = []
+        for pending in range(parallel):
+            values = [
+                total / n + c * math.sqrt(math.log(parent + pending) / n)
+                for n, total in zip(visits, totals, strict=True)
+            ]
+            ways.append(values.index(max(values)))
+            visits[ways[-1]] += 1
+        totals[0] += ways.count(0)
     found = {node.text: node for node in result.nodes if node.parent == 0}
     assert {text: node.visits for text, node in found.items()} == {
         "left\n": visits[0],
@@ -114,6 +119,20 @@ def test_sums_are_consistent_on_the_tiny_reasoner(llm: LLM) -> None:
     assert result.nodes[0].visits == 12 == result.details["rollouts"]
     assert _check_sums(result.nodes, own=1) > 2
     assert result.answer is not None
+    assert llm.engine.scheduler.held == []
+
+
+def test_rollouts_side_by_side_use_the_batch(llm: LLM) -> None:
+    def run(parallel: int) -> Result:
+        strategy = MCTS((NextStep(2),), rollouts=8, parallel=parallel)
+        return solve(llm, SHORT, strategy, params=HOT, answers=NumberAnswers(), seed=3)
+
+    alone, first, second = run(1), run(4), run(4)
+    one, four = (r.usage.steps / r.usage.generated_tokens for r in (alone, first))
+    assert four < 0.6 * one
+    assert [c.text for c in first.candidates] == [c.text for c in second.candidates]
+    assert first.nodes == second.nodes
+    assert first.nodes[0].visits == first.details["rollouts"] == 8
     assert llm.engine.scheduler.held == []
 
 

@@ -174,14 +174,16 @@ class Rephrase:
         return [_child(place, branches[0], steps[0])]
 
 
-def rstar_actions(step: Steps | None = None) -> tuple[Action, ...]:
-    """A1 to A5 with rStar's numbers: 3 steps, 32 ends, 3 sub-questions with 10 answers each."""
+def rstar_actions(
+    step: Steps | None = None, *, width: int = 3, samples: int = 32, votes: int = 10
+) -> tuple[Action, ...]:
+    """A1 to A5, with rStar's numbers of steps and sub-questions (width), ends (samples), and answers (votes)."""
     step = step or Steps()
     return (
-        NextStep(3, step),
-        Finish(32),
-        SubQuestion(3, 10, step),
-        ReAnswer(10, step),
+        NextStep(width, step),
+        Finish(samples),
+        SubQuestion(width, votes, step),
+        ReAnswer(votes, step),
         Rephrase(step),
     )
 

@@ -38,7 +38,7 @@ class Adaptive:
         message = f"{level}: the probe's confidence is {probe.confidence:.2f}"
         yield from task.tell("note", message, confidence=probe.confidence)
         details = {"level": level, "probe": probe.confidence}
-        if strategy is None or task.is_exhausted:
+        if strategy is None or task.is_ending:
             return replace(probe, details={**probe.details, **details})
         result = yield from strategy.run(task)
         # Numbers of tree nodes mean something in one tree only.

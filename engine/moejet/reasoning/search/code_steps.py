@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from moejet.branch import Branch
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Result
 from moejet.reasoning.scorers import StepScorer
 from moejet.reasoning.search.actions import NextStep
 from moejet.reasoning.search.mcts import MCTS, Scored
 from moejet.reasoning.search.step_beam import StepBeam
-from moejet.reasoning.search.steps import Steps, check_count
+from moejet.reasoning.search.steps import Steps
 from moejet.reasoning.select import SCORE, choose_by_votes, votes
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams

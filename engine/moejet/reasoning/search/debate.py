@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from moejet.prompt_reader import Message
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, conversation, reply
-from moejet.reasoning.search.steps import check_count
 from moejet.reasoning.select import Majority, Select
 from moejet.reasoning.task import Run, Task
 
@@ -48,7 +48,7 @@ class Debate:
                 "note", f"round {number}", answers=[answer.answer for answer in answers]
             )
             yield from task.classify(answer.answer for answer in answers)
-            if task.is_exhausted or (self.stops_agreed and self._agree(task, answers)):
+            if task.is_ending or (self.stops_agreed and self._agree(task, answers)):
                 break
             own = [
                 reply(own[i], answers[i].content, self._others(answers, i)) for i in range(self.k)
@@ -71,5 +71,5 @@ class Debate:
         return "\n\n".join([self.heading, *parts, self.closing])
 
     def _agree(self, task: Task, answers: Sequence[Candidate]) -> bool:
-        given = [answer.answer for answer in answers if answer.answer is not None]
-        return len(given) == len(answers) and set(task.answers.group(given)) == {0}
+        given = [answer.answer for answer in answers]
+        return task.answers.count(given[0], given) == len(given)

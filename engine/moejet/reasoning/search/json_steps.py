@@ -8,9 +8,9 @@ from typing import Any
 
 from moejet.grammar import Grammar
 from moejet.prompt_reader import Message
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, question, reply, with_question
-from moejet.reasoning.search.steps import check_count
 from moejet.reasoning.search.tree import Tree
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
@@ -61,7 +61,7 @@ class JsonSteps:
         tree, steps = Tree(), list[dict[str, str]]()
         messages = with_question(task, f"{self.instruction}\n\n{question(task)}")
         spent, node, is_last = 0, 0, False
-        while not is_last and not task.is_exhausted:
+        while not is_last and not task.is_ending:
             step, text, tokens = yield from self._step(task, messages, params)
             spent += tokens
             if step is None:
@@ -96,7 +96,7 @@ class JsonSteps:
             step = parse_step(said.content)
             if step is not None:
                 return step, said.content, spent
-            if task.is_exhausted:
+            if task.is_ending:
                 break
         yield from task.tell("note", f"no valid step in {self.tries} tries")
         return None, "", spent

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from moejet.branch import Branch
+from moejet.branch import Branch, Segment
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.scorers import Confidence, StepScorer
 from moejet.reasoning.search.actions import Action, Child, NextStep, Place, rstar_actions
-from moejet.reasoning.search.steps import Steps, check_count, complete
+from moejet.reasoning.search.steps import Steps, complete
 from moejet.reasoning.search.tree import Final, Tree, conclude
 from moejet.reasoning.select import SCORE
 from moejet.reasoning.task import Run, Task
@@ -87,6 +88,8 @@ class MCTS:
     before, all `actions` that apply add children, and it goes on to a random one. It simulates from there and adds the
     reward to every place on its path.
 
+    parallel: rollouts at the same time, so that the batch is used. Those that are under way count as visits without a
+    reward (virtual loss, Chaslot et al., 2008), which leads the others elsewhere; 1 knows most before it chooses
     simulation: "finish" lets the model write on to the end, `samples` times, the mean reward counting; "expand" goes on
     with random actions to an end, as rStar does; "none" takes the value of the unfinished place, for process reward
     models · value: `VoteShare()` unless given · c: 2, of rStar · depth: steps, after which a simulation finishes ·
@@ -102,9 +105,10 @@ class MCTS:
     samples: int = 1
     final: Final = "vote"
     params: SamplingParams | None = None
+    parallel: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("rollouts", "depth", "samples"):
+        for name in ("rollouts", "depth", "samples", "parallel"):
             check_count(name, getattr(self, name))
         if not self.actions:
             raise ValueError("actions is empty: a search needs at least one")
@@ -117,23 +121,25 @@ class MCTS:
         search = Search(self, task)
         [branch] = yield from task.open()
         root = Place(branch, 0)
-        for number in range(1, self.rollouts + 1):
-            path = select(root, self.c, search.rng)
-            yield from search.descend(path)
-            reward = yield from search.reward(path[-1])
-            for place in path:
-                place.visits += 1
-                place.total += reward
-                search.tree.update(place.number, visits=place.visits, score=place.mean)
-            message = f"rollout {number} of {self.rollouts}: reward {reward:.3f}"
-            yield from search.tree.tell(task, [place.number for place in path[1:]], message)
-            if task.is_exhausted:
-                break
+        number = 0
+        while number < self.rollouts and not (number and task.is_ending):
+            count = min(self.parallel, self.rollouts - number)
+            paths = [search.begin(root) for _ in range(count)]
+            yield from search.descend(paths)
+            rewards = yield from search.rewards([path[-1] for path in paths])
+            for path, reward in zip(paths, rewards, strict=True):
+                number += 1
+                for place in path:
+                    place.total += reward
+                    search.tree.update(place.number, visits=place.visits, score=place.mean)
+                message = f"rollout {number} of {self.rollouts}: reward {reward:.3f}"
+                yield from search.tree.tell(task, [place.number for place in path[1:]], message)
         if not search.found:
             place = root
             while place.children:
                 place = max(place.children, key=lambda child: (child.visits, child.mean))
-            yield from search.finish(place)
+            place.reward = place.children = None  # it may be a dead end
+            yield from search.rewards([place], is_end=True)
         result = yield from conclude(task, search.tree, search.found, self.final)
         return replace(result, details={**result.details, "rollouts": root.visits})
 
@@ -150,6 +156,7 @@ def marco(
     *,
     width: int = 3,
     rollouts: int = 16,
+    parallel: int = 1,
     params: SamplingParams | None = None,
 ) -> MCTS:
     """Marco-o1's search: steps or mini-steps, reward by the mean share of chosen tokens among the five likeliest."""
@@ -158,6 +165,7 @@ def marco(
         Scored(Confidence("top5_share")),
         rollouts,
         params=params,
+        parallel=parallel,
     )
 
 
@@ -174,6 +182,9 @@ def select(root: Place, c: float, rng: random.Random) -> list[Place]:
     return path
 
 
+_End = tuple[Branch, Segment | None]
+
+
 class Search:
     """The state of one run."""
 
@@ -183,71 +194,107 @@ class Search:
         self.tree = Tree()
         self.rng = random.Random(task.next_seed())
         self.found: list[Candidate] = []
+        self.num_parts = 0
 
-    def descend(self, path: list[Place]) -> Run[None]:
-        """Expands the leaf of a path and goes on to a child; with "expand" again and again."""
-        while not self.task.is_exhausted and not path[-1].is_last:
-            place = path[-1]
-            is_new = place.visits == 0 and place.depth > 0 and self.method.simulation != "expand"
-            if is_new or place.depth >= self.method.depth:
-                break
-            yield from self._expand(place)
-            if not place.children:
-                break
-            path.append(self.rng.choice(place.children))
+    def begin(self, root: Place) -> list[Place]:
+        """The path to the leaf that is looked at next, which counts as visited, without a reward yet, from now on."""
+        path = select(root, self.method.c, self.rng)
+        for place in path:
+            place.visits += 1
+        return path
+
+    def descend(self, paths: Sequence[list[Place]]) -> Run[None]:
+        """Expands the leaves of paths and goes on to a child of each; with "expand" again and again."""
+        going = list(paths)
+        while going and not self.task.is_ending:
+            going = [path for path in going if self._goes_on(path[-1])]
+            leaves = dict.fromkeys(path[-1] for path in going if not path[-1].children)
+            yield from self._expand(list(leaves))
+            for path in going:
+                if children := path[-1].children:
+                    fewest = min(child.visits for child in children)
+                    path.append(self.rng.choice([c for c in children if c.visits == fewest]))
+                    path[-1].visits += 1
             if self.method.simulation != "expand":
                 break
 
-    def reward(self, place: Place) -> Run[float]:
-        """Of a simulation from a place. One that has ended is worth the same every time."""
-        if place.reward is not None:
-            return place.reward
-        method = self.method
+    def rewards(self, places: Sequence[Place], *, is_end: bool = False) -> Run[list[float]]:
+        """Of a simulation from each place; is_end: to the end in any case, for want of another candidate."""
+        ways = [self._is_simulated(place) or (is_end and not place.is_last) for place in places]
+        ends = iter(
+            (yield from self._simulate([p for p, way in zip(places, ways, strict=True) if way]))
+        )
+        found = []
+        for place, is_simulated in zip(places, ways, strict=True):
+            found.append((yield from self._reward(place, next(ends) if is_simulated else None)))
+        return found
+
+    def _goes_on(self, place: Place) -> bool:
+        """Whether a path goes on from its last place; one that nobody has looked at is looked at first."""
+        is_new = place.visits == 1 and place.depth > 0 and self.method.simulation != "expand"
+        is_dead = place.children is not None and not place.children
+        return not (place.is_last or is_new or is_dead or place.depth >= self.method.depth)
+
+    def _is_simulated(self, place: Place) -> bool:
+        is_dead = place.children is not None and not place.children
+        return not (place.is_last or is_dead or self.method.simulation == "none")
+
+    def _simulate(self, places: Sequence[Place]) -> Run[list[list[_End]]]:
+        """Ends that are reached from each place, all of them at the same time."""
+        task, method = self.task, self.method
+        branches = []
+        for place in places:
+            branches += yield from task.fork(place.branch, method.samples)
+        steps = (yield from complete(task, branches, params=method.params)) if branches else []
+        ends: list[_End] = [
+            (branch, step.segment) for branch, step in zip(branches, steps, strict=True)
+        ]
+        return [ends[i : i + method.samples] for i in range(0, len(ends), method.samples)]
+
+    def _reward(self, place: Place, ends: Sequence[_End] | None) -> Run[float]:
+        """What ends are worth, which count as candidates; of a place that has ended it is the same every time."""
+        task, method = self.task, self.method
         if place.children is not None and not place.children:  # a dead end
             place.is_last, place.reward = True, 0.0
-        elif place.is_last or method.simulation != "none":
-            rewards = yield from self.finish(place)
-            reward = sum(rewards) / len(rewards)
-            if not place.is_last:
-                return reward
-            place.reward = reward
-        else:
-            branches = [place.branch]
-            candidates = [self.task.candidate(place.branch, place.segment)]
-            [reward] = yield from method.value.rewards(self.task, branches, candidates, self.found)
-            return reward
-        return place.reward
+        if place.reward is not None:
+            return place.reward
+        is_whole = ends is not None or place.is_last
+        ends = ends or [(place.branch, place.segment)]
+        candidates = [task.candidate(*end, parent=place.number) for end in ends]
+        branches = [branch for branch, _ in ends]
+        known = [*self.found, *candidates] if is_whole else self.found
+        rewards = yield from method.value.rewards(task, branches, candidates, known)
+        mean = sum(rewards) / len(rewards)
+        if is_whole:
+            task.release(branches)
+            for candidate, reward in zip(candidates, rewards, strict=True):
+                self.found.append(replace(candidate, scores={SCORE: reward}))
+        if place.is_last:
+            place.reward = mean
+        return mean
 
-    def finish(self, place: Place) -> Run[list[float]]:
-        """The rewards of ends that are reached from a place, which count as candidates."""
-        task, method = self.task, self.method
-        branches, segments = [place.branch], [place.segment]
-        if not place.is_last:
-            branches = yield from task.fork(place.branch, method.samples)
-            steps = yield from complete(task, branches, params=method.params)
-            segments = [step.segment for step in steps]
-        candidates = [
-            task.candidate(branch, segment, parent=place.number)
-            for branch, segment in zip(branches, segments, strict=True)
-        ]
-        rewards = yield from method.value.rewards(
-            task, branches, candidates, [*self.found, *candidates]
-        )
-        task.release(branches)
-        for candidate, reward in zip(candidates, rewards, strict=True):
-            self.found.append(replace(candidate, scores={SCORE: reward}))
-        return rewards
-
-    def _expand(self, place: Place) -> Run[None]:
-        place.children = []
-        for action in self.method.actions:
-            if not action.applies(place) or self.task.is_exhausted:
-                continue
-            children = yield from action.expand(self.task, place, self.method.params)
-            for child in children:
+    def _expand(self, places: Sequence[Place]) -> Run[None]:
+        """Adds the children of places; of several, all at the same time."""
+        task, runs = self.task, []
+        for place in places:
+            place.children = []
+            if len(places) > 1:
+                self.num_parts += 1
+                task = self.task.part(self.num_parts)
+            runs.append(self._children(task, place))
+        for place, children in zip(places, (yield from task.gather(runs)), strict=True):
+            for action, child in children or ():
                 self._add(place, action, child)
-        if place.children:
-            self.task.release([place.branch])
+            if place.children:
+                self.task.release([place.branch])
+
+    def _children(self, task: Task, place: Place) -> Run[list[tuple[Action, Child]]]:
+        found: list[tuple[Action, Child]] = []
+        for action in self.method.actions:
+            if action.applies(place) and not task.is_ending:
+                children = yield from action.expand(task, place, self.method.params)
+                found += [(action, child) for child in children]
+        return found
 
     def _add(self, place: Place, action: Action, child: Child) -> None:
         assert place.children is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from moejet.llm import LLM
 from moejet.reasoning.result import Candidate, Result
@@ -40,9 +41,9 @@ class MutualCheck:
     def run(self, task: Task) -> Run[Result]:
         result = yield from self.inner.run(task)
         able = [c for c in result.candidates if c.answer is not None]
-        if not able or task.is_exhausted:
+        if not able or task.is_ending:
             return result
-        other = task.on(llm=self.second, params=self.params or SamplingParams())
+        other = yield from task.on(llm=self.second, params=self.params or SamplingParams())
         prefixes = [_beginning(candidate, mask) for candidate in able for mask in self.masks]
         distinct = list(dict.fromkeys(prefixes))
         completed = yield from _complete(other, distinct)
@@ -52,7 +53,7 @@ class MutualCheck:
         for number, candidate in enumerate(able):
             begin = number * len(self.masks)
             given = [answers[p] for p in prefixes[begin : begin + len(self.masks)]]
-            agreement = _share(task, candidate.answer or "", given)
+            agreement = task.answers.count(candidate.answer, given) / len(given)
             checked.append(replace(candidate, scores={**candidate.scores, AGREEMENT: agreement}))
         kept = [c for c in checked if c.scores[AGREEMENT] >= self.need]
         message = f"{len(kept)} of {len(checked)} candidates are confirmed"
@@ -78,10 +79,12 @@ def _beginning(candidate: Candidate, share: float) -> str:
 
 def _complete(other: Task, prefixes: Sequence[str]) -> Run[list[str | None]]:
     """The answers at which the second model arrives; one that it was given does not count as its own."""
+    encode = partial(other.tokenizer.encode, add_special_tokens=False)
+    tokens = yield from other.background(lambda: [encode(prefix) for prefix in prefixes])
     branches = yield from other.open(len(prefixes))
-    for branch, prefix in zip(branches, prefixes, strict=True):
-        if prefix:
-            other.append(branch, prefix)
+    for branch, ids in zip(branches, tokens, strict=True):
+        if ids:
+            other.append(branch, ids)
     segments = yield from other.complete(branches)
     answers: list[str | None] = []
     for branch, segment in zip(branches, segments, strict=True):
@@ -92,11 +95,6 @@ def _complete(other: Task, prefixes: Sequence[str]) -> Run[list[str | None]]:
             answers.append(other.answers.extract(own))
     other.close()
     return answers
-
-
-def _share(task: Task, answer: str, given: Sequence[str | None]) -> float:
-    found = [a for a in given if a is not None]
-    return task.answers.group([answer, *found])[1:].count(0) / len(given)
 
 
 def _choose(task: Task, candidates: Sequence[Candidate]) -> tuple[Candidate, float]:

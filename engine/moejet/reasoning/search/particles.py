@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moejet.branch import Branch
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Result
 from moejet.reasoning.scorers import StepScorer
-from moejet.reasoning.search.steps import Step, Steps, check_count, complete
+from moejet.reasoning.search.steps import Step, Steps, complete
 from moejet.reasoning.search.tree import Final, Tree, conclude
 from moejet.reasoning.select import SCORE
 from moejet.reasoning.task import Run, Task
@@ -69,7 +70,8 @@ class ParticleFilter:
         tree, rng = Tree(), random.Random(task.next_seed())
         particles = [_Particle(branch, 0) for branch in (yield from task.open(self.n))]
         for depth in range(1, self.max_steps + 1):
-            yield from self._advance(task, tree, particles, is_last=depth == self.max_steps)
+            is_last = depth == self.max_steps or task.is_ending
+            yield from self._advance(task, tree, particles, is_last=is_last)
             if task.is_exhausted or all(particle.is_over for particle in particles):
                 break
             weights = normalised([particle.log_weight for particle in particles])

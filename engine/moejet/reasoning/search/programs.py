@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, conversation, question, reply, with_question
-from moejet.reasoning.search.steps import check_count
 from moejet.reasoning.single import Single
 from moejet.reasoning.task import Run, Strategy, Task
 
@@ -20,7 +20,8 @@ class ChainOfThought:
 
     def run(self, task: Task) -> Run[Result]:
         messages = with_question(task, f"{question(task)}\n\n{self.instruction}")
-        result = yield from self.inner.run(task.on(messages))
+        asked = yield from task.on(messages)
+        result = yield from self.inner.run(asked)
         return result
 
 
@@ -36,7 +37,8 @@ class PlanAndSolve:
         messages = with_question(task, f"{question(task)}\n\n{self.plan}")
         plan = yield from ask(task, messages)
         yield from task.tell("note", "a plan has been made", plan=plan.content)
-        result = yield from self.inner.run(task.on(reply(messages, plan.content, self.solve)))
+        asked = yield from task.on(reply(messages, plan.content, self.solve))
+        result = yield from self.inner.run(asked)
         return replace(result, details={**result.details, "plan": plan.content})
 
 
@@ -70,7 +72,7 @@ class SelfCritique:
         critiques: list[str] = []
         messages = conversation(task)
         for number in range(1, self.rounds + 1):
-            if task.is_exhausted:
+            if task.is_ending:
                 break
             messages = reply(messages, candidates[-1].content, self.criticise)
             critique = yield from ask(task, messages)
@@ -78,7 +80,7 @@ class SelfCritique:
             if self.accept.casefold() in critique.content.casefold():
                 yield from task.tell("stop", f"critique {number} finds no mistakes")
                 break
-            if task.is_exhausted:
+            if task.is_ending:
                 break
             messages = reply(messages, critique.content, self.improve)
             candidates.append((yield from ask(task, messages)))

@@ -59,7 +59,7 @@ def ask(
     params: SamplingParams | None = None,
 ) -> Run[Candidate]:
     """One answer to a conversation. What begins like earlier ones is found in the cache."""
-    child = task.on(messages, llm=llm, params=params)
+    child = yield from task.on(messages, llm=llm, params=params)
     [branch] = yield from child.open()
     [segment] = yield from child.complete([branch])
     candidate = child.candidate(branch, segment)

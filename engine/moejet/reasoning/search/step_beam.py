@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from moejet.branch import Branch
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.scorers import StepScorer
-from moejet.reasoning.search.steps import Step, Steps, check_count, complete
+from moejet.reasoning.search.steps import Step, Steps, complete
 from moejet.reasoning.search.tree import Final, Tree, conclude
 from moejet.reasoning.select import SCORE
 from moejet.reasoning.task import Run, Task
@@ -76,7 +77,8 @@ class StepBeam:
             for number, branch in enumerate((yield from task.open(self.n)))
         ]
         for depth in range(1, self.max_steps + 1):
-            yield from self._advance(task, tree, beams, is_last=depth == self.max_steps)
+            is_last = depth == self.max_steps or task.is_ending
+            yield from self._advance(task, tree, beams, is_last=is_last)
             if task.is_exhausted:
                 break
             beams = yield from self._prune(task, tree, beams, depth)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moejet.branch import Branch, Segment, Until
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.task import Run, Task, room_of
 from moejet.request import SamplingParams
 
@@ -88,12 +89,6 @@ def complete(
     """Lets branches, none of which has ended, go on to their end."""
     steps = yield from _advance(task, branches, None, params or task.params)
     return steps
-
-
-def check_count(name: str, value: object, low: int = 1, *, or_none: bool = False) -> None:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    if not is_count and not (or_none and value is None):
-        raise ValueError(f"{name}={value!r} must be an integer of at least {low}")
 
 
 def _advance(

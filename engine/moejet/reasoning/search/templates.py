@@ -13,9 +13,9 @@ from importlib import resources
 from pathlib import Path
 
 from moejet.llm import LLM
+from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Result
 from moejet.reasoning.search.prompting import ask, question, with_question
-from moejet.reasoning.search.steps import check_count
 from moejet.reasoning.search.tree import Tree
 from moejet.reasoning.task import Run, Task
 
@@ -140,7 +140,7 @@ class Templates:
         steps = _ITEM.findall(plan) or [line for line in plan.splitlines() if line.strip()]
         rest, found, used = list(steps), list[str](), list[str]()
         yield from task.tell("note", f"a plan of {len(rest)} steps", plan=list(rest))
-        while rest and len(found) < self.iterations and not task.is_exhausted:
+        while rest and len(found) < self.iterations and not task.is_ending:
             step = rest.pop(0)
             [(template, _)] = self.library.find(f"{step} {problem}")
             used.append(template.name)
@@ -156,7 +156,7 @@ class Templates:
             found.append(f"{step}: {said.strip()}")
             node = tree.add(node, found[-1], state="chosen")
             yield from tree.tell(task, [node], f"step {len(found)}: {template.name}")
-            if not rest or task.is_exhausted:
+            if not rest or task.is_ending:
                 break
             verdict = yield from self._say(
                 task,

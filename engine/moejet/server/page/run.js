@@ -20,7 +20,7 @@ export class Run {
   }
 
   get isThinking() {
-    return !this.isEnding && this.nodes.some((node) => node.state === 'streaming' && node.reasoning && !node.content);
+    return !this.isEnding && this.nodes.some((node) => node.state === 'streaming' && (node.reasoning || node.strategy) && !node.content);
   }
 
   stop() {
@@ -137,7 +137,7 @@ export class Run {
   }
 
   #tick() {
-    const thinking = this.nodes.filter((node) => node.state === 'streaming' && node.reasoning && !node.content);
+    const thinking = this.nodes.filter((node) => node.state === 'streaming' && (node.reasoning || node.strategy) && !node.content);
     for (const node of thinking) this.#measure(node, this.#clocks[this.nodes.indexOf(node)]);
     if (thinking.length) this.onChange(thinking);
   }

@@ -44,7 +44,7 @@ export class Settings {
   /** Shows the strategies that the server has, none if it has none. */
   offer({ names, most }) {
     for (const option of this.strategy.options) {
-      const [name, numbers = '1'] = option.value.split(':');
+      const [name, numbers = '1'] = option.value.split(',')[0].split(':');
       const samples = Math.max(...numbers.split('x').map(Number));
       option.hidden = option.disabled = name !== '' && !(names.includes(name) && samples <= most);
     }

@@ -52,7 +52,7 @@ function outcomeText({ told, candidates, votes }) {
   if (number) parts.push(count(number, 'candidate'));
   const share = votes && told.answer in votes ? ` with ${amount(votes[told.answer])} of ${amount(sum(votes))} votes` : '';
   if (told.answer !== null && told.answer !== undefined) parts.push(`${told.answer}${share}`);
-  if (told.is_exhausted) parts.push('the budget is used up');
+  if (told.is_exhausted) parts.push('ended early');
   return parts.join(' · ');
 }
 

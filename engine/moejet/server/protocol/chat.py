@@ -25,6 +25,7 @@ from moejet.server.reasoning_controls import (
     normalise_reasoning,
 )
 from moejet.server.short import short
+from moejet.server.strategies import Conversation
 from moejet.server.tool_calls import (
     OutputParser,
     Tool,
@@ -207,6 +208,7 @@ def conversation_plan(
         request_id=request_id,
         dialect=dialect,
         jobs=[job],
+        conversation=Conversation([dict(message) for message in messages], kwargs),
         make_parser=lambda: OutputParser(context.tool_format if offered else None, offered),
         include_reasoning=controls.include_reasoning,
         wants_progress=wants_progress,

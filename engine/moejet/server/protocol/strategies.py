@@ -2,7 +2,7 @@
 
 | field | meaning |
 |---|---|
-| `reasoning_strategy` | "vote:16" or {"name": "vote", "n": 16, "scorer": ...}: see `moejet.reasoning.specs` |
+| `reasoning_strategy` | "vote:16" or {"name": "vote", "n": 16, ...}: see `moejet.reasoning.specs` |
 | `strategy_budget` | {"total_tokens", "thinking_tokens", "wall_s", "branches"}: see `moejet.reasoning.budget` |
 | `return_candidates` | whether the answer lists what it was chosen from |
 
@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from moejet.reasoning.effort import strategy_of
 from moejet.reasoning.result import Candidate
+from moejet.reasoning.spec_text import Spec
 from moejet.server.errors import wrong
 from moejet.server.generation import Plan, StrategyStep
 from moejet.server.protocol.common import Context
@@ -81,18 +82,23 @@ def with_strategy(
             f"reasoning_strategy={short(spec)} is too long: write a name and numbers, as in 'vote:16'",
             "reasoning_strategy",
         )
+    try:
+        read = Spec.read(spec)
+    except ValueError as error:
+        raise wrong(f"reasoning_strategy={short(spec)}: {error}", "reasoning_strategy") from None
     job = plan.jobs[0]
     solve = SolveJob(
         request_id=job.request_id,
         token_ids=job.token_ids,
         params=replace(job.params, seed=None),
-        strategy=spec,
+        strategy=read.text,
         seed=secrets.randbits(62) if job.params.seed is None else job.params.seed,
         limits=_limits(fields.strategy_budget),
         max_samples=config.max_strategy_samples,
         compares="answers" if job.params.grammar is None else "texts",
+        conversation=plan.conversation,
     )
-    if job.params.grammar is not None and solve.name not in _STRUCTURED:
+    if job.params.grammar is not None and not set(read.names) <= set(_STRUCTURED):
         raise wrong(
             f"reasoning_strategy={short(spec)} does not go with an answer of a given form "
             f"(response_format, structured_outputs): choose one of {', '.join(_STRUCTURED)}",
@@ -160,7 +166,7 @@ def strategy_note(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     result = outcome.result
     votes = result.details.get("votes")
     return {
-        "strategy": plan.solve.spec,
+        "strategy": plan.solve.strategy,
         "answer": result.answer,
         "confidence": _number(result.confidence),
         "votes": votes if isinstance(votes, dict) else None,
