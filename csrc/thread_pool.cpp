@@ -17,6 +17,14 @@
 #include "cpu_relax.h"
 #include "packed_memory.h"
 
+#if defined(__x86_64__) && defined(__GLIBCXX__) && _GLIBCXX_RELEASE >= 12
+// GCC 12 gave wait() a new symbol version for being noexcept. With the one before, the extension
+// loads wherever there are glibc 2.34 and the libstdc++ of GCC 11.
+__asm__(
+    ".symver _ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE,"
+    "_ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE@GLIBCXX_3.4.11");
+#endif
+
 namespace moejet {
 namespace {
 

@@ -362,6 +362,24 @@ def test_forced_continuation(reasoner):
     assert tuple(ids[len(prompt.prompt_token_ids) :]) == forced.token_ids
 
 
+def test_a_greedy_check_looks_again_without_chance(reasoner):
+    """The first pass is the same as without; what follows is what temperature 0 would write there."""
+    hot = {"temperature": 1.0, "seed": 5}
+    free = _answer(reasoner, **hot)
+    natural = _thinking_tokens(reasoner, free)
+    checked = _answer(reasoner, policy=lambda: ForceContinuation(1, greedy=True), **hot)
+    wait = tuple(reasoner.tokenizer.encode("Wait", add_special_tokens=False))
+    begin = natural + len(wait)
+    assert checked.token_ids[:begin] == free.token_ids[:natural] + wait
+    ids = list(reasoner.chat(QUESTION, SamplingParams(max_tokens=1))[0].prompt_token_ids)
+    rest = _one(
+        reasoner,
+        [*ids, *checked.token_ids[:begin]],
+        SamplingParams(temperature=0.0, max_tokens=300),
+    )
+    assert checked.token_ids[begin:] == rest.token_ids
+
+
 def test_budget_wins_over_continuation(reasoner):
     output = _answer(
         reasoner, policy=lambda: ForceContinuation(50), max_thinking_tokens=80, max_tokens=400

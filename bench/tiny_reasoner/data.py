@@ -32,7 +32,7 @@ ROUNDS = (0.4, 0.27, 0.17, 0.11, 0.05)  # share of samples with 0, 1, 2, ... che
 ERRORS_FIRST = (0.35, 0.5, 0.15)  # slips in a first pass that will be checked
 ERRORS_REPAIR = (0.75, 0.25)
 WAIT_SEEN, WAIT_SEEN_AFTER_REPAIR = 0.25, 0.5  # how often the loss sees "Wait" rather than masks it
-FALSE_ALARM = 0.03
+FALSE_ALARM = 0.08
 RESULT_WEIGHT = 3.0  # of the computed digits, which are few and hard
 
 
@@ -111,18 +111,20 @@ class Trace:
                 i, self.values[i], step.op, step.operand, before=self.before(i)
             )
             head, _, tail = line.rpartition(" = ")
-            shown, verdict = tail.split(" ")
+            shown, before, verdict = tail.replace(",", "").split(" ")
             false_alarm = ok and self.rng.random() < FALSE_ALARM
             if false_alarm:
                 shown, verdict = f"{perturb(self.before(i), self.rng):03d}", "no"
-            emphasis = self.check_weight * (1.0 if ok else 2.0)
+            emphasis = self.check_weight
             self.add(head[:3])
             self.add(head[3:6], self.check_weight)
             self.add(head[6:9], self.check_weight)
             self.add(head[9:] + " = ")
             self.add(shown, 0.0 if false_alarm else emphasis)
+            self.add(", ")
+            self.add(before, self.check_weight)
             self.add(f" {verdict}", emphasis)
-            self.add("\n", 1.0, int(not false_alarm))
+            self.add("\n", 1.0, int(ok))
             if verdict == "no":
                 self.chain(i, self.problem, slips)
                 return True
@@ -260,6 +262,40 @@ def drill(rng: random.Random, lines: int = 10) -> list[Piece]:
             ("\n", 0.0, -1),
         ]
     return pieces
+
+
+def verdict_drill(rng: random.Random, lines: int = 10) -> list[Piece]:
+    """Unrelated check lines, half of which fail: dense practice in comparing two numbers."""
+    trace = Trace(train_problem(rng, 1), rng)
+    trace.add(prompt("", rng), 0.0)
+    for i in range(lines):
+        problem = train_problem(rng, 1)
+        step, value = problem.steps[0], problem.answer
+        if rng.random() < 0.5:
+            value = perturb(value, rng)
+        line, ok = ar.check_line(i, value, step.op, step.operand, before=problem.start)
+        head, _, tail = line.rpartition(" = ")
+        shown, before, verdict = tail.replace(",", "").split(" ")
+        trace.add(head + " = ", 0.0)
+        trace.add(shown)
+        trace.add(f", {before}", 0.0)
+        trace.add(f" {verdict}", 2.0)
+        trace.add("\n", 0.0, int(ok))
+    return trace.pieces
+
+
+def comparison_drill(rng: random.Random, lines: int = 24) -> list[Piece]:
+    """Only the ends of check lines: two numbers and whether they are equal."""
+    trace = Trace(train_problem(rng, 1), rng)
+    trace.add(prompt("", rng), 0.0)
+    for _ in range(lines):
+        before = rng.randrange(ar.MAX_VALUE + 1)
+        ok = rng.random() < 0.5
+        shown = before if ok else perturb(before, rng)
+        trace.add(f" = {shown:03d}, {before:03d}", 0.0)
+        trace.add(" ok" if ok else " no", 1.0)
+        trace.add("\n", 0.0, int(ok))
+    return trace.pieces
 
 
 def sample(rng: random.Random, max_steps: int, *, check_weight: float = 1.0) -> list[Piece]:

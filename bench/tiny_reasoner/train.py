@@ -29,7 +29,6 @@ from torch import Tensor
 from moejet.testing import arithmetic as ar
 
 Encoded = tuple[list[int], list[float], list[int]]
-HEAD_WEIGHT = 0.1
 
 
 def batches(samples: Iterator[Encoded], tokens: int, rng: random.Random) -> Iterator[list[Encoded]]:
@@ -129,6 +128,10 @@ class Run:
         """Encoded samples; phase 1 begins with drills and short problems."""
         begin = 0.25 * self.args.tokens
         while True:
+            if phase == 2 and rng.random() < self.args.drill_share:
+                drill = data.verdict_drill if rng.random() < 0.4 else data.comparison_drill
+                yield self.encoder.encode(drill(rng))
+                continue
             if own and rng.random() < self.args.own_share:
                 yield own[rng.randrange(len(own))]
                 continue
@@ -158,7 +161,7 @@ class Run:
             self.model.train()
             ids, weights, labels = collate(next(stream))
             loss, step_loss = losses(self.model, ids, weights, labels)
-            (loss + HEAD_WEIGHT * step_loss).backward()  # type: ignore[no-untyped-call]
+            (loss + self.args.head_weight * step_loss).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -261,7 +264,9 @@ def main() -> None:
     parser.add_argument("--own-tokens", type=int, default=3_000_000, help="of phase 2")
     parser.add_argument("--own-samples", type=int, default=3000)
     parser.add_argument("--own-share", type=float, default=0.5)
+    parser.add_argument("--drill-share", type=float, default=0.25, help="in phase 2")
     parser.add_argument("--check-weight", type=float, default=2.0, help="in phase 2")
+    parser.add_argument("--head-weight", type=float, default=1.0, help="of the step head's loss")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--own-lr", type=float, default=1.2e-3)

@@ -3,7 +3,7 @@
     python bench/tiny_reasoner/train_step_head.py DIR
 
 The trunk stays frozen: the head is a logistic regression on the final-normed hidden state at the
-newline that ends each step or check line; whether that line is right is known exactly. Rewrites
+newline that ends each step or check line; whether that step is right is known exactly. Rewrites
 `step_head.weight` and `step_head.bias` in DIR/model.safetensors and reports on unseen problems.
 """
 
@@ -49,10 +49,13 @@ def collect(
         )
         for i, (problem, s) in enumerate(zip(posed, sampled, strict=True)):
             thinking = tokenizer.decode(s.ids).partition(END_THINK)[0]
+            is_right: dict[str, bool] = {}  # the latest line of each step
             for check in ar.check_steps(thinking, problem):
+                if check.kind == "step":
+                    is_right[check.label] = check.correct
                 if check.line < len(s.hidden):
                     hidden.append(s.hidden[check.line])
-                    labels.append(float(check.correct))
+                    labels.append(float(is_right.get(check.label, False)))
                     groups.append(begin + i)
     return torch.stack(hidden), torch.tensor(labels), torch.tensor(groups)
 

@@ -21,8 +21,8 @@ def load_extension() -> ModuleType:
         from moejet import _C
     except ImportError as error:
         raise ImportError(
-            f"the compiled kernels moejet._C cannot be loaded ({error}): install moejet again with "
-            "`pip install .` (needs a C++17 compiler and CMake)"
+            f"the compiled kernels moejet._C cannot be loaded ({error}): install a wheel for this Python "
+            "and this system, or run `pip install .` in the sources (needs a C++17 compiler)"
         ) from error
     return _C
 

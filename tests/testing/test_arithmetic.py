@@ -83,8 +83,8 @@ def test_reference_thinking() -> None:
         "A: 017 + 025 = 042",
         "B: 042 * 003 = 126",
         "Wait, let me check.",
-        "A? 042 - 025 = 017 ok",
-        "B? 126 / 003 = 042 ok",
+        "A? 042 - 025 = 017, 017 ok",
+        "B? 126 / 003 = 042, 042 ok",
         "",
     ]
 
@@ -109,12 +109,12 @@ def test_check_steps_finds_slips_and_repairs() -> None:
             "A: 017 + 025 = 043",  # wrong result
             "B: 043 * 003 = 129",  # right for what came before
             "Wait, let me check.",
-            "A? 043 - 025 = 018 no",
+            "A? 043 - 025 = 018, 017 no",
             "A: 017 + 025 = 042",
             "B: 024 * 003 = 072",  # miscopied value
             "Wait, let me check.",
-            "A? 042 - 025 = 017 ok",
-            "B? 072 / 003 = 024 ok",  # 024 is not 042
+            "A? 042 - 025 = 017, 017 ok",
+            "B? 072 / 003 = 024, 042 ok",  # 024 is not 042
             "C: 072 + 001 = 073",  # no such step
             "B: 042 *",  # cut off
         ]

@@ -20,8 +20,10 @@ Status = Literal["ok", "info", "warning", "error"]
 
 SELFTEST = ("-m", "moejet.cli.selftest")
 _REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub")
-_OPTIONAL = ("triton", "transformers", "pybind11")
-_REINSTALL = "install moejet again, in its directory: pip install --force-reinstall --no-deps ."
+_OPTIONAL = ("triton", "transformers")
+_REINSTALL = (
+    "install moejet again: pip install --force-reinstall --no-deps, and the wheel or its sources"
+)
 _GIB = 1 << 30
 
 

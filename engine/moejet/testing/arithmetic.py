@@ -7,9 +7,10 @@ A problem is a start number and a chain of operations whose every value is a who
     A: 017 + 025 = 042                 one line per step
     B: 042 * 003 = 126
     Wait, let me check.                a check round, spontaneous or forced
-    A? 042 - 025 = 017 ok              inverse operation, operands from the problem again
-    B? 126 / 003 = 042 ok              `none` when no whole number in 0..999 fits; `no` starts
-                                       a repair that repeats the lines from that step on
+    A? 042 - 025 = 017, 017 ok         inverse operation, operands from the problem again, and
+    B? 126 / 003 = 042, 042 ok         the value that the step began with; `none` when no whole
+                                       number in 0..999 fits; `no` starts a repair that repeats
+                                       the lines from that step on
 
 Everything can be checked exactly, which is what makes the task useful for measuring strategies.
 """
@@ -60,7 +61,6 @@ ENDINGS = (
 FOLLOW_UPS = ("Now {}", "now {}", "Then {}", "Next, {}", "And now {}")
 
 _STEP = re.compile(r"([A-J]): (\d{3}) ([-+*/]) (\d{3}) = (\d{3})")
-_CHECK = re.compile(r"([A-J])\? (\d{3}) ([-+*/]) (\d{3}) = (\d{3}|none) (ok|no)")
 _PLAN = re.compile(r"Plan: (\d{3})((?:, [A-J] [-+*/] \d{3})*)")
 _PLAN_STEP = re.compile(r", ([A-J]) ([-+*/]) (\d{3})")
 _ANSWER = re.compile(r"answer is (\d+)")
@@ -235,7 +235,7 @@ def check_line(index: int, c: int, op: Op, b: int, *, before: int) -> tuple[str,
     ok = a == before
     shown = "none" if a is None else f"{a:03d}"
     verdict = "ok" if ok else "no"
-    return f"{LABELS[index]}? {c:03d} {INVERSE[op]} {b:03d} = {shown} {verdict}", ok
+    return f"{LABELS[index]}? {c:03d} {INVERSE[op]} {b:03d} = {shown}, {before:03d} {verdict}", ok
 
 
 def reference_thinking(problem: Problem, *, checks: int = 0) -> str:
