@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,7 +49,7 @@ from moejet.reasoning.metrics import bootstrap_interval, mcnemar, paired_bootstr
 from moejet.reasoning.select import Select
 from moejet.testing.arithmetic import held_out_problems
 
-HEAD = StepHead("product", pattern=r"[A-J]:")
+HEAD = StepHead()
 KEY = AnswerKey(extract=LastNumber(), equal=NumericEqual())
 
 
@@ -129,6 +129,10 @@ class Bench:
         )
 
 
+def forced(times: int, greedy: bool) -> Callable[[], ForceContinuation]:
+    return lambda: ForceContinuation(times, greedy=greedy)
+
+
 def thinking_lengths(results: Sequence[Result]) -> list[int]:
     return [result.candidate.num_thinking_tokens for result in results]
 
@@ -151,8 +155,9 @@ def run(bench: Bench) -> None:
             bench.measure(f"thinking capped at {share:.0%} ({cap})", Single(), capped)
     for times in (1, 2):
         if wanted("check"):
-            forced = replace(params, policy=lambda times=times: ForceContinuation(times))
-            bench.measure(f"{times} forced check{'s' * (times > 1)}", Single(), forced)
+            for greedy in (False, True):
+                name = f"{times} forced check{'s' * (times > 1)}{', read greedily' * greedy}"
+                bench.measure(name, Single(), replace(params, policy=forced(times, greedy)))
     if wanted("vote"):
         votes(bench)
     if wanted("adaptive"):
@@ -167,8 +172,13 @@ def run(bench: Bench) -> None:
 
 def votes(bench: Bench) -> None:
     """Sixteen samples of each problem, and everything that can be made of them."""
+    select_among(bench, "", bench.params)
+    select_among(bench, ", each with a check", replace(bench.params, policy=forced(1, True)))
+
+
+def select_among(bench: Bench, what: str, params: SamplingParams) -> None:
     start = time.monotonic()
-    sampled = bench.measure("majority of 16", Sample(16))
+    sampled = bench.measure(f"majority of 16{what}", Sample(16), params)
     seconds = time.monotonic() - start
     ids = [tuple(bench.llm.read_prompt(prompt)[1]) for prompt in bench.prompts]
     pools = {key: result.candidates for key, result in zip(ids, sampled, strict=True)}
@@ -180,16 +190,16 @@ def votes(bench: Bench) -> None:
         ("best of 16, mean log-probability", Best(Confidence()), 16),
         ("best of 16, self-certainty", Best(Confidence("self_certainty")), 16),
     ]
-    for name, select, count in selectors:
+    for name, select, count in selectors[2:4] if what else selectors:
         results = solve_many(
             bench.llm,
             bench.prompts,
             Chosen(pools, select, count),
-            params=bench.params,
+            params=params,
             answers=KEY,
         )
         tokens = [sum(c.num_tokens for c in pools[key][:count]) for key in ids]
-        bench.add(name, results, tokens, 0.0, seconds * count / 16)
+        bench.add(f"{name}{what}", results, tokens, 0.0, seconds * count / 16)
     at_least_one = [
         float(any(KEY.equal(c.answer, truth) for c in pools[key] if c.answer is not None))
         for key, truth in zip(ids, bench.truth, strict=True)

@@ -1,16 +1,17 @@
-"""Many streaming clients against `moejet serve` with the embedded tiny reasoner, with clients that leave and an engine
-that is killed.
+"""How fast `moejet serve` is under load: many streaming clients, some of which leave, and an engine that is killed.
 
     python bench/serve_load.py --clients 256 --minutes 5 --kills 20
 
-Every answer is compared with the one that the same question and seed got when nothing else ran (the engine is
-deterministic), also as far as it came when the client left. One JSON line:
+The same few questions over and over, so that the server's own work shows; bench/long_run.py looks for what goes wrong.
+Still, every answer is compared with the one that the same question and seed got when nothing else ran, also as far as
+it came when the client left. One JSON line:
 
-  lost           streams that ended without [DONE] and without an error event
-  crossed        streams whose text was not that of their question
-  killed         streams that ended with an error event because the engine's process was killed; they count as neither
-  rejected       requests answered with 503; clients wait as Retry-After says, but at most 5 s, and ask again
-  ttft, itl      milliseconds from the request to the first token, and between two events of a stream
+  completed, left, lost, wrong   answers; `lost` ended neither as they should nor with an error that a kill explains
+  killed         streams that ended with an error event because the engine's process was killed, and requests refused
+                 while it was started again
+  rejected       requests answered with 503 because of the full queue; clients wait as Retry-After says, but at most
+                 5 s, and ask again
+  ttft, itl      milliseconds from the request to the first text, and between two events of a stream
   recovery       milliseconds from a kill to the next answered request
   *_cpu_us       processor time of the server's and of the engine's process per event that a client has read; starts of
                  the engine after kills are left out
@@ -20,11 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,35 +29,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from serving.clients import MODEL, Answer, exchange
+from serving.faults import Faults
+from serving.ledger import Ledger
+from serving.process import ServerProcess, Usage, cpu_s, quantiles
+
 from moejet.cli.environment import describe_environment
 from moejet.cli.results import add_json_option, line_writer
 
-ENGINE = Path(__file__).resolve().parent.parent / "engine"
 NUM_QUESTIONS = 32
-HOST = "127.0.0.1"
-
-
-@dataclass
-class Tally:
-    completed: int = 0
-    left: int = 0
-    rejected: int = 0
-    killed: int = 0
-    lost: int = 0
-    crossed: int = 0
-    events: int = 0
-    characters: int = 0
-    ttft_s: list[float] = field(default_factory=list)
-    itl_s: list[float] = field(default_factory=list)
-    last_success_s: float = 0.0
-    may_end: bool = True  # no kill waits for its recovery
-    wrong: list[str] = field(default_factory=list)
 
 
 def question(number: int) -> dict[str, Any]:
     text = f"Start with {number + 3}, add {2 * number + 7}, then multiply by {number % 5 + 2}."
     return {
-        "model": "tiny-reasoner",
+        "model": MODEL,
         "messages": [{"role": "user", "content": text}],
         "seed": number,
         "temperature": 1.0,
@@ -69,222 +52,119 @@ def question(number: int) -> dict[str, Any]:
     }
 
 
-async def connect(port: int, body: dict[str, Any]) -> tuple[Any, Any, int, dict[str, str]]:
-    reader, writer = await asyncio.open_connection(HOST, port)
-    data = json.dumps(body).encode()
-    writer.write(
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode()
-        + data
-    )
-    status = int((await reader.readline()).split()[1])
-    headers = {}
-    while line := (await reader.readline()).strip():
-        name, _, value = line.decode().partition(":")
-        headers[name.lower()] = value.strip()
-    return reader, writer, status, headers
-
-
-async def events(reader: Any):  # type: ignore[no-untyped-def]
-    """Parsed data of a stream; None for [DONE]."""
-    while line := await reader.readline():
-        if line.startswith(b"data: "):
-            payload = line[6:].strip()
-            yield None if payload == b"[DONE]" else json.loads(payload)
-
-
-async def ask(port: int, number: int, leave_after: int | None, tally: Tally | None) -> str | None:
-    """One request; its text, or None if it was refused or did not end well."""
-    begin = last = time.perf_counter()
-    try:
-        reader, writer, status, headers = await connect(port, question(number))
-    except (OSError, IndexError):
-        if tally is not None:
-            tally.lost += 1
-        return None
-    text, num_events, has_ended = "", 0, False
-    try:
-        if status == 503:
-            if tally is not None:
-                tally.rejected += 1
-            await asyncio.sleep(min(5.0, float(headers.get("retry-after", "1"))) * random.random())
-            return None
-        assert status == 200, f"{status=}"
-        async for event in events(reader):
-            if event is None:
-                has_ended = True
-                break
-            if "error" in event:
-                if tally is not None:
-                    tally.killed += 1
-                return None
-            delta = event["choices"][0]["delta"]
-            piece = (delta.get("reasoning") or "") + (delta.get("content") or "")
-            if not piece:
-                continue
-            text, now = text + piece, time.perf_counter()
-            if tally is not None:
-                (tally.itl_s if num_events else tally.ttft_s).append(
-                    now - last if num_events else now - begin
-                )
-            last, num_events = now, num_events + 1
-            if tally is not None:
-                tally.events += 1
-                tally.characters += len(piece)
-            if leave_after is not None and num_events >= leave_after:
-                writer.transport.abort()
-                break
-    except (OSError, asyncio.IncompleteReadError):
-        has_ended = False
-    finally:
-        writer.close()
-    if tally is None:
-        return text if has_ended else None
-    check(tally, number, text, has_ended, leave_after is not None and num_events >= leave_after)
-    return text
-
-
-REFERENCE: dict[int, str] = {}
-
-
-def check(tally: Tally, number: int, text: str, has_ended: bool, has_left: bool) -> None:
-    expected = REFERENCE[number]
-    is_right = text == expected if has_ended else expected.startswith(text)
-    if not is_right:
-        tally.crossed += 1
-        tally.wrong.append(f"{number}: {text[:80]!r} for {expected[:80]!r}")
-    elif has_ended:
-        tally.completed += 1
-        tally.last_success_s = time.perf_counter()
-    elif has_left:
-        tally.left += 1
-    else:
-        tally.lost += 1
-
-
-async def client(port: int, seed: int, until_s: float, tally: Tally) -> None:
-    rng = random.Random(seed)
-    await asyncio.sleep(rng.random())
-    while time.perf_counter() < until_s or not tally.may_end:
-        leave_after = rng.randint(1, 20) if rng.random() < 0.2 else None
-        await ask(port, rng.randrange(NUM_QUESTIONS), leave_after, tally)
-
-
-def engine_pid(server: int) -> int | None:
-    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-    return int(children[0]) if children else None
-
-
 def resident_mb(pid: int | None) -> float:
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except OSError:
-        return 0.0
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+    usage = Usage.of(pid)
+    return usage.mb if usage is not None else 0.0
 
 
-async def kill_engine(
-    server: int, port: int, times: int, seconds: float, tally: Tally
-) -> list[float]:
-    """Kills the engine's process now and then; seconds until an answer was whole again."""
-    found: list[float] = []
-    begin_s, pause_s = time.perf_counter(), seconds / (times + 1)
-    for number in range(times):
-        due_s = begin_s + pause_s * (number + 1)
-        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-        pid = engine_pid(server)
-        if pid is None:
-            continue
-        tally.may_end, killed_s = False, time.perf_counter()
-        os.kill(pid, signal.SIGKILL)
-        while tally.last_success_s < killed_s + 0.2:  # not one whose last event was on its way
-            await asyncio.sleep(0.05)
-        found.append(time.perf_counter() - killed_s)
-        tally.may_end = True
-    return found
-
-
-def cpu_s(pid: int | None) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def text_of(answer: Answer) -> str:
+    return "".join(answer.texts.get(0, ()))
 
 
 @dataclass
-class Usage:
-    """Memory (MB) of server and engine, sampled, and the engines' processor time from their first answers on."""
+class Load:
+    """The clients and what they read. events, characters: of all streams."""
 
-    sizes: list[tuple[float, float]] = field(default_factory=list)
+    server: ServerProcess
+    ledger: Ledger = field(default_factory=Ledger)
+    texts: dict[int, str] = field(default_factory=dict)
+    events: int = 0
+    characters: int = 0
+    sizes_mb: list[tuple[float, float]] = field(default_factory=list)
     engine_cpu_s: float = 0.0
 
-    async def watch(self, server: int, until_s: float, tally: Tally) -> None:
-        last_pid, last_s, num_events = engine_pid(server), cpu_s(engine_pid(server)), 0
+    async def ask(self, number: int, leave_after: int | None = None) -> tuple[str, Answer]:
+        """The outcome, and the answer."""
+        ticket = self.ledger.begin("known", "chat")
+
+        def leave(answer: Answer) -> bool:
+            return leave_after is not None and len(answer.arrivals) >= leave_after
+
+        answer = await exchange(self.server.port, "chat", question(number), leave=leave)
+        return self.ledger.settle(ticket, answer), answer
+
+    async def learn(self) -> None:
+        """What each question is answered when nothing else runs."""
+        for number in range(NUM_QUESTIONS):
+            texts = [text_of((await self.ask(number))[1]) for _ in range(2)]
+            assert texts[0], f"question {number} has no answer"
+            assert texts[0] == texts[1], "the engine is not deterministic"
+            self.texts[number] = texts[0]
+        self.ledger = Ledger()
+
+    async def client(self, seed: int, until_s: float) -> None:
+        rng = random.Random(seed)
+        await asyncio.sleep(rng.random())
         while time.perf_counter() < until_s:
-            await asyncio.sleep(0.5)
-            pid = engine_pid(server)
-            self.sizes.append((resident_mb(server), resident_mb(pid)))
+            number = rng.randrange(NUM_QUESTIONS)
+            outcome, answer = await self.ask(
+                number, rng.randint(1, 20) if rng.random() < 0.2 else None
+            )
+            text = text_of(answer)
+            self.events += len(answer.arrivals)
+            self.characters += len(text)
+            wanted = self.texts[number]
+            if text != (wanted if outcome == "complete" else wanted[: len(text)]):
+                self.ledger.violate("wrong", f"{number}: {text[:80]!r} for {wanted[:80]!r}")
+            if answer.status == 503:
+                wait_s = float(answer.headers.get("retry-after", "1"))
+                await asyncio.sleep(min(5.0, wait_s) * rng.random())
+
+    async def watch(self) -> None:
+        """Memory of server and engine, and the engines' processor time from their first answers on."""
+        last_pid, last_s, num_events = None, 0.0, 0
+        while True:
+            pid = self.server.engine_pid
+            self.sizes_mb.append((resident_mb(self.server.pid), resident_mb(pid)))
             now_s = cpu_s(pid)
-            if pid == last_pid and tally.events > num_events:
+            if pid == last_pid and self.events > num_events:
                 self.engine_cpu_s += max(0.0, now_s - last_s)
-            last_pid, last_s, num_events = pid, now_s, tally.events
+            last_pid, last_s, num_events = pid, now_s, self.events
+            await asyncio.sleep(0.5)
 
 
-async def measure(args: argparse.Namespace, server: int, port: int) -> dict[str, Any]:
-    for number in range(NUM_QUESTIONS):
-        text = await ask(port, number, None, None)
-        assert text, f"question {number} has no answer"
-        assert text == await ask(port, number, None, None), "the engine is not deterministic"
-        REFERENCE[number] = text
-    tally, seconds = Tally(), args.minutes * 60
-    begin = time.perf_counter()
-    until_s = begin + seconds
-    clients = [asyncio.create_task(client(port, i, until_s, tally)) for i in range(args.clients)]
-    usage, before_s = Usage(), cpu_s(server)
-    watch = asyncio.create_task(usage.watch(server, until_s, tally))
-    killer = asyncio.create_task(kill_engine(server, port, args.kills, seconds, tally))
+async def measure(args: argparse.Namespace, server: ServerProcess) -> dict[str, Any]:
+    load = Load(server)
+    await load.learn()
+    begin_s, cpu_before_s = time.perf_counter(), cpu_s(server.pid)
+    until_s = begin_s + 60 * args.minutes
+    clients = [asyncio.create_task(load.client(i, until_s)) for i in range(args.clients)]
+    watching = asyncio.create_task(load.watch())
+    faults = Faults(server, load.ledger, asyncio.Event(), {}, random.Random(args.seed))
+    await faults.kill_evenly(args.kills, 60 * args.minutes)
     await asyncio.gather(*clients)
-    duration_s = time.perf_counter() - begin
-    recovery_s = sorted(await asyncio.wait_for(killer, 60))
-    await watch
-    sizes, server_cpu_s = usage.sizes, cpu_s(server) - before_s
-    tenth = max(1, len(sizes) // 10)
-    final = await ask(port, 0, None, None)
+    watching.cancel()
+    seconds = time.perf_counter() - begin_s
+    server_cpu_s = cpu_s(server.pid) - cpu_before_s
+    tally, sizes = load.ledger.tally, load.sizes_mb
+    _, last = await load.ask(0)
+    if text_of(last) != load.texts[0]:
+        load.ledger.violate("wrong", "the last answer")
     return {
         "clients": args.clients,
-        "seconds": round(duration_s, 1),
-        **{
-            n: getattr(tally, n)
-            for n in ("completed", "left", "rejected", "killed", "lost", "crossed")
-        },
-        "events_per_s": round(tally.events / duration_s, 1),
-        "characters_per_event": round(tally.characters / max(1, tally.events), 2),
-        "server_cpu_us": round(1e6 * server_cpu_s / max(1, tally.events), 1),
-        "engine_cpu_us": round(1e6 * usage.engine_cpu_s / max(1, tally.events), 1),
-        "ttft_ms": quantiles(tally.ttft_s),
-        "itl_ms": quantiles(tally.itl_s),
-        "kills": len(recovery_s),
-        "recovery_ms": quantiles(recovery_s),
+        "seconds": round(seconds, 1),
+        "completed": tally.outcomes["complete"],
+        "left": tally.outcomes["left"],
+        "rejected": tally.outcomes["refused"],
+        "killed": tally.outcomes["failed"],
+        "lost": tally.outcomes["lost"],
+        "wrong": load.ledger.violations["wrong"],
+        "events_per_s": round(load.events / seconds, 1),
+        "characters_per_event": round(load.characters / max(1, load.events), 2),
+        "server_cpu_us": round(1e6 * server_cpu_s / max(1, load.events), 1),
+        "engine_cpu_us": round(1e6 * load.engine_cpu_s / max(1, load.events), 1),
+        "ttft_ms": quantiles(tally.first_s),
+        "itl_ms": quantiles(tally.gaps_s),
+        "kills": faults.events["kills"],
+        "recovery_ms": quantiles(faults.recovery_s),
         "server_rss_mb": {
-            "first": sizes[tenth][0],
+            "first": sizes[len(sizes) // 10][0],
             "last": sizes[-1][0],
-            "max": max(s for s, _ in sizes),
+            "max": max(server_mb for server_mb, _ in sizes),
         },
-        "engine_rss_mb": {"last": sizes[-1][1], "max": max(s for _, s in sizes)},
-        "answers_after": final == REFERENCE[0],
-        "wrong": tally.wrong[:3],
-    }
-
-
-def quantiles(seconds: list[float]) -> dict[str, float] | None:
-    """Milliseconds."""
-    if not seconds:
-        return None
-    values = sorted(seconds)
-    at = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    return {
-        n: round(1e3 * values[min(len(values) - 1, int(q * len(values)))], 3) for n, q in at.items()
+        "engine_rss_mb": {"last": sizes[-1][1], "max": max(engine_mb for _, engine_mb in sizes)},
+        "violations": dict(load.ledger.violations),
+        "shown": load.ledger.shown,
     }
 
 
@@ -297,42 +177,25 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--max-queued-requests", type=int, default=150)
     parser.add_argument("--max-num-requests", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=1)
     add_json_option(parser, "-")
     args = parser.parse_args()
     provenance = describe_environment()
-    environment = {**os.environ, "PYTHONPATH": str(ENGINE), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "moejet",
-        "serve",
-        "--port",
-        "0",
-        "--deterministic",
-        "--no-access-log",
-    ]
-    command += ["--max-queued-requests", str(args.max_queued_requests)]
-    command += ["--max-num-requests", str(args.max_num_requests)]
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        ) as server,
-    ):
+    options = ["--deterministic", "--no-access-log"]
+    options += ["--max-queued-requests", str(args.max_queued_requests)]
+    options += ["--max-num-requests", str(args.max_num_requests)]
+    with tempfile.TemporaryDirectory() as directory:
+        server = ServerProcess(options, Path(directory) / "server.log")
+        server.start()
         try:
-            assert server.stdout is not None
-            port = int(server.stdout.readline().rsplit(":", 1)[1])
-            result = asyncio.run(measure(args, server.pid, port))
+            result = asyncio.run(measure(args, server))
         finally:
-            server.terminate()
-            code = server.wait(60)
-            log.seek(0)
-            lines = [line for line in log if "Traceback" in line]
-    ending = {"exit_code": code, "tracebacks": len(lines)}
+            code = server.stop()
+        tracebacks = server.tracebacks()
+    ending = {"exit_code": code, "tracebacks": tracebacks}
     with line_writer(args.json) as write:
         write({"bench": "serve_load", **provenance, **result, **ending})
-    is_good = not (result["lost"] or result["crossed"] or lines or code) and result["answers_after"]
-    return 0 if is_good else 1
+    return 1 if result["violations"] or tracebacks or code else 0
 
 
 if __name__ == "__main__":

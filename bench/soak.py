@@ -1,9 +1,12 @@
-"""Random traffic against the embedded reasoner for as long as you like: every answer checked, memory watched.
+"""Random traffic against the embedded reasoner in one process: every answer checked, memory watched.
 
     python bench/soak.py --minutes 60 [--clients 24] [--loops 2] [--seed 1]
 
+The half of bench/long_run.py that has no server; it also runs on its own.
+
 Clients on several event loops ask prompts of many lengths with shared beginnings, in parallel samples, with priorities,
-greedily or with a seed; some read slowly, some leave early, some are refused by the full queue. The engine is
+greedily or with a seed, or have a strategy answer them; some read slowly, some leave early, some are refused by the
+full queue. Meanwhile another engine is opened and closed, and a conversation goes on from a file. The engine is
 deterministic and its cache too small for all of them, so that requests are preempted, and whatever runs beside an
 answer, it must be the beginning of the one that the request gets alone. Prints one JSON line. Exit code 1: a wrong
 answer, an unexpected error, or resident memory more than 2 % above what it was after the warm-up (the first fifth).
@@ -18,7 +21,9 @@ import ctypes
 import gc
 import os
 import random
+import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -28,6 +33,8 @@ from pathlib import Path
 from moejet import LLM, AsyncLLM, QueueFullError, RequestStream, SamplingParams, StreamDelta
 from moejet.cli.environment import describe_environment
 from moejet.cli.results import add_json_option, line_writer
+from moejet.reasoning import solve
+from moejet.reasoning.specs import parse_strategy
 from moejet.testing import arithmetic
 
 MAX_TOKENS = 160
@@ -41,6 +48,8 @@ ENGINE = {
     "max_batch_tokens": 256,
     "max_mixed_tokens": 64,
 }
+STRATEGIES = ("vote:4", "beam:4x2", "mcts:3", "adaptive:8")
+SESSION_PAUSE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,43 @@ def make_cases(llm: LLM, count: int, seed: int) -> list[Case]:
     return cases
 
 
+@dataclass(frozen=True)
+class Solved:
+    """A prompt, the strategy that answers it, and its text when nothing else runs."""
+
+    prompt: tuple[int, ...]
+    spec: str
+    seed: int
+    text: str
+
+
+def make_solved(llm: LLM, cases: list[Case]) -> list[Solved]:
+    found = []
+    for number, spec in enumerate(STRATEGIES):
+        prompt = cases[number % len(cases)].prompt
+        result = solve(llm, list(prompt), parse_strategy(spec, llm), seed=number)
+        found.append(Solved(prompt, spec, number, result.candidate.text))
+    return found
+
+
 class Soak:
     """The traffic, and what came of it. One instance serves all loops: `counts` only adds under the lock."""
 
-    def __init__(self, llm: AsyncLLM, cases: list[Case], seed: int):
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        cases: list[Case],
+        solved: list[Solved],
+        seed: int,
+        stopping: threading.Event,
+    ):
         self.llm = llm
         self.cases = cases
+        self.solved = solved
         self.seed = seed
         self.counts: Counter[str] = Counter()
         self.first_errors: list[str] = []
+        self.stopping = stopping
         self._lock = threading.Lock()
 
     def run(self, seconds: float, *, loops: int, clients: int) -> None:
@@ -97,6 +134,7 @@ class Soak:
             return threading.Thread(target=lambda: asyncio.run(work(number)))
 
         threads = [thread_of(number) for number in range(loops)]
+        threads.append(threading.Thread(target=self._sessions, args=(end_s,)))
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -104,7 +142,7 @@ class Soak:
 
     async def _client(self, number: int, end_s: float) -> None:
         rng = random.Random(self.seed * 1000 + number)
-        while time.monotonic() < end_s:
+        while time.monotonic() < end_s and not self.stopping.is_set():
             try:
                 outcome = await self._request(rng)
             except QueueFullError:
@@ -118,6 +156,8 @@ class Soak:
                 self.counts[outcome] += 1
 
     async def _request(self, rng: random.Random) -> str:
+        if rng.random() < 0.05:
+            return await self._solve(rng.choice(self.solved))
         case = rng.choice(self.cases)
         params = replace(case.params, max_tokens=rng.randint(1, MAX_TOKENS))
         stream = self.llm.generate(list(case.prompt), params, priority=rng.randint(-1, 1))
@@ -132,6 +172,54 @@ class Soak:
         delay_s = rng.uniform(0.01, 0.2) if kind == "slow" else 0.0
         leave_at = rng.randint(1, 40) if kind == "leaves" else None
         return await self._read(stream, case, params, delay_s, leave_at)
+
+    async def _solve(self, known: Solved) -> str:
+        result = await self.llm.solve(list(known.prompt), known.spec, seed=known.seed).result()
+        if result.candidate.text == known.text:
+            return "solved"
+        self._note(f"wrong: {known.spec} gave {result.candidate.text!r} instead of {known.text!r}")
+        return "wrong"
+
+    def _sessions(self, end_s: float) -> None:
+        """Until then: an engine is opened, its conversation saved, and continued in another one."""
+        wanted = ""
+        while time.monotonic() < end_s:
+            try:
+                answers = self._session()
+            except Exception as error:
+                with self._lock:
+                    self.counts["errors"] += 1
+                self._note(f"session: {type(error).__name__}: {error}")
+                return
+            with self._lock:
+                self.counts["sessions"] += 1
+                self.counts["wrong"] += answers != (wanted or answers)
+            wanted = wanted or answers
+            pause_s = min(SESSION_PAUSE_S, end_s - time.monotonic())
+            if self.stopping.wait(max(0.0, pause_s)):
+                return
+
+    def _session(self) -> str:
+        """Both answers."""
+        options = {**ENGINE, "num_threads": self.llm.config.num_threads}
+        params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+        messages = [{"role": "user", "content": "Start with 17, add 25, then multiply by 3."}]
+        with tempfile.TemporaryDirectory() as directory:
+            with LLM(**options) as llm, llm.branch(messages) as root:
+                forks = root.fork(2)
+                llm.advance(forks, until="\n", max_tokens=40, params=params)
+                [first] = llm.chat(messages, params)
+                messages.append({"role": "assistant", "content": first.outputs[0].content})
+                llm.save_session(f"{directory}/session", messages)
+            with LLM(**options, prefix_disk_gib=0.01, prefix_dir=f"{directory}/prefix") as llm:
+                session = llm.load_session(f"{directory}/session")
+                turn = [*session.messages, {"role": "user", "content": "Now add 4."}]
+                [second] = llm.chat(turn, params)
+                if not second.timings.cached_tokens:
+                    raise RuntimeError("nothing of the session was used")
+        return "\n".join(
+            [*(fork.text for fork in forks), first.outputs[0].text, second.outputs[0].text]
+        )
 
     async def _read(
         self,
@@ -183,11 +271,15 @@ def resident_bytes() -> int:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    environment = describe_environment()
-    with LLM(**ENGINE) as alone:
+    environment = {} if args.child else describe_environment()
+    stopping = threading.Event()
+    signal.signal(signal.SIGINT, lambda number, frame: stopping.set())
+    options = {**ENGINE, "num_threads": args.threads, "cache_tokens": args.cache_tokens}
+    with LLM(**options) as alone:
         cases = make_cases(alone, args.cases, args.seed)
-    llm = AsyncLLM(**ENGINE, max_queued_requests=args.clients // 3 or 1)
-    soak = Soak(llm, cases, args.seed)
+        solved = make_solved(alone, cases)
+    llm = AsyncLLM(**options, max_queued_requests=args.clients // 3 or 1)
+    soak = Soak(llm, cases, solved, args.seed, stopping)
     seconds = args.minutes * 60
     resident = {"start": resident_bytes()}
     soak.run(seconds / 5, loops=args.loops, clients=args.clients)
@@ -208,6 +300,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "seed": args.seed,
         **{key: soak.counts[key] for key in ("requests", "answered", "wrong", "errors")},
         **{key: soak.counts[key] for key in ("left", "cancelled", "refused")},
+        **{key: soak.counts[key] for key in ("solved", "sessions")},
         "leaked_blocks": health["total_blocks"] - health["free_blocks"],
         "tokens_per_s": rate,
         "steps": counters["steps"],
@@ -225,7 +318,10 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--loops", type=int, default=2, help="event loops, each on its own thread")
     parser.add_argument("--cases", type=int, default=60, help="different prompts")
+    parser.add_argument("--cache-tokens", type=int, default=ENGINE["cache_tokens"])
+    parser.add_argument("--threads", type=int, help="of the engine (default: as everywhere)")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     add_json_option(parser, "-")
     args = parser.parse_args()
     result = run(args)

@@ -29,16 +29,17 @@ class Card:
     capability: int
     num_sms: int
     shared_memory: int
+    name: str
 
 
 # Shared memory per block is the most that a kernel may opt in to (CUDA C++ programming guide, compute capabilities).
 CARDS = {
-    80: Card(80, 108, 163 << 10),  # A100
-    86: Card(86, 82, 99 << 10),  # RTX 3090
-    89: Card(89, 128, 99 << 10),  # RTX 4090
-    90: Card(90, 132, 227 << 10),  # H100, H200
-    100: Card(100, 148, 227 << 10),  # B200
-    120: Card(120, 170, 99 << 10),  # RTX 5090
+    80: Card(80, 108, 163 << 10, "A100"),
+    86: Card(86, 82, 99 << 10, "RTX 3090"),
+    89: Card(89, 128, 99 << 10, "RTX 4090"),
+    90: Card(90, 132, 227 << 10, "H100, H200"),
+    100: Card(100, 148, 227 << 10, "B200"),
+    120: Card(120, 170, 99 << 10, "RTX 5090"),
 }
 
 _pretended: ContextVar[Card] = ContextVar("pretended_card", default=CARDS[86])
@@ -79,4 +80,5 @@ def _properties(index: int) -> Card:
         found.major * 10 + found.minor,
         found.multi_processor_count,
         found.shared_memory_per_block_optin,
+        found.name,
     )

@@ -65,6 +65,7 @@ class Config:
             "tie_word_embeddings": False,
             "use_cache": True,
             "torch_dtype": "bfloat16",
+            "step_head_pattern": "[A-J](?=[:?])",  # the latest line or check line of every step
         }
 
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from moejet.json_file import read_json_object
 from moejet.weights.checkpoint import INDEX_NAME, SINGLE_NAME
 
-# Of models whose config.json does not say.
-_OWN_PATTERNS = {"tiny_reasoner": "[A-J]:"}
 _WEIGHT, _BIAS = "step_head.weight", "step_head.bias"
 
 
@@ -66,7 +64,6 @@ def read_step_head(root: Path, hidden_size: int) -> StepHead | None:
 def _pattern_of(root: Path) -> str | None:
     config = root / "config.json"
     given = read_json_object(config).get("step_head_pattern") if config.is_file() else None
-    given = _OWN_PATTERNS.get(root.name) if given is None else given
     try:
         return None if given is None else re.compile(given).pattern
     except (TypeError, re.error) as error:

@@ -2,18 +2,17 @@
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from moejet import AsyncLLM
-from moejet.server import asgi_app
+from moejet.server import asgi_app, serve_in_thread
 from moejet.server.backend import LocalBackend
 from moejet.tokenizer import Tokenizer
 
@@ -115,39 +114,22 @@ def tool_app(llm: AsyncLLM, tool_tokenizer: Tokenizer) -> Any:
     return asgi_app(backend)
 
 
+@dataclass
 class Served:
     """An application behind a real server on a free port."""
 
-    def __init__(self, app: Any):
-        config = uvicorn.Config(app, port=0, log_level="warning", lifespan="on")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        until = time.monotonic() + 20
-        while not self._server.started:
-            assert time.monotonic() < until, "the server did not start"
-            time.sleep(0.01)
-        self.port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+    url: str
 
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._server.force_exit = True
-        self._thread.join(20)
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
 
 @pytest.fixture(scope="session")
 def serve() -> Iterator[Callable[[Any], Served]]:
     """Starts servers that end with the session."""
-    running: list[Served] = []
-
-    def start(app: Any) -> Served:
-        running.append(Served(app))
-        return running[-1]
-
-    yield start
-    for server in running:
-        server.stop()
+    with ExitStack() as running:
+        yield lambda app: Served(running.enter_context(serve_in_thread(app)))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import socket
 import threading
 import time
@@ -9,7 +10,7 @@ import time
 import httpx
 import pytest
 
-from moejet import AsyncLLM
+from moejet import AsyncLLM, QueueFullError
 from moejet.server import asgi_app
 
 CHAT = "/v1/chat/completions"
@@ -148,3 +149,53 @@ def test_a_slow_reader_gets_everything_and_holds_up_nobody(llm, served):
     assert whole.count('"finish_reason":"length"') == 4
     assert whole.count("data: [DONE]") == 1
     assert llm.health()["requests"] == 0
+
+
+@pytest.mark.parametrize("strategy", [None, "vote:2"])
+@pytest.mark.parametrize("end", ["answered", "refused"])
+def test_whoever_leaves_at_the_very_end_is_counted_once(llm, strategy, end, monkeypatch):
+    """As answered, or as rejected, even if the last bytes have not been read."""
+    app = asgi_app(llm)
+    if end == "refused":
+
+        async def refuse(job):
+            raise QueueFullError("the queue is full", 1.0)
+
+        monkeypatch.setattr(app.state.server.backend, "start", refuse)
+        monkeypatch.setattr(app.state.server.backend, "solve", refuse)
+    body = {**HELLO, "stream": True} | ({"reasoning_strategy": strategy} if strategy else {})
+
+    async def main():
+        has_ended = asyncio.Event()
+        messages = [{"type": "http.request", "body": json.dumps(body).encode()}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await has_ended.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if b"[DONE]" in message.get("body", b"") or message.get("status") == 503:
+                has_ended.set()
+                await asyncio.sleep(30)  # nobody reads it any more
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
+        scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "root_path": ""}
+        scope |= {"server": ("localhost", 80), "client": ("127.0.0.1", 5)}
+        await asyncio.wait_for(app(scope, receive, send), 20)
+
+    asyncio.run(main())
+    registry = app.state.server.observer.registry
+    sums = dict.fromkeys(("request_success", "admission_rejections", "cancelled_requests"), 0.0)
+    for family in registry.collect():
+        if (name := family.name.removeprefix("moejet:")) in sums:
+            found = [sample.value for sample in family.samples if sample.name.endswith("_total")]
+            sums[name] = sum(found)
+    is_answered = end == "answered"
+    assert sums == {
+        "request_success": is_answered,
+        "admission_rejections": not is_answered,
+        "cancelled_requests": 0,
+    }

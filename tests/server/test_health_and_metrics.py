@@ -99,6 +99,17 @@ def test_an_engine_may_be_well_and_not_ready(changes, words):
     assert words in reason
 
 
+def test_what_was_counted_of_the_disk_stays_while_the_engine_is_started_again():
+    backend = Backend()
+    metrics = ServerMetrics(backend)
+    counted = b'prefix_cache_tier_hits_total{model_name="m",tier="disk"} 10.0'
+    assert counted in metrics.render()
+    backend.now = {"alive": False, "state": "restarting"}
+    assert counted in metrics.render()
+    backend.totals |= {"disk_tokens": 0}
+    assert b'tier="disk"' not in metrics.render()
+
+
 def test_metrics():
     backend = Backend()
     metrics = ServerMetrics(backend)

@@ -16,7 +16,8 @@ pytest.importorskip("fastapi")
 pytest.importorskip("playwright.sync_api", reason="needs pip install 'moejet[browser]'")
 
 
-from moejet.testing.page_stand_in import StandIn, serve
+from moejet.server import serve_in_thread
+from moejet.testing.page_stand_in import StandIn
 from moejet.testing.page_visit import Visit, open_browser
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,8 @@ def stand_in() -> StandIn:
 
 @pytest.fixture
 def url(stand_in: StandIn) -> Iterator[str]:
-    yield from serve(stand_in.app)
+    with serve_in_thread(stand_in.app) as url:
+        yield f"{url}/"
 
 
 @pytest.fixture

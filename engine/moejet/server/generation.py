@@ -199,6 +199,7 @@ class Generation:
         self._samples: dict[int, _Sample] = {}
         self._started_s = self._last_s = time.perf_counter()
         self._has_tokens = False
+        self._is_over = False
         self._num_processed = 0
         self._sign_s = self._started_s  # when a sign of life was last given
 
@@ -213,6 +214,7 @@ class Generation:
         except BaseException as error:
             self.close()
             if isinstance(error, Exception):
+                self._is_over = True
                 self._observer.rejected(type(error).__name__)
             if (refused := refusal(error)) is not None:
                 raise refused from error
@@ -223,8 +225,9 @@ class Generation:
             stream.close()
 
     def cancel(self) -> None:
-        """Ends everything because the client has gone."""
-        self._observer.cancelled("decode" if self._has_tokens else "prefill")
+        """Ends everything because the client has gone, if only before it had read the end."""
+        if not self._is_over:
+            self._observer.cancelled("decode" if self._has_tokens else "prefill")
         self.close()
 
     def totals(self) -> Totals:
@@ -246,6 +249,7 @@ class Generation:
                 if delta.output is not None:
                     outputs[index] = delta.output
         finally:
+            self._is_over = True
             self.close()
         self.outputs = [outputs[i] for i in range(len(self.plan.jobs))]
         if self.plan.is_logged:

@@ -244,8 +244,10 @@ class _EngineCollector(Collector):
         )
         from_disk = counters.get("disk_tokens", 0)
         found = {"ram": (health.get("cached_blocks", 0), "cache_evictions")}
-        if (on_disk := health.get("disk_blocks")) is not None:
-            found["disk"] = (on_disk, "disk_evictions")
+        # While an engine is being started nobody knows of its disk, but what has been counted stays.
+        on_disk = health.get("disk_blocks")
+        if on_disk is not None or from_disk or counters.get("disk_evictions"):
+            found["disk"] = (on_disk or 0, "disk_evictions")
         for tier, (num_blocks, source) in found.items():
             tokens = from_disk if tier == "disk" else counters.get("cached_tokens", 0) - from_disk
             blocks.add_metric([*self._label, tier], num_blocks)

@@ -58,6 +58,7 @@ class StrategyGeneration:
         self._run: StrategyRun | None = None
         self._outcome: Outcome | None = None
         self._reason = "cancelled"  # unless something else becomes of it
+        self._is_over = False
         self._started_s = time.perf_counter()
 
     async def start(self) -> None:
@@ -68,6 +69,7 @@ class StrategyGeneration:
         try:
             self._run = await self._backend.solve(self._job)
         except Exception as error:
+            self._is_over = True
             self._observer.rejected(type(error).__name__)
             if (refused := refusal(error)) is not None:
                 raise refused from error
@@ -81,8 +83,9 @@ class StrategyGeneration:
             self._metrics.ended(self._job.name, self._reason, self._outcome)
 
     def cancel(self) -> None:
-        """Ends everything because the client has gone."""
-        self._observer.cancelled("decode")
+        """Ends everything because the client has gone, if only before it had read the end."""
+        if not self._is_over:
+            self._observer.cancelled("decode")
         self.close()
 
     def totals(self) -> Totals:
@@ -109,6 +112,7 @@ class StrategyGeneration:
             self._reason = "error"
             raise
         finally:
+            self._is_over = True
             self.close()
         seconds = time.perf_counter() - self._started_s
         self._tell_observer(seconds)
