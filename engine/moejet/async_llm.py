@@ -28,7 +28,9 @@ from moejet.llm import LLM, TINY_REASONER
 from moejet.prompt_reader import Message
 from moejet.request import MAX_LOGPROBS, RequestOutput, SamplingParams, TokenLogprobs
 from moejet.request_stream import RequestStream
+from moejet.ticket import check_limits
 from moejet.tokenizer import Tokenizer
+from moejet.validation import require_int, require_text
 
 if TYPE_CHECKING:
     from moejet.reasoning.answer_classes import Answers
@@ -67,7 +69,13 @@ class AsyncLLM:
         memory_gbps: float | None = None,
         **engine_options: Any,
     ):
-        limits = _check_limits(max_queued_requests, max_queued_tokens, step_timeout_s, memory_gbps)
+        limits: dict[str, Any] = {
+            "max_queued_requests": max_queued_requests,
+            "max_queued_tokens": max_queued_tokens,
+            "step_timeout_s": step_timeout_s,
+            "memory_gbps": memory_gbps,
+        }
+        check_limits(**limits)
         self._setup(LLM(model, **engine_options), limits)
 
     def _setup(self, llm: LLM, limits: dict[str, Any]) -> None:
@@ -96,7 +104,13 @@ class AsyncLLM:
         memory_gbps: float | None = None,
     ) -> AsyncLLM:
         """Takes over the engine of an LLM, which is closed from then on."""
-        limits = _check_limits(max_queued_requests, max_queued_tokens, step_timeout_s, memory_gbps)
+        limits: dict[str, Any] = {
+            "max_queued_requests": max_queued_requests,
+            "max_queued_tokens": max_queued_tokens,
+            "step_timeout_s": step_timeout_s,
+            "memory_gbps": memory_gbps,
+        }
+        check_limits(**limits)
         self = cls.__new__(cls)
         self._setup(llm, limits)
         return self
@@ -199,8 +213,7 @@ class AsyncLLM:
     ) -> list[TokenLogprobs]:
         """The same with the num_top tokens that the model would have thought most likely in each place."""
         ids = [int(t) for t in token_ids]
-        if not 0 <= num_top <= MAX_LOGPROBS:
-            raise ValueError(f"num_top={num_top!r} must be between 0 and {MAX_LOGPROBS}")
+        require_int("num_top", num_top, 0, MAX_LOGPROBS)
         stream = self._request(lambda: (None, ids), None, request_id, priority, num_top)
         output = await stream.result()
         if output.prompt_logprobs is None:
@@ -378,29 +391,7 @@ class AsyncLLM:
 
 
 def _check_request(request_id: Any, priority: Any) -> None:
-    if request_id is not None and (not isinstance(request_id, str) or not request_id):
-        raise ValueError(f"request_id={request_id!r} must be a non-empty string")
+    require_text("request_id", request_id, or_none=True)
     if request_id is not None and request_id.startswith(BRANCH_ID):
         raise ValueError(f"request_id={request_id!r} is for branches of strategies: choose another")
-    if not isinstance(priority, int) or isinstance(priority, bool):
-        raise ValueError(f"priority={priority!r} must be an integer; smaller ones run first")
-
-
-def _check_limits(
-    max_queued_requests: Any, max_queued_tokens: Any, step_timeout_s: Any, memory_gbps: Any
-) -> dict[str, Any]:
-    limits = {"max_queued_requests": max_queued_requests, "max_queued_tokens": max_queued_tokens}
-    for name, value in limits.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-    if step_timeout_s is not None and not (
-        _is_number(step_timeout_s) and 0 < step_timeout_s <= threading.TIMEOUT_MAX
-    ):
-        raise ValueError(f"step_timeout_s={step_timeout_s!r} must be a positive number or None")
-    if memory_gbps is not None and not (_is_number(memory_gbps) and 0 <= memory_gbps < 1e9):
-        raise ValueError(f"memory_gbps={memory_gbps!r} must be GB/s, 0 or None")
-    return {**limits, "step_timeout_s": step_timeout_s, "memory_gbps": memory_gbps}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    require_int("priority", priority, hint="smaller ones run first")

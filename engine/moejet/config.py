@@ -5,14 +5,20 @@ Hugging Face's config.json is read by `moejet.hf_config`. Published dimensions o
 
 from __future__ import annotations
 
-import difflib
-import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from moejet.hf_config import Quantization, read_hf_config
 from moejet.rope_config import RopeConfig
+from moejet.validation import (
+    checked,
+    near_miss,
+    require_choice,
+    require_int,
+    require_number,
+    short,
+)
 
 ExpertFormat = Literal["auto", "native", "int4_g32", "int8", "fp8", "bf16", "fp32"]
 DenseFormat = Literal["auto", "native", "int8", "int4_g32", "fp8", "bf16", "fp32"]
@@ -59,6 +65,7 @@ _ROUTERS = {("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoi
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class ModelConfig:
     """Architecture of one DeepSeek-family model; field names follow Hugging Face's config.json."""
 
@@ -146,8 +153,11 @@ class ModelConfig:
             _require_positive(name, getattr(self, name))
         if self.q_lora_rank is not None:
             _require_positive("q_lora_rank", self.q_lora_rank)
-        if self.num_shared_experts < 0 or self.first_k_dense_replace < 0:
-            raise ValueError("n_shared_experts and first_k_dense_replace must not be negative")
+        require_int("num_shared_experts", self.num_shared_experts, 0, _LARGEST_SIZE)
+        for name in ("first_k_dense_replace", "num_nextn_predict_layers"):
+            require_int(name, getattr(self, name), 0, _LARGEST_SIZE)
+        for name in ("rms_norm_eps", "routed_scaling_factor"):
+            require_number(name, getattr(self, name), 0)
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
         if self.num_experts % self.n_group or self.topk_group > self.n_group:
@@ -164,7 +174,7 @@ class ModelConfig:
         if (self.scoring_func, self.topk_method) not in _ROUTERS:
             known = ", ".join(f"{s} + {t}" for s, t in sorted(_ROUTERS))
             raise ValueError(
-                f"scoring_func={self.scoring_func!r} with topk_method={self.topk_method!r} is not "
+                f"scoring_func={short(self.scoring_func)} with topk_method={short(self.topk_method)} is not "
                 f"supported; supported: {known}"
             )
 
@@ -186,6 +196,7 @@ def _require_positive(name: str, value: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class EngineConfig:
     """How to run a model.
 
@@ -291,77 +302,43 @@ class EngineConfig:
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                hint = near_miss(name, known) or f"; known: {', '.join(known)}"
                 raise ValueError(f"unknown engine option {name!r}{hint}")
         return cls(**options)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model:
+        if not self.model:
             raise ValueError(f"model={self.model!r} must be an alias, a directory or a hub id")
-        _require_choice("expert_format", self.expert_format, get_args(ExpertFormat))
-        _require_choice("dense_format", self.dense_format, get_args(DenseFormat))
-        _require_choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
-        _require_choice("packed_cache", self.packed_cache, get_args(PackedCache))
-        _require_choice("arithmetic", self.arithmetic, ARITHMETICS)
-        _require_choice("isa", self.isa, ("auto", *ISAS, "amx_emulated"))
+        require_choice("isa", self.isa, ("auto", *ISAS, "amx_emulated"))
         for name in (
             *("max_num_requests", "max_batch_tokens", "max_mixed_tokens", "block_size"),
             "prefix_min_tokens",
         ):
             _require_positive(name, getattr(self, name))
-        _require_choice("device", self.device, DEVICES)
+        require_choice("device", self.device, DEVICES)
         self._check_prefix_disk()
         self._check_vram()
         for name in ("max_context", "cache_tokens", "num_threads"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
-        for name in ("prefix_caching", "deterministic"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.deterministic and self.isa not in ("auto", *INVARIANT_ISAS):
             raise ValueError(
                 f"isa={self.isa!r} cannot be deterministic: it chooses its arithmetic by the number "
                 f"of rows; use one of {', '.join(INVARIANT_ISAS)}"
             )
-        if self.seed is not None and not isinstance(self.seed, int):
-            raise ValueError(f"seed={self.seed!r} must be an integer")
 
     def _check_prefix_disk(self) -> None:
         gib, where = self.prefix_disk_gib, self.prefix_dir
-        is_number = isinstance(gib, int | float) and not isinstance(gib, bool)
-        if not is_number or not 0 <= gib < math.inf:
-            raise ValueError(f"prefix_disk_gib={gib!r} must be a number of GiB, 0 or more")
-        if where is not None and (not isinstance(where, str | Path) or not str(where)):
+        require_number("prefix_disk_gib", gib, 0, hint="GiB; 0: nothing goes to disk")
+        if where is not None and (not str(where) or "\0" in str(where)):
             raise ValueError(f"prefix_dir={where!r} must be a directory")
         if gib and not self.prefix_caching:
             raise ValueError(f"prefix_disk_gib={gib!r} needs prefix_caching=True")
 
     def _check_vram(self) -> None:
-        gib, experts = self.vram_gib, self.gpu_experts
-        if gib is not None and (
-            not isinstance(gib, int | float) or isinstance(gib, bool) or not 0 < gib < math.inf
-        ):
-            raise ValueError(f"vram_gib={gib!r} must be a number of GiB above 0")
-        if experts is not None and (
-            not isinstance(experts, int) or isinstance(experts, bool) or experts < 0
-        ):
-            raise ValueError(f"gpu_experts={experts!r} must be a number of experts, 0 or more")
-        cached = self.expert_cache
-        if cached != "auto" and (
-            not isinstance(cached, int) or isinstance(cached, bool) or cached < 0
-        ):
-            raise ValueError(f"expert_cache={cached!r} must be 'auto' or a number of experts")
-        tokens = self.stream_prefill_tokens
-        is_number = isinstance(tokens, int) and not isinstance(tokens, bool)
-        if tokens != "auto" and (not is_number or int(tokens) < 0):
-            raise ValueError(
-                f"stream_prefill_tokens={tokens!r} must be 'auto', a number of tokens, or 0 for never"
-            )
-
-
-def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{hint}")
+        require_number("vram_gib", self.vram_gib, above=0, hint="GiB", or_none=True)
+        require_int("gpu_experts", self.gpu_experts, 0, or_none=True)
+        if self.expert_cache != "auto":
+            require_int("expert_cache", self.expert_cache, 0, hint="experts, or 'auto'")
+        if (tokens := self.stream_prefill_tokens) != "auto":
+            require_int("stream_prefill_tokens", tokens, 0, hint="or 'auto'; 0: never")

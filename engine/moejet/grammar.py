@@ -23,6 +23,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from moejet.policy import Inject, Stop, TokenPolicy
+from moejet.validation import checked, require_text, short
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -47,6 +48,7 @@ WHITE_SPACE = r"(\x20|\n\x20{0,16})?"
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Grammar:
     """What an answer must look like. Its class methods make one; they raise ValueError for what cannot be."""
 
@@ -78,21 +80,20 @@ class Grammar:
             try:
                 schema = json.loads(schema)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"schema is not JSON: {error}") from error
+                raise ValueError(f"schema={short(schema)} must be JSON: {error}") from error
         if not isinstance(schema, Mapping):
-            raise ValueError(f"schema must be a dict or its JSON text, not {type(schema).__name__}")
+            raise ValueError(f"schema={short(schema)} must be a dict or its JSON text")
         _check_depth(schema)
         try:
             text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"schema cannot be written as JSON: {error}") from error
+            raise ValueError(f"schema={short(schema)} must be writable as JSON: {error}") from error
         return cls("json_schema", text, is_compact=compact)
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
         r"""A text that matches all of `pattern`; no look-around, no back-references, and \d, \w and \s are ASCII."""
-        if not isinstance(pattern, str) or not pattern:
-            raise ValueError(f"pattern={pattern!r} must be a non-empty string")
+        require_text("pattern", pattern)
         return cls("regex", pattern)
 
     @classmethod
@@ -100,7 +101,7 @@ class Grammar:
         """One of these texts."""
         is_list = isinstance(choices, Sequence) and not isinstance(choices, str)
         if not is_list or not choices or not all(isinstance(c, str) and c for c in choices):
-            raise ValueError("choices must be a list of non-empty strings")
+            raise ValueError(f"choices={short(choices)} must be a list of non-empty strings")
         if len(choices) > MAX_CHOICES:
             raise ValueError(f"{len(choices)} choices given, and {MAX_CHOICES} are allowed")
         texts = dict.fromkeys(choices)
@@ -110,7 +111,7 @@ class Grammar:
     def lark(cls, text: str) -> Grammar:
         """A context-free grammar in Lark's EBNF notation, beginning at the rule `start`."""
         if not isinstance(text, str) or not text.strip():
-            raise ValueError("a Lark grammar must be a non-empty string")
+            raise ValueError(f"text={short(text)} must be a Lark grammar: a non-empty string")
         return cls("lark", text)
 
 

@@ -23,6 +23,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from moejet.validation import (
+    require_bool,
+    require_choice,
+    require_int,
+    require_text,
+    require_type,
+    short,
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -92,7 +101,8 @@ class ThinkingBudget(TokenPolicy):
     """
 
     def __init__(self, max_thinking_tokens: int, closing_text: str = "\n"):
-        _check_count("max_thinking_tokens", max_thinking_tokens)
+        require_int("max_thinking_tokens", max_thinking_tokens, 0)
+        require_type("closing_text", closing_text, str)
         self.max_thinking_tokens = max_thinking_tokens
         self.closing_text = closing_text
 
@@ -113,9 +123,9 @@ class ForceContinuation(TokenPolicy):
     """
 
     def __init__(self, times: int, text: str = "Wait", *, greedy: bool = False):
-        _check_count("times", times)
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"text={text!r} must be a non-empty string")
+        require_int("times", times, 0)
+        require_text("text", text)
+        require_bool("greedy", greedy)
         self.times = times
         self.text = text
         self.needs_logits = greedy
@@ -147,7 +157,8 @@ class MinimumThinking(TokenPolicy):
     needs_logits = True
 
     def __init__(self, min_tokens: int, text: str = "Wait"):
-        _check_count("min_tokens", min_tokens)
+        require_int("min_tokens", min_tokens, 0)
+        require_text("text", text)
         self.min_tokens = min_tokens
         self.text = text
 
@@ -181,11 +192,11 @@ class LoopGuard(TokenPolicy):
         closing_text: str = "\n",
         end: Literal["thinking", "sample"] = "thinking",
     ):
-        _check_count("ngram", ngram, 1)
-        _check_count("repeats", repeats, 2)
-        _check_count("max_tokens", max_tokens, 1)
-        if end not in ("thinking", "sample"):
-            raise ValueError(f"end={end!r} must be 'thinking' or 'sample'")
+        require_int("ngram", ngram, 1)
+        require_int("repeats", repeats, 2)
+        require_int("max_tokens", max_tokens, 1)
+        require_choice("end", end, ("thinking", "sample"))
+        require_type("closing_text", closing_text, str)
         self.ngram, self.repeats, self.max_tokens = ngram, repeats, max_tokens
         self.closing_text = closing_text
         self.end = end
@@ -232,11 +243,11 @@ class EarlyExit(TokenPolicy):
         end: Literal["thinking", "sample"] = "thinking",
     ):
         if not callable(condition):
-            raise ValueError(f"condition={condition!r} must be a function of the state")
-        _check_count("min_tokens", min_tokens)
-        _check_count("every", every, 1)
-        if end not in ("thinking", "sample"):
-            raise ValueError(f"end={end!r} must be 'thinking' or 'sample'")
+            raise ValueError(f"condition={short(condition)} must be a function of the state")
+        require_int("min_tokens", min_tokens, 0)
+        require_int("every", every, 1)
+        require_choice("end", end, ("thinking", "sample"))
+        require_type("closing_text", closing_text, str)
         self.condition = condition
         self.min_tokens = min_tokens
         self.every = every
@@ -251,8 +262,3 @@ class EarlyExit(TokenPolicy):
         if self.end == "sample":
             return Stop("early exit")
         return Replace(state.closing_ids(self.closing_text))
-
-
-def _check_count(name: str, value: int, low: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {low}")

@@ -3,10 +3,12 @@
 Sources: the config.json that each organisation publishes with its weights.
 """
 
+import re
 from dataclasses import replace
 
 from moejet.config import ModelConfig
 from moejet.rope_config import RopeConfig
+from moejet.validation import near_miss, short
 
 
 def _yarn(factor: float, mscale: float, *, beta_fast: float = 32.0) -> RopeConfig:
@@ -184,13 +186,18 @@ def parse_preset(text: str) -> ModelConfig:
     """Reads "NAME" or "NAME:layers=N" into a model configuration."""
     name, _, option = text.partition(":")
     if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
+        hint = near_miss(name, PRESETS)
+        raise ValueError(f"shape={short(text)} is not one of {', '.join(PRESETS)}{hint}")
     preset = PRESETS[name]
     if not option:
         return preset
     key, _, value = option.partition("=")
-    if key != "layers" or not value.isdigit() or not 1 <= int(value) <= preset.num_hidden_layers:
+    if (
+        key != "layers"
+        or not re.fullmatch("[0-9]{1,6}", value)
+        or not 1 <= int(value) <= preset.num_hidden_layers
+    ):
         raise ValueError(
-            f"preset option {option!r} must be layers=N with N from 1 to {preset.num_hidden_layers}"
+            f"shape={short(text)} must be {name}:layers=N with N from 1 to {preset.num_hidden_layers}"
         )
     return replace(preset, num_hidden_layers=int(value))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moejet.grammar import Grammar
 from moejet.policy import TokenPolicy
 from moejet.statistics import TokenStatistics
+from moejet.validation import require_bool, require_int, require_number, short
 
 if TYPE_CHECKING:
     from moejet.sample_state import SampleState
@@ -67,52 +68,49 @@ class SamplingParams:
     cache_salt: str | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_int("top_k", self.top_k, 0, None, "0 switches it off")
-        _check_number("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0.0:
-            raise ValueError("top_p=0.0 must be above 0 (use temperature=0 for greedy decoding)")
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if self.seed is not None:
-            _check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, None)
-        _check_int("n", self.n, 1, MAX_N)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        require_number("temperature", self.temperature, 0.0, 100.0)
+        require_int("top_k", self.top_k, 0, None, "0 switches it off")
+        require_number(
+            "top_p", self.top_p, above=0, high=1, hint="use temperature=0 for greedy decoding"
+        )
+        require_number("min_p", self.min_p, 0.0, 1.0)
+        require_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        require_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        require_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        require_int("seed", self.seed, -(2**63), 2**63 - 1, or_none=True)
+        require_int("max_tokens", self.max_tokens, 1, or_none=True)
+        require_int("n", self.n, 1, MAX_N)
+        require_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, or_none=True)
         object.__setattr__(self, "stop", _as_strings(self.stop))
         if not isinstance(self.stop_token_ids, list | tuple | set | frozenset):
-            raise ValueError(f"stop_token_ids={self.stop_token_ids!r} must be a list of token ids")
+            raise ValueError(
+                f"stop_token_ids={short(self.stop_token_ids)} must be a list of token ids"
+            )
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to biases")
-        if self.max_thinking_tokens is not None:
-            _check_int("max_thinking_tokens", self.max_thinking_tokens, 0, None)
+            raise ValueError(f"logit_bias={short(self.logit_bias)} must map token ids to biases")
+        require_int("max_thinking_tokens", self.max_thinking_tokens, 0, or_none=True)
         if isinstance(self.policy, list):
             object.__setattr__(self, "policy", tuple(self.policy))
         if not all(callable(maker) for maker in self.policies):
             raise ValueError(
-                f"policy={self.policy!r} must be a function that makes a policy, called for every "
+                f"policy={short(self.policy)} must be a function that makes a policy, called for every "
                 "sample, or a list of such: pass its class, or lambda: YourPolicy(...)"
             )
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise ValueError(
-                f"grammar={self.grammar!r} must be a Grammar: Grammar.json_schema(...), .regex(...), "
+                f"grammar={short(self.grammar)} must be a Grammar: Grammar.json_schema(...), .regex(...), "
                 ".choice(...) or .lark(...)"
             )
         for name in ("ignore_eos", "stop_in_reasoning", "statistics"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+            require_bool(name, getattr(self, name))
         if self.cache_salt is not None:
             _check_salt(self.cache_salt)
         for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, None)
+            require_int("stop_token_ids", token_id, 0)
         for token_id, bias in (self.logit_bias or {}).items():
-            _check_int("logit_bias key", token_id, 0, None)
-            _check_number(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+            require_int("logit_bias key", token_id, 0)
+            require_number(f"logit_bias[{short(token_id)}]", bias, -100.0, 100.0)
 
     @property
     def policies(self) -> tuple[PolicyMaker, ...]:
@@ -130,31 +128,20 @@ class SamplingParams:
         )
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:  # NaN fails every comparison
-        raise ValueError(f"{name}={value!r} must be a number between {low:g} and {high:g}")
-
-
-def _check_int(name: str, value: Any, low: int, high: int | None, hint: str = "") -> None:
-    bad = not isinstance(value, int) or isinstance(value, bool) or value < low
-    if bad or (high is not None and value > high):
-        bounds = f"of at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name}={value!r} must be an integer {bounds}{hint and f' ({hint})'}")
-
-
 def _check_salt(salt: Any) -> None:
     if not isinstance(salt, str) or not 1 <= len(salt) <= MAX_SALT_CHARS:
-        raise ValueError(f"cache_salt must be a text of 1 to {MAX_SALT_CHARS} characters, or None")
+        raise ValueError(
+            f"cache_salt={short(salt)} must be a text of 1 to {MAX_SALT_CHARS} characters, or None"
+        )
 
 
 def _as_strings(stop: Any) -> tuple[str, ...]:
     if stop is not None and not isinstance(stop, str | list | tuple | set | frozenset):
-        raise ValueError(f"stop={stop!r} must be a string or a list of strings")
+        raise ValueError(f"stop={short(stop)} must be a string or a list of strings")
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for item in strings:
         if not isinstance(item, str) or not item:
-            raise ValueError(f"stop={stop!r} must hold non-empty strings")
+            raise ValueError(f"stop={short(stop)} must hold non-empty strings")
     return strings
 
 

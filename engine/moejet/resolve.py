@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
+import os
 import re
 from pathlib import Path
 
 from moejet.config import ModelConfig
 from moejet.presets import PRESETS
+from moejet.validation import near_miss, short
 from moejet.weights.gguf import list_shards
 from moejet.weights.gguf_model import GgufCheckpoint
 
@@ -29,20 +30,20 @@ def resolve_model(
     Raises ValueError, in one line with a remedy, if there is no such model or it cannot be fetched.
     """
     if not isinstance(model, str) or not model.strip():
-        raise ValueError(f"model={model!r} must be an alias, a directory or a hub id (org/name)")
+        raise ValueError(
+            f"model={short(model)} must be an alias, a directory or a hub id (org/name)"
+        )
     if model == TINY_REASONER:
         return _embedded()
     path = Path(model).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # false for what can be no path, too
         return _local(path)
     if _looks_like_path(model):
-        raise ValueError(f"model={model!r}: no such file or directory; check the path")
+        raise ValueError(f"model={short(model)}: no such file or directory; check the path")
     if not _HUB_ID.fullmatch(model):
-        near = difflib.get_close_matches(model, [TINY_REASONER], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"model={model!r} is neither an alias ({TINY_REASONER}), nor an existing directory, nor "
-            f"a hub id of the form org/name{hint}"
+            f"model={short(model)} is neither an alias ({TINY_REASONER}), nor an existing directory, nor "
+            f"a hub id of the form org/name{near_miss(model, [TINY_REASONER])}"
         )
     return _download(model, revision, None if cache_dir is None else Path(cache_dir))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from moejet.validation import is_number, require_number, short
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
@@ -23,10 +25,9 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         for name in ("theta", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-            if not math.isfinite(value := getattr(self, name)):
-                raise ValueError(f"rope_{name}={value!r} must be a finite number")
-        if self.theta <= 0:
-            raise ValueError(f"rope_theta={self.theta!r} must be above 0")
+            if not is_number(value := getattr(self, name)):
+                raise ValueError(f"rope_{name}={short(value)} must be a finite number")
+        require_number("rope_theta", self.theta, above=0)
 
     @property
     def cos_sin_scale(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from moejet.engine_counters import TrafficCounters
 from moejet.mailbox import Mailbox
 from moejet.request import SamplingParams
+from moejet.validation import require_int, require_number
 
 _DEFAULT_RETRY_S = 5.0
 
@@ -144,3 +146,18 @@ class Admission:
         wait_s = max(1, self.queued_requests) / 2 / per_s if per_s > 0 else _DEFAULT_RETRY_S
         limits = f"{self.max_queued_requests} requests, {self.max_queued_tokens} tokens"
         return QueueFullError(f"the queue is full ({limits}): {what}", min(max(wait_s, 1.0), 600.0))
+
+
+def check_limits(
+    *,
+    max_queued_requests: int = 1,
+    max_queued_tokens: int = 1,
+    step_timeout_s: float | None = None,
+    memory_gbps: float | None = None,
+) -> None:
+    """Raises ValueError for limits of `moejet.AsyncLLM` that cannot be."""
+    require_int("max_queued_requests", max_queued_requests, 1)
+    require_int("max_queued_tokens", max_queued_tokens, 1)
+    longest = threading.TIMEOUT_MAX
+    require_number("step_timeout_s", step_timeout_s, above=0, high=longest, or_none=True)
+    require_number("memory_gbps", memory_gbps, 0, below=1e9, hint="GB/s", or_none=True)

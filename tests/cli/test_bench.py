@@ -207,17 +207,17 @@ def test_json_and_csv_hold_the_same_rows(moejet, loaded):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-p", "a"], "'a' is not a list of numbers such as 128,512"),
-        (["-n", "-4"], "argument -n"),
+        (["-p", "a"], "-p='a' must be a list of whole numbers such as 128,512"),
+        (["-n", "-4"], "-n='-4'"),
         (["-b", "0"], "-b 0 must be a positive number"),
-        (["-r", "0"], "-r 0 must be at least 1"),
+        (["-r", "0"], "-r='0' must be a whole number of at least 1"),
         (["-t", "0"], "-t 0 must be a positive number"),
         (
             ["--format", "int4"],
-            "'int4' is not one of auto, native, int4_g32, int8, fp8, bf16, fp32",
+            "'int4', which is not one of auto, native, int4_g32, int8, fp8, bf16, fp32",
         ),
         (["-m", "x", "--synthetic", "deepseek-v3"], "not allowed with argument"),
-        (["-o", "xml"], "invalid choice: 'xml'"),
+        (["-o", "xml"], "--output='xml' is not one of"),
     ],
 )
 def test_bad_options(moejet, loaded, arguments, message):

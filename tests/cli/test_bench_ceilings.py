@@ -32,10 +32,10 @@ def test_table_and_reasons(moejet):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--seconds", "0"), "--seconds 0.0 must be above 0"),
-        (("--megabytes", "0"), "--megabytes 0 must be at least 1"),
-        (("-t", "100000"), "num_threads=100000"),
-        (("--jsn",), "did you mean --json?"),
+        (("--seconds", "0"), "--seconds='0' must be a number above 0"),
+        (("--megabytes", "0"), "--megabytes='0' must be a whole number of at least 1"),
+        (("-t", "100000"), "--threads=100000"),
+        (("--jsn",), "did you mean '--json'?"),
     ],
 )
 def test_bad_options(moejet, arguments, message):
@@ -47,6 +47,6 @@ def test_bad_options(moejet, arguments, message):
 def test_second_words(moejet):
     result = moejet("bench", "cielings")
     assert result.code == 2
-    assert "unexpected argument 'cielings'; did you mean ceilings?" in result.err
+    assert "unexpected argument 'cielings'; did you mean 'ceilings'?" in result.err
     assert "moejet bench ceilings" in moejet("bench", "--help").out
     assert moejet("bench", "ceilings", "--help").code == 0

@@ -211,16 +211,16 @@ def test_a_wrong_answer_is_not_timed(moejet, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "deepseek-v9"], "'deepseek-v9' is not one of deepseek-v2-lite"),
-        (["--format", "int4"], "'int4' is not one of int4_g32, int8"),
+        (["--shape", "deepseek-v9"], "'deepseek-v9', which is not one of deepseek-v2-lite"),
+        (["--format", "int4"], "'int4', which is not one of int4_g32, int8"),
         (["--tokens", "1,0"], "--tokens 0 must be a positive number"),
-        (["--tokens", "x"], "'x' is not a list of numbers"),
-        (["--experts", "0"], "--experts 0 must be at least 1"),
+        (["--tokens", "x"], "--tokens='x' must be a list"),
+        (["--experts", "0"], "--experts='0' must be a whole number of at least 1"),
         (["--experts", "4"], "experts=4 must be at least the 8"),
-        (["--layers", "-1"], "--layers -1 must be at least 1"),
+        (["--layers", "-1"], "--layers='-1' must be a whole number of at least 1"),
         (["--layers", "100000"], "choose fewer experts or layers"),
-        (["--seconds", "0"], "--seconds 0.0 must be above 0"),
-        (["--isa", "avx9"], "invalid choice"),
+        (["--seconds", "0"], "--seconds='0' must be a number above 0"),
+        (["--isa", "avx9"], "--isa='avx9' is not one of"),
     ],
 )
 def test_bad_options(moejet, arguments, message):

@@ -60,7 +60,7 @@ def test_commands_answer_without_the_model(moejet, llm):
     for text in (
         "/reset   forget the conversation",
         "no answers yet",
-        "unknown command /rest; did you mean /reset?",
+        "unknown command /rest; did you mean '/reset'?",
         "unknown command /frobnicate; /help lists the commands",
     ):
         assert text in result.err

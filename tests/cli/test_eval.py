@@ -180,7 +180,7 @@ def test_wrong_words_are_refused(moejet, tiny, problems, tmp_path):
     for words, message in (
         (["--resume"], "--resume needs --out"),
         (["--texts"], "--texts needs --out"),
-        (["--json", str(tmp_path / "no" / "o.json")], "there is no directory"),
+        (["--json", str(tmp_path / "no" / "o.json")], "needs the directory"),
         (["--plot", "x.doc"], "must end with one of .png"),
         (["--strategy", "vte:3"], "did you mean 'vote'?"),
         (["--strategy", "auto"], "--strategy auto needs --effort"),

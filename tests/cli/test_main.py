@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,15 +29,15 @@ def test_each_command_has_help(moejet, command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rum"], "unknown command 'rum'; did you mean run?"),
+        (["rum"], "unknown command 'rum'; did you mean 'run'?"),
         (["zzz"], "unknown command 'zzz'; commands: run, chat, pull, eval, bench, "),
-        (["--verison"], "unknown option --verison; did you mean --version?"),
-        (["run", "hi", "--temprature", "0"], "--temprature; did you mean --temperature?"),
-        (["run", "hi", "--temprature=0"], "--temprature; did you mean --temperature?"),
+        (["--verison"], "unknown option --verison; did you mean '--version'?"),
+        (["run", "hi", "--temprature", "0"], "--temprature; did you mean '--temperature'?"),
+        (["run", "hi", "--temprature=0"], "--temprature; did you mean '--temperature'?"),
         # An abbreviation that works today breaks when an option is added: refuse it.
         (["run", "hi", "--temp", "0"], "unknown option --temp"),
-        (["run", "hi", "--temperature", "hot"], "invalid float value: 'hot'"),
-        (["run", "hi", "--expert-format", "int5"], "invalid choice: 'int5'"),
+        (["run", "hi", "--temperature", "hot"], "--temperature='hot' must be a number"),
+        (["run", "hi", "--expert-format", "int5"], "--expert-format='int5' is not one of auto"),
         (["chat", "model", "extra"], "unexpected argument 'extra'"),
         (["doctor", "extra"], "unexpected argument 'extra'"),
     ],
@@ -79,13 +80,33 @@ def test_exceptions_become_exit_codes(moejet, llm, error, code, message, monkeyp
     assert llm.is_closed
 
 
-def test_a_bug_keeps_its_traceback(moejet, llm):
+def test_a_bug_is_one_line_without_debug(moejet, llm, monkeypatch):
     def fail(index):
         raise RuntimeError("a bug")
 
     llm.on_piece = fail
-    with pytest.raises(RuntimeError, match="a bug"):
-        moejet("run", "hello")
+    monkeypatch.delenv("MOEJET_LOG", raising=False)
+    shown = moejet("run", "hello")
+    assert shown.code == 1
+    assert "Traceback" not in shown.err
+    line = shown.err.splitlines()[-1]
+    assert line.startswith("moejet: error: RuntimeError: a bug (unexpected: ")
+    assert "--debug" in line
+    monkeypatch.setenv(
+        "MOEJET_LOG", "warning"
+    )  # which --debug replaces, and the test's end puts back
+    shown = moejet("run", "hello", "--debug")
+    assert shown.code == 1
+    assert "Traceback" in shown.err
+    assert shown.err.splitlines()[-1].startswith("moejet: error: RuntimeError: a bug")
+
+
+def test_exit_codes_are_in_the_help_and_in_the_readme(moejet):
+    shown = moejet("--help").out
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for code, text in cli_main.EXIT_CODES.items():
+        assert f"  {code:<9}{text}\n" in shown
+        assert f"| {code} | {text} |" in readme
 
 
 def test_a_bad_environment_variable_is_named(moejet, monkeypatch):

@@ -54,10 +54,10 @@ def test_a_gpu_takes_experts_out_of_ram(capsys):
     [
         (["nowhere/"], "no such file or directory"),
         (["deepseek-v9"], "neither an alias"),
-        (["deepseek-v3", "--ram", "-1"], "'-1' is not a positive number"),
+        (["deepseek-v3", "--ram", "-1"], "--ram='-1' must be a number above 0"),
         (["deepseek-v3", "--gpu-experts", "3"], "needs a GPU: give its memory as --vram"),
-        (["deepseek-v3", "--bandwidth", "fast"], "'fast' is not a positive number"),
-        (["deepseek-v3", "--context", "999999999"], "max_context=999999999 is more"),
+        (["deepseek-v3", "--bandwidth", "fast"], "--bandwidth='fast' must be a number above 0"),
+        (["deepseek-v3", "--context", "999999999"], "--context=999999999 is more"),
         ([], "MODEL"),
     ],
 )

@@ -75,6 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     source.add_argument("-m", "--model", metavar="MODEL", help="directory, GGUF file or hub id")
     source.add_argument(
         "--synthetic",
+        type=options.preset,
         metavar="PRESET[:layers=N]",
         help="shapes of a published model with random weights; layers=N keeps only N layers",
     )
@@ -90,7 +91,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-b", type=options.counts, default=[1], metavar="N,..", help="sequences generated at once"
     )
-    parser.add_argument("-r", type=int, default=3, metavar="N", help="repetitions (default 3)")
+    parser.add_argument(
+        "-r", type=options.count, default=3, metavar="N", help="repetitions (default 3)"
+    )
     parser.add_argument(
         "-t", "--threads", type=options.counts, metavar="N,..", help="CPU thread counts to compare"
     )
@@ -119,8 +122,6 @@ def execute(args: argparse.Namespace) -> int:
     if 0 in args.b:
         raise ValueError("-b 0 must be a positive number of sequences")
     tests = plan_tests(args.p, args.n, args.d, args.b)
-    if args.r < 1:
-        raise ValueError(f"-r {args.r} must be at least 1")
     if args.threads is not None and 0 in args.threads:
         raise ValueError("-t 0 must be a positive number of threads")
     check_plot(args.plot)

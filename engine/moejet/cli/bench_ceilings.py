@@ -23,28 +23,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moejet bench ceilings`."""
     parser.epilog = __doc__
     add_json_option(parser)
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument(
-        "--seconds", type=float, default=0.5, metavar="X", help="for each figure (default 0.5)"
+        "-t", "--threads", dest="num_threads", type=options.count, metavar="N", help="CPU threads"
     )
     parser.add_argument(
-        "--megabytes", type=int, metavar="N", help="memory to read (default: by cache size)"
+        "--seconds",
+        type=options.positive,
+        default=0.5,
+        metavar="X",
+        help="for each figure (default 0.5)",
+    )
+    parser.add_argument(
+        "--megabytes",
+        type=options.count,
+        metavar="N",
+        help="memory to read (default: by cache size)",
     )
 
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    if not 0 < args.seconds <= 60:
-        raise ValueError(f"--seconds {args.seconds} must be above 0, at most 60")
-    if args.megabytes is not None and args.megabytes < 1:
-        raise ValueError(f"--megabytes {args.megabytes} must be at least 1")
+    if args.seconds > 60:
+        raise ValueError(f"--seconds={args.seconds:g} must be at most 60")
     options.quiet_openmp()
     from moejet.ceilings import Meter, measure_ceilings, read_buffer_bytes
     from moejet.experts.cpu_experts import create_pool
 
     num_bytes = args.megabytes << 20 if args.megabytes else read_buffer_bytes()
     caches = topology.all_caches_bytes(topology.allowed_cpus())
-    pool = create_pool(args.threads)
+    pool = create_pool(args.num_threads)
     try:
         environment = describe_environment(Meter(pool, num_bytes=num_bytes))
         ceilings = measure_ceilings(pool, seconds=args.seconds, num_bytes=num_bytes)

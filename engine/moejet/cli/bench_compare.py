@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moejet.cli import options
 from moejet.cli.bench_kinds import KINDS, MACHINE, Kind, Metric
 from moejet.cli.results import read_results
 from moejet.cli.table import Column, Row, write_table
@@ -65,7 +66,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = __doc__
     parser.add_argument("files", nargs="*", metavar="A B", help="result lines, before and after")
     parser.add_argument(
-        "--fail-below", type=float, metavar="X", help="exit code 1 for a ratio below X, such as 0.9"
+        "--fail-below",
+        type=options.positive,
+        metavar="X",
+        help="exit code 1 for a ratio below X, such as 0.9",
     )
     parser.add_argument("-o", "--output", choices=("md", "json"), default="md")
 

@@ -17,6 +17,7 @@ from moejet.cli.plot import add_plot_option, check_plot, save_rows
 from moejet.cli.results import add_json_option, line_writer, written
 from moejet.cli.table import Column, Row, keep, percent, write_table
 from moejet.cli.terminal import note
+from moejet.validation import short
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--kernel", type=lambda text: text.split(","), metavar="K,..", help="only these kernels"
     )
     parser.add_argument(
-        "--vram", type=float, metavar="GIB", help="use at most so much of the GPU's memory"
+        "--vram",
+        type=options.positive,
+        metavar="GIB",
+        help="use at most so much of the GPU's memory",
     )
     add_json_option(parser)
     add_plot_option(parser, "the roofline of this run with the measured points")
@@ -43,7 +47,8 @@ def execute(args: argparse.Namespace) -> int:
     kernels = args.kernel or list(KERNELS)
     for kernel in kernels:
         if kernel not in KERNELS:
-            raise ValueError(f"--kernel {kernel!r} must be one of {', '.join(KERNELS)}")
+            given = f"--kernel={short(','.join(kernels))} holds {short(kernel)}"
+            raise ValueError(f"{given}, which is not one of {', '.join(KERNELS)}")
     if not torch.cuda.is_available():
         raise ValueError(
             "moejet bench gpu needs a CUDA device, and torch finds none here "

@@ -43,7 +43,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"sizes of a published model: {', '.join(PRESETS)}",
     )
     parser.add_argument(
-        "--experts", type=int, metavar="N", help="of a layer (default: the model's, if they fit)"
+        "--experts",
+        type=options.count,
+        metavar="N",
+        help="of a layer (default: the model's, if they fit)",
     )
     parser.add_argument(
         "--format",
@@ -56,19 +59,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=options.counts, default=_TOKENS, metavar="N,..", help="in one call"
     )
     parser.add_argument(
-        "--layers", type=int, metavar="L", help="to rotate over (default: by --gigabytes)"
+        "--layers", type=options.count, metavar="L", help="to rotate over (default: by --gigabytes)"
     )
     parser.add_argument(
         "--gigabytes",
-        type=float,
+        type=options.positive,
         default=8.0,
         metavar="X",
         help="packed weights to rotate over, if they fit into memory (default 8)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=2.0, metavar="X", help="for each case (default 2)"
+        "--seconds",
+        type=options.positive,
+        default=2.0,
+        metavar="X",
+        help="for each case (default 2)",
     )
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument(
+        "-t", "--threads", dest="num_threads", type=options.count, metavar="N", help="CPU threads"
+    )
     options.add_isa_option(parser)
     options.add_arithmetic_option(parser)
     add_json_option(parser)
@@ -77,13 +86,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    for name in ("experts", "layers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
-    for name in ("gigabytes", "seconds"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name} {getattr(args, name)} must be above 0")
     if 0 in args.tokens:
         raise ValueError("--tokens 0 must be a positive number of tokens")
     check_plot(args.plot)
@@ -113,7 +115,7 @@ def _measure_all(args: argparse.Namespace, stack: ExitStack) -> Iterator[Row]:
     from moejet.extension import resolve_isa
 
     isa = resolve_isa(args.isa or "auto")
-    pool = create_pool(args.threads)
+    pool = create_pool(args.num_threads)
     stack.callback(pool.close)
     meter = Meter(pool, isa=isa)
     # The meter takes its memory before the weights are fitted into the rest.

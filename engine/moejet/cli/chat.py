@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from moejet.cli import options
 from moejet.cli.effort import EFFORTS, add_effort_option, template_of, with_level
-from moejet.cli.main import near_miss
 from moejet.cli.run import figures
 from moejet.cli.terminal import AnswerWriter, note
 from moejet.progress import counted
+from moejet.validation import near_miss
 
 if TYPE_CHECKING:
     from moejet.llm import LLM
@@ -50,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    options.sampling_changes(args)
     with options.open_llm(args.model, options.engine_options(args)) as llm:
         params = options.sampling_params(args, llm)
         conversation = Conversation(

@@ -13,7 +13,7 @@ import moejet
 from moejet.cli import options
 from moejet.cli.effort import add_effort_option, template_of, with_level
 from moejet.cli.plot import add_plot_option, check_plot, save_accuracy
-from moejet.cli.strategies import models_by_name
+from moejet.cli.strategies import check_specs, models_by_name
 from moejet.cli.terminal import note
 from moejet.progress import ProgressLine, bar, duration
 
@@ -40,7 +40,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = "moejet eval [options] FILE"
     parser.epilog = _EPILOG
     parser.add_argument(
-        "file", metavar="FILE", help="problems with their answers, one JSON object per line"
+        "file",
+        type=options.input_file,
+        metavar="FILE",
+        help="problems with their answers, one JSON object per line",
     )
     parser.add_argument(
         "--model",
@@ -60,7 +63,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="what becomes of questions that are there twice (default error)",
     )
-    parser.add_argument("--limit", type=_count, metavar="N", help="the first N problems only")
+    parser.add_argument(
+        "--limit", type=options.count, metavar="N", help="the first N problems only"
+    )
     group = parser.add_argument_group("strategies")
     group.add_argument(
         "--strategy",
@@ -71,16 +76,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_effort_option(group)
     group.add_argument(
-        "-k", "--samples", type=_count, default=1, metavar="N", help="runs per problem (default 1)"
+        "-k",
+        "--samples",
+        type=options.count,
+        default=1,
+        metavar="N",
+        help="runs per problem (default 1)",
     )
     group.add_argument(
         "--budget-tokens",
-        type=_count,
+        type=options.count,
         metavar="N",
         help="tokens that all branches of a run may generate together",
     )
     group.add_argument(
-        "--concurrency", type=_count, default=8, metavar="N", help="runs at a time (default 8)"
+        "--concurrency",
+        type=options.count,
+        default=8,
+        metavar="N",
+        help="runs at a time (default 8)",
     )
     group.add_argument("--system", metavar="TEXT", help="system message before each problem")
     group.add_argument(
@@ -96,23 +110,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--out", type=Path, metavar="RESULTS.jsonl", help="keep each result as it comes"
+        "--out",
+        type=options.output_file,
+        metavar="RESULTS.jsonl",
+        help="keep each result as it comes",
     )
     group.add_argument("--resume", action="store_true", help="go on with the file of --out")
     group.add_argument(
         "--texts", action="store_true", help="keep the texts of the answers in --out"
     )
-    group.add_argument("--json", type=Path, metavar="OUT.json", help="write the report as JSON")
-    group.add_argument("--report", type=Path, metavar="OUT.md", help="write the report as Markdown")
+    group.add_argument(
+        "--json", type=options.output_file, metavar="OUT.json", help="write the report as JSON"
+    )
+    group.add_argument(
+        "--report", type=options.output_file, metavar="OUT.md", help="write the report as Markdown"
+    )
     add_plot_option(group, "accuracy against tokens")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
-
-
-def _count(text: str) -> int:
-    """argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -140,14 +154,13 @@ def execute(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be known to go wrong before anything is loaded."""
+    options.sampling_changes(args)
+    if args.strategy:
+        check_specs(specs_of(args.strategy, args.effort))
     if args.resume and args.out is None:
         raise ValueError("--resume needs --out, the file to go on with")
     if args.texts and args.out is None:
         raise ValueError("--texts needs --out, the file to keep them in")
-    for name in ("out", "json", "report"):
-        path = getattr(args, name)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--{name} {path}: there is no directory {path.parent}")
     check_plot(args.plot)
 
 

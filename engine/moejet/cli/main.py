@@ -1,22 +1,22 @@
 """Entry point of the `moejet` command: finds the command, runs it, turns errors into one line.
 
-Exit codes: 0 done · 1 the machine or the network would not · 2 the user's input · 130 Ctrl-C ·
-141 the reader of our output went away. Unknown exceptions are bugs and keep their traceback.
+`--debug` is MOEJET_LOG=debug, which prints the traceback before the line as well.
 """
 
 import argparse
-import difflib
 import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 import moejet
 from moejet.environment import env_log_level
-from moejet.expected_errors import EXPECTED_ERRORS, describe_error
+from moejet.expected_errors import describe_error
+from moejet.validation import near_miss, short
 
 # Command -> (module, one line of help). Modules are imported when their command is used.
 COMMANDS = {
@@ -38,6 +38,15 @@ SUBCOMMANDS = {
     "bench compare": ("moejet.cli.bench_compare", "compare two files of results"),
 }
 
+EXIT_CODES = {
+    0: "done",
+    1: "the machine or the network would not, or what was checked is not sound",
+    2: "wrong input",
+    130: "Ctrl-C",
+    141: "the reader of the output went away",
+}
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number"}
+
 
 class CommandParser(argparse.ArgumentParser):
     """ArgumentParser with our error line, and with near misses named for unknown options."""
@@ -47,6 +56,30 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"moejet: error: {message} (try '{self.prog} --help')\n")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            wanted = _WORDS.get(action.type)
+            text = f"must be {wanted}" if wanted is not None else error.message
+            raise argparse.ArgumentError(
+                None, f"{_name(action)}={short(arg_string)} {text}"
+            ) from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            text = f"{_name(action)}={short(value)} is not one of {', '.join(known)}"
+            raise argparse.ArgumentError(None, text + near_miss(value, known))
+
+    def in_options(self, message: str) -> str:
+        """A message that begins with a field's name, with the option in its place that sets the field."""
+        field = message.partition("=")[0]
+        for action in self._actions:
+            if action.dest == field and action.option_strings:
+                return f"{_name(action)}{message[len(field) :]}"
+        return message
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse with options and positionals in any order; unknown ones end the program."""
@@ -77,10 +110,10 @@ class CommandParser(argparse.ArgumentParser):
                 unknown.append(word)
 
 
-def near_miss(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """ "; did you mean X?" for the known name nearest to `name`, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _name(action: argparse.Action) -> str:
+    """How a user knows an option or an argument."""
+    names = action.option_strings or [str(action.metavar or action.dest)]
+    return max(names, key=len)
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -108,15 +141,21 @@ def build_parser(command: str) -> CommandParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     import_module(module).add_options(parser)
+    parser.add_argument(
+        "--debug", action="store_true", help="log everything, and show where an error came from"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line in `argv` (default: sys.argv) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # A terminal or pipe that cannot show a character gets "?", not a UnicodeEncodeError.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # A terminal or pipe that cannot show a character gets "?", not a UnicodeEncodeError.
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         try:
@@ -129,6 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return 141
+    except OSError as error:  # of the last flush
+        _silence_stdout()
+        return fail(f"cannot write the output: {describe_error(error)[0]}", 1)
     return code
 
 
@@ -138,23 +180,29 @@ def _silence_stdout() -> None:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if "--debug" in arguments:
+        os.environ["MOEJET_LOG"] = "debug"  # of other processes, too
     try:
         level = env_log_level()
     except ValueError as error:
         return fail(str(error), 2)
     logging.basicConfig(level=level, format="moejet: %(levelname)s: %(name)s: %(message)s")
+    parser: CommandParser | None = None
     try:
         if not arguments or arguments[0] not in COMMANDS:
             return _without_command(arguments)
         command, rest = split_command(arguments)
-        args = build_parser(command).parse(rest)
+        parser = build_parser(command)
+        args = parser.parse(rest)
         code: int = import_module((COMMANDS | SUBCOMMANDS)[command][0]).execute(args)
         return code
-    except EXPECTED_ERRORS as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        logging.getLogger(__name__).debug("the command failed", exc_info=True)
-        return fail(*describe_error(error))
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if level <= logging.DEBUG:
+            traceback.print_exc()
+        text, code = describe_error(error)
+        return fail(text if parser is None else parser.in_options(text), code)
 
 
 def fail(message: str, code: int) -> int:
@@ -164,11 +212,12 @@ def fail(message: str, code: int) -> int:
 
 def _without_command(arguments: list[str]) -> int:
     lines = "\n".join(f"  {name:<9}{summary}" for name, (_, summary) in COMMANDS.items())
+    codes = "\n".join(f"  {code:<9}{text}" for code, text in EXIT_CODES.items())
     parser = CommandParser(
         prog="moejet",
         usage="moejet COMMAND [options]",
         description="Runs DeepSeek-class mixture-of-experts reasoners on this machine.",
-        epilog=f"commands:\n{lines}\n\n'moejet COMMAND --help' explains a command.",
+        epilog=f"commands:\n{lines}\n\n'moejet COMMAND --help' explains a command.\n\nexit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"moejet {moejet.__version__}")

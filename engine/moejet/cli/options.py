@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejet.config import (
@@ -15,12 +16,14 @@ from moejet.config import (
     EXPERT_FORMATS,
     ISAS,
 )
+from moejet.validation import near_miss, short
 
 if TYPE_CHECKING:
     from moejet.llm import LLM
     from moejet.request import SamplingParams
 
 DEFAULT_MODEL = "tiny-reasoner"
+_MAX_SECONDS = 1e6
 
 # Option -> (SamplingParams field, type, help). Options that are not given keep the model's default.
 SAMPLING: dict[str, tuple[str, Callable[[str], Any], str]] = {
@@ -180,7 +183,7 @@ def counts(text: str) -> list[int]:
     except ValueError:
         values = [-1]
     if min(values) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,512")
+        raise argparse.ArgumentTypeError("must be a list of whole numbers such as 128,512")
     return values
 
 
@@ -188,9 +191,102 @@ def number_or_auto(text: str) -> int | str:
     """argparse type: a number, or auto."""
     if text == "auto":
         return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not 'auto' or a number")
+    return count(text, 0, "auto or a whole number")
+
+
+def count(text: str, low: int = 1, wanted: str = "a whole number of at least 1") -> int:
+    """argparse type: a whole number."""
+    # Of no more digits than Python reads.
+    if not text.isdecimal() or len(text) > 30 or int(text) < low:
+        raise argparse.ArgumentTypeError(f"must be {wanted}")
     return int(text)
+
+
+def positive(text: str) -> float:
+    """argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError("must be a number above 0")
+    return value
+
+
+def seconds(text: str) -> float:
+    """argparse type: seconds, 0 included, that a clock can count."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and {_MAX_SECONDS:g} seconds")
+    return value
+
+
+def input_file(text: str) -> Path:
+    """argparse type: a file that can be read."""
+    path = _path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError("does not exist: check the path")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError("is a directory: give a file")
+    if not os.access(path, os.R_OK):
+        raise argparse.ArgumentTypeError("cannot be read: check its permissions")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """argparse type: a file that can be written, whether it exists or not."""
+    path = _path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError("is a directory: give a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"needs the directory {path.parent}: create it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError("cannot be written: check the permissions")
+    return path
+
+
+def directory(text: str) -> Path:
+    """argparse type: a directory, whether it exists or not."""
+    path = _path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError("is a file: give a directory")
+    return path
+
+
+def lines_file(text: str) -> str:
+    """argparse type: a file to append to, or - for stdout."""
+    return text if text == "-" else str(output_file(text))
+
+
+def _path(text: str) -> Path:
+    """A path that the operating system would look up."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, not empty")
+    try:
+        os.stat(text)
+    except FileNotFoundError:
+        pass
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be a path without such a character") from None
+    except OSError as error:
+        reason = (error.strerror or "").lower()
+        raise argparse.ArgumentTypeError(f"must be another path: {reason}") from None
+    return Path(text)
+
+
+def preset(text: str) -> str:
+    """argparse type: the shape of a published model."""
+    from moejet.presets import parse_preset
+
+    try:
+        parse_preset(text)
+    except ValueError as error:
+        message = str(error).removeprefix(f"shape={short(text)} ")
+        raise argparse.ArgumentTypeError(message) from None
+    return text
 
 
 def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -199,8 +295,8 @@ def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         for part in text.split(","):
             if part not in known:
-                message = f"{part!r} is not one of {', '.join(known)}"
-                raise argparse.ArgumentTypeError(message)
+                message = f"holds {short(part)}, which is not one of {', '.join(known)}"
+                raise argparse.ArgumentTypeError(message + near_miss(part, known))
         return text.split(",")
 
     return parse
@@ -251,11 +347,10 @@ def engine_class() -> "type[LLM]":
     return LLM
 
 
-def sampling_params(args: argparse.Namespace, llm: "LLM") -> "SamplingParams":
-    """The model's default sampling with the given options on top.
+def sampling_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that were given. Raises ValueError for impossible ones, before anything is loaded."""
+    from moejet.request import SamplingParams
 
-    Raises ValueError from SamplingParams, which names field, value and remedy.
-    """
     changes = {
         field: value
         for field, _, _ in SAMPLING.values()
@@ -267,7 +362,13 @@ def sampling_params(args: argparse.Namespace, llm: "LLM") -> "SamplingParams":
     for name in ("n", "logprobs"):
         if getattr(args, name, None) is not None:
             changes[name] = getattr(args, name)
-    return replace(llm.default_sampling(), **changes)
+    SamplingParams(**changes)
+    return changes
+
+
+def sampling_params(args: argparse.Namespace, llm: "LLM") -> "SamplingParams":
+    """The model's default sampling with the given options on top."""
+    return replace(llm.default_sampling(), **sampling_changes(args))
 
 
 def looks_like_model(text: str) -> bool:

@@ -51,7 +51,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--context", dest="max_context", type=int, metavar="N", help="tokens of the longest request"
     )
     parser.add_argument(
-        "--bandwidth", type=_positive, metavar="GBPS", help="memory read rate, instead of measuring"
+        "--bandwidth",
+        type=options.positive,
+        metavar="GBPS",
+        help="memory read rate, instead of measuring",
     )
     parser.add_argument(
         "--no-measure", action="store_true", help="predict no speed from measurements"
@@ -195,14 +198,4 @@ def measure(config: EngineConfig) -> dict[str, Any]:
 
 
 def _gib(text: str) -> int:
-    return round(_positive(text) * GIB)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
+    return round(options.positive(text) * GIB)

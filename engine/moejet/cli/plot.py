@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moejet.cli import options
 from moejet.cli.table import Row
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def add_plot_option(group: argparse._ActionsContainer, what: str) -> None:
     """--plot OUT.png; `check_plot` before anything is measured."""
     group.add_argument(
         "--plot",
-        type=Path,
+        type=options.output_file,
         metavar="OUT.png",
         help=f"draw {what} (needs matplotlib: pip install 'moejet[plot]')",
     )
@@ -56,8 +57,6 @@ def check_plot(path: Path | None) -> None:
         return
     if path.suffix not in PICTURES:
         raise ValueError(f"--plot {path} must end with one of {', '.join(PICTURES)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--plot {path}: there is no directory {path.parent}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

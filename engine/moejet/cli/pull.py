@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moejet.cli import options
 from moejet.cli.terminal import note
 from moejet.hub import (
     Counter,
@@ -50,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default main)")
     parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="default: the Hugging Face cache"
+        "--cache-dir", type=options.directory, metavar="DIR", help="default: the Hugging Face cache"
     )
     parser.add_argument(
         "--include",

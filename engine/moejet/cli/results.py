@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moejet.cli import options
 from moejet.cli.table import Row
 
 
@@ -13,7 +14,9 @@ def add_json_option(parser: argparse.ArgumentParser, default: str | None = None)
     """--json FILE, as every benchmark has it. default "-": for those that show nothing else."""
     text = "append one JSON line per result to FILE, '-': print them"
     text += " (default)" if default == "-" else ""
-    parser.add_argument("--json", metavar="FILE", default=default, help=text)
+    parser.add_argument(
+        "--json", type=options.lines_file, metavar="FILE", default=default, help=text
+    )
 
 
 @contextmanager

@@ -71,6 +71,7 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError("--system does not go with --raw: a raw prompt has no messages")
     if args.strategy is not None:
         check_options(args)
+    options.sampling_changes(args)
     with options.open_llm(model, options.engine_options(args)) as llm:
         if not (args.json or args.quiet):
             note(llm.describe())

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from moejet.cli import options
 from moejet.cli.main import fail
 from moejet.cli.terminal import note
+from moejet.config import EngineConfig
 from moejet.environment import env_api_key
 from moejet.progress import ProgressLine, bar
+from moejet.ticket import check_limits
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -32,7 +34,6 @@ examples:
 """
 _ENGINE_LIMITS = ("max_queued_requests", "max_queued_tokens", "step_timeout_s", "memory_gbps")
 _MAX_CONNECTIONS = 4096
-_MAX_DRAIN_S = 1e6
 _CLOSE_S = 30.0
 _WRITE_S, _HASTY_WRITE_S = 5.0, 0.5  # for the last events of streams that are ended
 
@@ -71,7 +72,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--api-key-file",
-        type=Path,
+        type=options.input_file,
         metavar="FILE",
         help="ask for one of the keys in FILE, one per line",
     )
@@ -132,14 +133,14 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--drain-timeout",
-        type=float,
+        type=options.seconds,
         default=60.0,
         metavar="SECONDS",
         help="for running requests when the server is told to end (default %(default)g)",
     )
     group.add_argument(
         "--header-timeout",
-        type=float,
+        type=options.positive,
         default=20.0,
         metavar="SECONDS",
         help="for a request's headers; a connection without them is closed then (default %(default)g)",
@@ -195,10 +196,7 @@ def execute(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     _check_packages()
     config = _config(args)
-    if not 0 <= args.drain_timeout <= _MAX_DRAIN_S:
-        raise ValueError(
-            f"--drain-timeout={args.drain_timeout:g} must be between 0 and {_MAX_DRAIN_S:g} seconds"
-        )
+    engine, limits = _engine_options(args)
     if args.max_restarts < 0:
         raise ValueError(f"--max-restarts={args.max_restarts} must be 0 or more")
     if args.no_access_log:
@@ -207,7 +205,7 @@ def execute(args: argparse.Namespace) -> int:
         logging.getLogger("moejet.server.access").setLevel(logging.INFO)
     _raise_file_limit()
     with _listening_socket(config.host, config.port) as sock:
-        return asyncio.run(_serve(args, config, sock))
+        return asyncio.run(_serve(args, config, sock, engine, limits))
 
 
 def _check_packages() -> None:
@@ -311,7 +309,13 @@ class _Gate:
         await response(scope, receive, send)
 
 
-async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.socket) -> int:
+async def _serve(
+    args: argparse.Namespace,
+    config: "ServerConfig",
+    sock: socket.socket,
+    engine: dict[str, Any],
+    limits: dict[str, Any],
+) -> int:
     import uvicorn
 
     from moejet.server.app import asgi_app
@@ -337,7 +341,7 @@ async def _serve(args: argparse.Namespace, config: "ServerConfig", sock: socket.
     # _serve and not serve, which would take the signals for itself and end the process by them.
     serving = asyncio.create_task(server._serve([sock]))
     waiting = asyncio.create_task(stopped.wait())
-    loading = asyncio.create_task(_load(args, config))
+    loading = asyncio.create_task(_load(args, config, engine, limits))
     await asyncio.wait((loading, waiting, serving), return_when=asyncio.FIRST_COMPLETED)
     try:
         if not loading.done():
@@ -417,16 +421,28 @@ def _retry_on_signal(backend: "Backend") -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, retry)
 
 
-async def _load(args: argparse.Namespace, config: "ServerConfig") -> "Backend":
-    from moejet.server.backend import LocalBackend
-    from moejet.server.restarts import RestartPolicy
-    from moejet.server.supervisor import RemoteBackend, WorkerOptions
-
+def _engine_options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the engine, and its limits, checked before there is a process for it."""
     engine = options.engine_options(args)
     for name in ("max_num_requests", "max_batch_tokens", "cache_tokens", "seed", "deterministic"):
         if (value := getattr(args, name)) is not None:
             engine[name] = value
+    EngineConfig.create(model=args.model, **engine)
     limits = {n: v for n in _ENGINE_LIMITS if (v := getattr(args, n)) is not None}
+    check_limits(**limits)
+    return engine, limits
+
+
+async def _load(
+    args: argparse.Namespace,
+    config: "ServerConfig",
+    engine: dict[str, Any],
+    limits: dict[str, Any],
+) -> "Backend":
+    from moejet.server.backend import LocalBackend
+    from moejet.server.restarts import RestartPolicy
+    from moejet.server.supervisor import RemoteBackend, WorkerOptions
+
     assert config.model_name is not None, "it has been set"
     if args.no_worker:
         options.quiet_openmp()

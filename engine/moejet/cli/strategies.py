@@ -6,6 +6,7 @@ import math
 import secrets
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +32,18 @@ def check_options(args: argparse.Namespace) -> None:
         ("logprobs", "--logprobs", "leave it out"),
     ):
         if getattr(args, name) is not None:
-            raise ValueError(f"{option} does not go with --strategy: {remedy}")
+            given = f"{option}={getattr(args, name)}"
+            raise ValueError(f"{given} does not go with --strategy: {remedy}")
+    check_specs([resolve_strategy(args.strategy.strip(), args.effort)])
+
+
+def check_specs(specs: Sequence[str]) -> None:
+    """What can be known to be wrong with specifications before anything is loaded."""
+    options.quiet_openmp()
+    from moejet.reasoning.specs import check_spec
+
+    for spec in specs:
+        check_spec(spec)
 
 
 def run_strategy(

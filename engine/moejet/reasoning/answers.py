@@ -12,11 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moejet.reasoning.answer_form import read_answer
 from moejet.reasoning.equality import NumericEqual, SympyEqual, group, key
 from moejet.thinking import KNOWN_TAGS
+from moejet.validation import checked
 
 __all__ = [
     "After",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Extractor(Protocol):
     def __call__(self, content: str) -> str | None:
         """The answer in a text, None if there is none."""
@@ -167,6 +169,7 @@ class FirstMatch:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class AnswerKey:
     """How answers of one kind of task are found and compared; strategies vote with it.
 

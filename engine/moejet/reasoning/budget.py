@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
 from moejet.policy import Stop, TokenPolicy
 from moejet.sample_state import SampleState
+from moejet.validation import checked, require_int, require_number
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Budget:
     """What a run may cost; it ends with the best it has when something is used up. None: no limit of its own.
 
@@ -28,11 +29,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, low in (("total_tokens", 1), ("thinking_tokens", 0), ("branches", 1)):
-            check_count(name, getattr(self, name), low, or_none=True)
-        check_count("answer_reserve", self.answer_reserve, 0)
-        is_number = isinstance(self.wall_s, int | float) and not isinstance(self.wall_s, bool)
-        if self.wall_s is not None and not (is_number and 0 < self.wall_s < math.inf):
-            raise ValueError(f"wall_s={self.wall_s!r} must be a positive number of seconds")
+            require_int(name, getattr(self, name), low, or_none=True)
+        require_int("answer_reserve", self.answer_reserve, 0)
+        require_number("wall_s", self.wall_s, above=0, hint="seconds", or_none=True)
 
 
 class Deadline(TokenPolicy):
@@ -43,9 +42,3 @@ class Deadline(TokenPolicy):
 
     def on_append(self, state: SampleState, token_id: int) -> Stop | None:
         return Stop("wall_s") if time.monotonic() >= self.at_s else None
-
-
-def check_count(name: str, value: object, low: int = 1, *, or_none: bool = False) -> None:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    if not is_count and not (or_none and value is None):
-        raise ValueError(f"{name}={value!r} must be an integer of at least {low}")

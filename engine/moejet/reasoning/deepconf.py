@@ -15,12 +15,12 @@ from typing import Literal
 import numpy as np
 
 from moejet.policy import Action, Keep, Stop, TokenPolicy
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.select import choose_by_votes, votes
 from moejet.reasoning.stopping import BetaStop, StopRule
 from moejet.reasoning.task import Run, Task, with_policy
 from moejet.sample_state import SampleState
+from moejet.validation import checked, require_int, require_number
 
 LOWEST, TAIL = "lowest_group_confidence", "tail_confidence"
 STOPPED = "low confidence"
@@ -55,6 +55,7 @@ class ConfidenceWindow(TokenPolicy):
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class DeepConf:
     """total traces at most, of which `warmup` set the bar.
 
@@ -71,14 +72,11 @@ class DeepConf:
     stop: StopRule | None = field(default_factory=BetaStop)
 
     def __post_init__(self) -> None:
-        if self.mode not in ("online", "offline"):
-            raise ValueError(f"mode={self.mode!r} must be 'online' or 'offline'")
         for name in ("warmup", "window", "wave"):
-            check_count(name, getattr(self, name))
+            require_int(name, getattr(self, name), 1)
         if self.total < self.warmup:
             raise ValueError(f"total={self.total!r} must be at least warmup={self.warmup!r}")
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep={self.keep!r} must be above 0 and at most 1")
+        require_number("keep", self.keep, above=0, high=1)
 
     def run(self, task: Task) -> Run[Result]:
         is_online = self.mode == "online"

@@ -18,6 +18,7 @@ from moejet.reasoning.task import Run, Task, room_of, with_policy
 from moejet.request import SamplingParams
 from moejet.sample_state import SampleState
 from moejet.tokenizer import Tokenizer
+from moejet.validation import checked
 
 HEDGES = ("wait", "but", "hmm", "maybe", "not sure", "alternatively")
 TRANSITIONS = ("Wait", "Alternatively", "Hmm")
@@ -78,6 +79,7 @@ class _Exit:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Probed(_Exit):
     """Probes every `every` tokens and exits after `agree` equal answers without hedging (Dynasor-CoT, 2412.20993).
 
@@ -121,6 +123,7 @@ class Probed(_Exit):
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class AtTransitions(_Exit):
     """Tries the answer where the model is about to turn, and exits if it is sure of it (DEER, arXiv 2504.15895).
 

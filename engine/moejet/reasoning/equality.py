@@ -20,6 +20,7 @@ from moejet.reasoning.answer_form import Answer, Form, read_answer
 from moejet.reasoning.evaluation import Evaluation, Value, as_complex, sample_point, symbols
 from moejet.reasoning.expression import ExpressionError, Node, mul, num
 from moejet.reasoning.symbolic import shared_process
+from moejet.validation import require_number
 
 POINTS = 4
 TOLERANCE = 1e-9  # relative to the largest intermediate value; a larger difference is a difference
@@ -33,8 +34,7 @@ class SympyEqual:
     timeout: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.timeout <= 600:
-            raise ValueError(f"timeout={self.timeout} must lie in (0, 600] seconds")
+        require_number("timeout", self.timeout, above=0, high=600, hint="seconds")
 
     def __call__(self, first: str, second: str) -> bool:
         return same_answer(read_answer(first), read_answer(second), self._scalars)

@@ -9,9 +9,11 @@ from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.single import Single
 from moejet.reasoning.task import Run, Strategy, Task
 from moejet.request import SamplingParams
+from moejet.validation import checked
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class VerifyRounds:
     """Independent rounds until the last `agree` answers are equal, as reported of Step R-mini.
 
@@ -56,6 +58,7 @@ class VerifyRounds:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class CheckedOnce:
     """One pass whose thinking is made to go on `times` times before it may answer (s1, arXiv 2501.19393)."""
 

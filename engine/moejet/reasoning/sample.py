@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.select import Majority, Select
 from moejet.reasoning.single import Single
 from moejet.reasoning.stopping import StopRule
 from moejet.reasoning.task import Run, Strategy, Task
+from moejet.validation import checked, require_int
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Sample:
     """n runs of `inner` (self-consistency, arXiv 2203.11171, with `Majority`); best-of-n with a `Best` as select.
 
@@ -28,8 +29,8 @@ class Sample:
     wave: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("n", self.n)
-        check_count("wave", self.wave, or_none=True)
+        require_int("n", self.n, 1)
+        require_int("wave", self.wave, 1, or_none=True)
 
     def run(self, task: Task) -> Run[Result]:
         stop = self.stop

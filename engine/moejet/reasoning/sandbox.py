@@ -38,6 +38,7 @@ from typing import Any, Literal
 
 from moejet.reasoning.sandbox_program import EXIT_MEMORY, EXIT_REFUSED, EXIT_UNAVAILABLE
 from moejet.reasoning.seccomp import filter_program
+from moejet.validation import require_choice, require_int, require_number
 
 Status = Literal["ok", "error", "timeout", "memory", "output", "killed", "refused"]
 Level = Literal["full", "seccomp", "limits"]
@@ -80,14 +81,10 @@ class SandboxLimits:
 
     def __post_init__(self) -> None:
         for name in ("cpu_s", "wall_s", "startup_s"):
-            if not 0 < getattr(self, name) <= 3600:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 3600] seconds")
-        if not 1 << 20 <= self.memory_bytes <= 1 << 40:
-            raise ValueError(f"memory_bytes={self.memory_bytes} must lie in 1 MiB..1 TiB")
-        if not 0 <= self.output_bytes <= 1 << 30:
-            raise ValueError(f"output_bytes={self.output_bytes} must lie in 0..1 GiB")
-        if self.require not in LEVELS:
-            raise ValueError(f"require={self.require!r} must be one of {', '.join(LEVELS)}")
+            require_number(name, getattr(self, name), above=0, high=3600, hint="seconds")
+        require_int("memory_bytes", self.memory_bytes, 1 << 20, 1 << 40)
+        require_int("output_bytes", self.output_bytes, 0, 1 << 30)
+        require_choice("require", self.require, LEVELS)
 
 
 @dataclass(frozen=True, slots=True)

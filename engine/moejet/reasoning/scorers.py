@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from moejet.branch import Branch
 from moejet.llm import LLM
@@ -19,15 +19,18 @@ from moejet.reasoning.result import Candidate, ScoredStep
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
 from moejet.statistics import TokenScores
+from moejet.validation import checked
 
 Aggregate = Literal["last", "min", "mean", "product"]
 
 
+@runtime_checkable
 class Scorer(Protocol):
     def score(self, task: Task, candidates: Sequence[Candidate]) -> Run[list[float]]:
         """Higher is better, in the order of the candidates."""
 
 
+@runtime_checkable
 class StepScorer(Protocol):
     def score_steps(self, task: Task, branches: Sequence[Branch]) -> Run[list[float]]:
         """Higher is better, of all that each branch has so far."""
@@ -49,6 +52,7 @@ def aggregate(scores: Sequence[float], how: Aggregate) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Confidence:
     """The mean of one of the values of `moejet.statistics` over the tokens that the model chose.
 
@@ -75,6 +79,7 @@ class Confidence:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class StepHead:
     """The scalar head of the model itself (`moejet.step_head`), which decoding computes without another pass.
 
@@ -121,6 +126,7 @@ class StepHead:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class RewardModel:
     """A second model that reads problem and steps and says how likely each is right (Math-Shepherd, arXiv 2312.08935).
 
@@ -170,6 +176,7 @@ class RewardModel:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Verifier:
     """A model that is asked whether an answer is right: probability of `yes` against `no` (GenRM, arXiv 2408.15240).
 
@@ -202,6 +209,7 @@ class Verifier:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Check:
     """1 where a function of the candidate says yes, else 0: a unit test, a program that is run, a rule.
 

@@ -6,15 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.scorers import Scorer
 from moejet.reasoning.task import Run, Task
+from moejet.validation import checked, require_number
 
 SCORE = "score"
 
 
+@runtime_checkable
 class Select(Protocol):
     def choose(self, task: Task, candidates: Sequence[Candidate]) -> Run[Result]:
         """The result of at least one candidate; scorers that it asks may take the engine's time."""
@@ -70,6 +72,7 @@ class Majority:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Weighted:
     """A vote in which a candidate counts by its score (arXiv 2408.03314). Scores below 0 count as 0.
 
@@ -80,8 +83,7 @@ class Weighted:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r} must be a positive number or None")
+        require_number("temperature", self.temperature, above=0, or_none=True)
 
     def choose(self, task: Task, candidates: Sequence[Candidate]) -> Run[Result]:
         scored = yield from with_scores(task, candidates, self.scorer)
@@ -96,6 +98,7 @@ class Weighted:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Borda:
     """A vote in which the candidate of rank r of N counts (N - r) ** p, r from 0 by score (arXiv 2502.18581).
 
@@ -106,8 +109,7 @@ class Borda:
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p < math.inf:
-            raise ValueError(f"p={self.p!r} must be a number of at least 0")
+        require_number("p", self.p, 0)
 
     def choose(self, task: Task, candidates: Sequence[Candidate]) -> Run[Result]:
         scored = yield from with_scores(task, candidates, self.scorer)
@@ -118,6 +120,7 @@ class Borda:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Best:
     """The candidate with the highest score, among those with an answer if there are any: best-of-n."""
 
@@ -132,6 +135,7 @@ class Best:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class MinimumBayesRisk:
     """The candidate that agrees most with all others: largest mean utility, which takes two texts and is symmetric.
 
@@ -162,6 +166,7 @@ class MinimumBayesRisk:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Shortest:
     """The shortest of the candidates whose answer another selector chooses (Kimi k1.5, arXiv 2501.12599)."""
 

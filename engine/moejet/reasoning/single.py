@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from moejet.reasoning.result import Result
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
+from moejet.validation import checked
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Single:
     """The model's answer as it comes. params: instead of the task's."""
 

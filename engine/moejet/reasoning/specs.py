@@ -34,7 +34,6 @@ head if it has one, else self_certainty.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,6 +70,7 @@ from moejet.reasoning.spec_options import Load, Options
 from moejet.reasoning.spec_text import Spec
 from moejet.reasoning.stopping import BetaStop, Decided, StopRule, Unanimous
 from moejet.reasoning.task import Strategy
+from moejet.validation import near_miss, short
 
 
 def strategy_names() -> tuple[str, ...]:
@@ -99,11 +99,19 @@ def parse_strategy(
     return strategy
 
 
-def _build(spec: Spec, llm: LLM, load: Load | None) -> tuple[Strategy, int]:
+def check_spec(text: str) -> None:
+    """What can be known to be wrong with a specification before there is a model."""
+    _check_name(Spec.read(text))
+
+
+def _check_name(spec: Spec) -> None:
     if spec.name not in _BUILDERS:
-        close = difflib.get_close_matches(spec.name, _BUILDERS, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"strategy {spec.name!r} is unknown: {hint}known: {', '.join(_BUILDERS)}")
+        hint = near_miss(spec.name, _BUILDERS)
+        raise ValueError(f"strategy={short(spec.name)} is not one of {', '.join(_BUILDERS)}{hint}")
+
+
+def _build(spec: Spec, llm: LLM, load: Load | None) -> tuple[Strategy, int]:
+    _check_name(spec)
     options = Options(spec, llm, load, _build)
     strategy = _BUILDERS[spec.name](options)
     if unknown := [key for key in spec.options if key not in options.asked]:

@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moejet.reasoning.answer_classes import Answers
 from moejet.reasoning.result import Candidate
+from moejet.validation import checked, require_number
 
 
+@runtime_checkable
 class StopRule(Protocol):
     """When no more answers are needed."""
 
@@ -30,6 +32,7 @@ def beta_confidence(first: int, second: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class BetaStop:
     """Stops once the leading answer is ahead of the next with this probability (Adaptive-Consistency, 2305.11860).
 
@@ -40,8 +43,7 @@ class BetaStop:
     least: int = 2
 
     def __post_init__(self) -> None:
-        if not 0.5 <= self.confidence < 1:
-            raise ValueError(f"confidence={self.confidence!r} must be at least 0.5 and below 1")
+        require_number("confidence", self.confidence, 0.5, below=1)
 
     def is_enough(self, candidates: Sequence[Candidate], answers: Answers) -> bool:
         if len(candidates) < self.least:
@@ -51,6 +53,7 @@ class BetaStop:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Unanimous:
     """Stops once one answer has `count` votes and no other has any."""
 
@@ -62,6 +65,7 @@ class Unanimous:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Decided:
     """Stops once those of `total` that are still to come cannot change who leads."""
 

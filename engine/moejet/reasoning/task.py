@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from moejet.advance import Advance
 from moejet.branch import Branch, Segment, Until
@@ -40,6 +40,7 @@ Run = Generator["Advance | Background | Gather | Progress", Any, T]
 Render = Callable[[Any], tuple[str | None, list[int]]]
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """A way to come to an answer. Implementations are frozen dataclasses without state of their own."""
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Literal, get_args
+from typing import Literal
+
+from moejet.validation import checked, require_int, require_number, short
 
 ReasoningField = Literal["both", "reasoning_content", "reasoning"]
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class ServerConfig:
     """How requests are taken and answered; what runs them is the engine's.
 
@@ -57,25 +60,18 @@ class ServerConfig:
     effort_strategies: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.port, int) or not 0 <= self.port < 65536:
-            raise ValueError(f"port={self.port!r} must be between 0 (any free one) and 65535")
+        require_int("port", self.port, 0, 65535, "0: any free one")
         for name in ("max_body_bytes", "max_header_bytes", "max_header_count", "max_json_depth"):
-            _check_positive(name, getattr(self, name))
+            require_int(name, getattr(self, name), 1)
         for name in ("max_n", "max_stop", "max_prompts", "max_strategy_samples"):
-            _check_positive(name, getattr(self, name))
+            require_int(name, getattr(self, name), 1)
         for name in ("header_timeout_s", "body_timeout_s", "keep_alive_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be above 0")
-        if self.reasoning_field not in get_args(ReasoningField):
-            raise ValueError(
-                f"reasoning_field={self.reasoning_field!r} must be one of "
-                f"{', '.join(get_args(ReasoningField))}"
-            )
+            require_number(name, getattr(self, name), above=0, hint="seconds")
         if any(not key for key in self.api_keys):
-            raise ValueError("api_keys holds an empty key: leave it out, or give the key")
+            raise ValueError("api_keys holds '', an empty key: leave it out, or give the key")
         if not (self.api_keys or self.insecure or is_loopback(self.host)):
             raise ValueError(
-                f"host={self.host!r} can be reached by others, and no api_keys are given: give one "
+                f"host={short(self.host)} can be reached by others, and no api_keys are given: give one "
                 "(--api-key), listen on 127.0.0.1, or say --insecure"
             )
 
@@ -86,8 +82,3 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1")

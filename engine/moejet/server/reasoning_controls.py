@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from moejet.reasoning.effort import EFFORT_BUDGETS, EFFORTS
-from moejet.server.short import short
 from moejet.tokenizer import Tokenizer
+from moejet.validation import short
 
 SWITCHES = ("thinking", "enable_thinking")  # in templates
 BUDGET_FIELDS = (

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from moejet.environment import env_log_level
-from moejet.expected_errors import EXPECTED_ERRORS, describe_error
+from moejet.expected_errors import describe_error
 from moejet.server import frames
 from moejet.server.backend import LocalBackend, Stream
 from moejet.server.frames import Channel
@@ -262,10 +262,8 @@ def _loaded(backend: LocalBackend) -> frames.Loaded:
 
 
 def _load_failure(error: Exception) -> frames.LoadFailed:
-    if isinstance(error, EXPECTED_ERRORS):
-        return frames.LoadFailed(*describe_error(error))
-    logger.error("loading failed", exc_info=error)
-    return frames.LoadFailed(f"loading failed: {type(error).__name__}: {error}", 1)
+    logger.debug("loading failed", exc_info=error)
+    return frames.LoadFailed(*describe_error(error))
 
 
 def _end_with(parent: int) -> None:

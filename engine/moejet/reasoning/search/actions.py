@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moejet.branch import Branch, Segment
 from moejet.reasoning.search.step_beam import StepCheck
 from moejet.reasoning.search.steps import Step, Steps, complete
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
+from moejet.validation import checked
 
 
 @dataclass(eq=False, slots=True)
@@ -44,6 +45,7 @@ class Child:
     reward: float | None = None
 
 
+@runtime_checkable
 class Action(Protocol):
     @property
     def name(self) -> str: ...
@@ -55,6 +57,7 @@ class Action(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class NextStep:
     """One step, sampled `width` times; equal ones are one child (A1 of rStar).
 
@@ -86,6 +89,7 @@ class NextStep:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Finish:
     """All remaining steps, `samples` times; the likeliest of the commonest answer stays, worth its share (A2)."""
 
@@ -105,6 +109,7 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class SubQuestion:
     """The next question to ask oneself, `width` of them, each with the commonest of `votes` answers to it (A3)."""
 
@@ -139,6 +144,7 @@ class SubQuestion:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class ReAnswer:
     """Another answer to the question that was just asked, the commonest of `votes` (A4)."""
 
@@ -158,6 +164,7 @@ class ReAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Rephrase:
     """The problem in other words, only at the beginning (A5)."""
 

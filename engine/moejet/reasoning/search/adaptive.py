@@ -8,9 +8,11 @@ from moejet.reasoning.result import Result
 from moejet.reasoning.sample import Sample
 from moejet.reasoning.select import Select
 from moejet.reasoning.task import Run, Strategy, Task
+from moejet.validation import checked, require_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+@checked
 class Adaptive:
     """A few answers tell how hard a problem is, and so which method it gets (compute-optimal, arXiv 2408.03314).
 
@@ -27,8 +29,7 @@ class Adaptive:
     merge: Select | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold!r} must be between 0 and 1")
+        require_number("threshold", self.threshold, 0, 1)
 
     def run(self, task: Task) -> Run[Result]:
         probe = yield from self.probe.run(task)

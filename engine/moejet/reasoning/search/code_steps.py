@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from moejet.branch import Branch
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Result
 from moejet.reasoning.scorers import StepScorer
 from moejet.reasoning.search.actions import NextStep
@@ -18,6 +17,7 @@ from moejet.reasoning.search.steps import Steps
 from moejet.reasoning.select import SCORE, choose_by_votes, votes
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
+from moejet.validation import checked, require_int
 
 END_OF_STEP = "<end_of_step>"
 RunPython = Callable[[str], Any]  # to something with a `status`, "ok" if the program ran to its end
@@ -34,6 +34,7 @@ def code_of(text: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class CodeCheck:
     """Lets branches stay whose Python so far runs without an error; those without any stay as well.
 
@@ -71,6 +72,7 @@ class CodeCheck:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class CodeSteps:
     """rStar-Math's search (arXiv 2501.04519): steps with Python, of which only those stay whose program still runs.
 
@@ -94,9 +96,7 @@ class CodeSteps:
 
     def __post_init__(self) -> None:
         for name in ("beams", "children", "rollouts", "depth", "top"):
-            check_count(name, getattr(self, name))
-        if self.method not in ("beam", "tree"):
-            raise ValueError(f"method={self.method!r} must be beam or tree")
+            require_int(name, getattr(self, name), 1)
 
     def run(self, task: Task) -> Run[Result]:
         check = CodeCheck(self.python)

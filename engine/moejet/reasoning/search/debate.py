@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from moejet.prompt_reader import Message
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, conversation, reply
 from moejet.reasoning.select import Majority, Select
 from moejet.reasoning.task import Run, Task
+from moejet.validation import checked, require_int
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Debate:
     """k answers; then for `rounds` rounds each reads the others' and answers again (arXiv 2305.14325).
 
@@ -29,8 +30,8 @@ class Debate:
     closing: str = "Where do they differ from you, and who is right? Then solve the question once more and answer it."
 
     def __post_init__(self) -> None:
-        check_count("k", self.k, 2)
-        check_count("rounds", self.rounds)
+        require_int("k", self.k, 2)
+        require_int("rounds", self.rounds, 1)
 
     def run(self, task: Task) -> Run[Result]:
         messages = conversation(task)

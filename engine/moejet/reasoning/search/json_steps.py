@@ -8,12 +8,12 @@ from typing import Any
 
 from moejet.grammar import Grammar
 from moejet.prompt_reader import Message
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, question, reply, with_question
 from moejet.reasoning.search.tree import Tree
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
+from moejet.validation import checked, require_int
 
 CONTINUE, FINAL = "continue", "final_answer"
 SCHEMA: dict[str, Any] = {
@@ -29,6 +29,7 @@ SCHEMA: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class JsonSteps:
     """One JSON object per step, {title, content, next_action}, until the model wants to answer, as g1 does.
 
@@ -54,7 +55,7 @@ class JsonSteps:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "max_tokens", "answer_tokens", "tries"):
-            check_count(name, getattr(self, name))
+            require_int(name, getattr(self, name), 1)
 
     def run(self, task: Task) -> Run[Result]:
         params = self._params(task)

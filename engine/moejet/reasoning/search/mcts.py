@@ -6,10 +6,9 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from moejet.branch import Branch, Segment
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.scorers import Confidence, StepScorer
 from moejet.reasoning.search.actions import Action, Child, NextStep, Place, rstar_actions
@@ -18,10 +17,12 @@ from moejet.reasoning.search.tree import Final, Tree, conclude
 from moejet.reasoning.select import SCORE
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
+from moejet.validation import checked, require_int, require_number
 
 Simulation = Literal["finish", "expand", "none"]
 
 
+@runtime_checkable
 class Value(Protocol):
     """What a simulation is worth, best between 0 and 1."""
 
@@ -57,6 +58,7 @@ class VoteShare:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Scored:
     """What a verifier says: process reward models, the model's own confidence, programs."""
 
@@ -81,6 +83,7 @@ def uct(total: float, visits: int, parent_visits: int, c: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class MCTS:
     """Rollouts from the root of a tree of partial solutions, led by UCT.
 
@@ -109,13 +112,10 @@ class MCTS:
 
     def __post_init__(self) -> None:
         for name in ("rollouts", "depth", "samples", "parallel"):
-            check_count(name, getattr(self, name))
+            require_int(name, getattr(self, name), 1)
         if not self.actions:
             raise ValueError("actions is empty: a search needs at least one")
-        if not 0 <= self.c < math.inf:
-            raise ValueError(f"c={self.c!r} must be a number of at least 0")
-        if self.simulation not in ("finish", "expand", "none"):
-            raise ValueError(f"simulation={self.simulation!r} must be finish, expand or none")
+        require_number("c", self.c, 0)
 
     def run(self, task: Task) -> Run[Result]:
         search = Search(self, task)

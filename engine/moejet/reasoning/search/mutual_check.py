@@ -12,11 +12,13 @@ from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.select import SCORE, votes
 from moejet.reasoning.task import Run, Strategy, Task
 from moejet.request import SamplingParams
+from moejet.validation import checked, require_number
 
 AGREEMENT = "agreement"
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class MutualCheck:
     """rStar's discriminator (arXiv 2408.06195): a second model completes beginnings of each candidate's reasoning.
 
@@ -35,8 +37,7 @@ class MutualCheck:
     def __post_init__(self) -> None:
         if not self.masks or not all(0 <= mask < 1 for mask in self.masks):
             raise ValueError(f"masks={self.masks!r} must hold shares of at least 0 and below 1")
-        if not 0 <= self.need <= 1:
-            raise ValueError(f"need={self.need!r} must be between 0 and 1")
+        require_number("need", self.need, 0, 1)
 
     def run(self, task: Task) -> Run[Result]:
         result = yield from self.inner.run(task)

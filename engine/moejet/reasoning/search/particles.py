@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moejet.branch import Branch
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Result
 from moejet.reasoning.scorers import StepScorer
 from moejet.reasoning.search.steps import Step, Steps, complete
@@ -17,6 +16,7 @@ from moejet.reasoning.search.tree import Final, Tree, conclude
 from moejet.reasoning.select import SCORE
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
+from moejet.validation import checked, require_int, require_number
 
 Resampling = Literal["systematic", "multinomial"]
 _SMALLEST = 1e-6  # probabilities are read as between this and 1 minus this
@@ -36,6 +36,7 @@ class _Particle:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class ParticleFilter:
     """n particles that are drawn anew, by weight, after each step (arXiv 2502.01618).
 
@@ -60,11 +61,8 @@ class ParticleFilter:
 
     def __post_init__(self) -> None:
         for name in ("n", "max_steps"):
-            check_count(name, getattr(self, name))
-        if self.resampling not in ("systematic", "multinomial"):
-            raise ValueError(f"resampling={self.resampling!r} must be systematic or multinomial")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r} must be a positive number")
+            require_int(name, getattr(self, name), 1)
+        require_number("temperature", self.temperature, above=0)
 
     def run(self, task: Task) -> Run[Result]:
         tree, rng = Tree(), random.Random(task.next_seed())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.search.prompting import ask, conversation, question, reply, with_question
 from moejet.reasoning.single import Single
 from moejet.reasoning.task import Run, Strategy, Task
+from moejet.validation import checked, require_int, require_text
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class ChainOfThought:
     """The question with an instruction to think first (arXiv 2205.11916), for models that do not by themselves."""
 
@@ -26,6 +27,7 @@ class ChainOfThought:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class PlanAndSolve:
     """A plan first, then `inner` carries it out in the same conversation (arXiv 2305.04091)."""
 
@@ -43,6 +45,7 @@ class PlanAndSolve:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class SelfCritique:
     """The model criticises its answer and improves it, at most `rounds` times (Self-Refine, arXiv 2303.17651).
 
@@ -62,9 +65,8 @@ class SelfCritique:
     accept: str = "no mistakes"
 
     def __post_init__(self) -> None:
-        check_count("rounds", self.rounds)
-        if not self.accept:
-            raise ValueError("accept='' must be a non-empty string")
+        require_int("rounds", self.rounds, 1)
+        require_text("accept", self.accept)
 
     def run(self, task: Task) -> Run[Result]:
         result = yield from self.inner.run(task)

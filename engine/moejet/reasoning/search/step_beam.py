@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moejet.branch import Branch
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.scorers import StepScorer
 from moejet.reasoning.search.steps import Step, Steps, complete
@@ -15,8 +14,10 @@ from moejet.reasoning.search.tree import Final, Tree, conclude
 from moejet.reasoning.select import SCORE
 from moejet.reasoning.task import Run, Task
 from moejet.request import SamplingParams
+from moejet.validation import checked, require_int
 
 
+@runtime_checkable
 class StepCheck(Protocol):
     """Whether branches may stay in a search, whatever their score."""
 
@@ -40,6 +41,7 @@ class _Beam:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class StepBeam:
     """Beam search with a verifier (Snell et al., arXiv 2408.03314; DVTS with independent=True).
 
@@ -66,7 +68,7 @@ class StepBeam:
 
     def __post_init__(self) -> None:
         for name in ("n", "width", "max_steps"):
-            check_count(name, getattr(self, name))
+            require_int(name, getattr(self, name), 1)
         if self.n % self.width:
             raise ValueError(f"n={self.n} must be a multiple of width={self.width}")
 

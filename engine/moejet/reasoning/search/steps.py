@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moejet.branch import Branch, Segment, Until
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.task import Run, Task, room_of
 from moejet.request import SamplingParams
+from moejet.validation import checked, require_int, require_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Steps:
     """A step ends with `delimiter`, behind something that is not white space, or after `max_tokens`.
 
@@ -38,9 +39,8 @@ class Steps:
     divides_answer: bool = False
 
     def __post_init__(self) -> None:
-        if self.delimiter is not None and not (isinstance(self.delimiter, str) and self.delimiter):
-            raise ValueError(f"delimiter={self.delimiter!r} must be a non-empty string or None")
-        check_count("max_tokens", self.max_tokens, or_none=self.delimiter is not None)
+        require_text("delimiter", self.delimiter, or_none=True)
+        require_int("max_tokens", self.max_tokens, 1, or_none=self.delimiter is not None)
 
     @classmethod
     def mini(cls, num_tokens: int = 32) -> Steps:

@@ -13,17 +13,18 @@ from importlib import resources
 from pathlib import Path
 
 from moejet.llm import LLM
-from moejet.reasoning.budget import check_count
 from moejet.reasoning.result import Result
 from moejet.reasoning.search.prompting import ask, question, with_question
 from moejet.reasoning.search.tree import Tree
 from moejet.reasoning.task import Run, Task
+from moejet.validation import checked, require_int
 
 _K1, _B = 1.5, 0.75  # of BM25: how soon repetition saturates, how much length counts
 _ITEM = re.compile(r"^\s*(?:\d+[.):]|[-*])\s+(.+?)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Template:
     """A way to solve a kind of problem. section: its chapter · when: what it fits"""
 
@@ -41,6 +42,7 @@ class Template:
 
 
 @dataclass(frozen=True)
+@checked
 class Library:
     """Templates and their retrieval by BM25 (Robertson and Zaragoza, 2009) over name, section, tags and use."""
 
@@ -106,6 +108,7 @@ class Library:
 
 
 @dataclass(frozen=True, slots=True)
+@checked
 class Templates:
     """A navigator plans, a worker carries out each step by the template that fits it (ReasonFlux, arXiv 2502.06772).
 
@@ -132,7 +135,7 @@ class Templates:
     answer: str = "Problem:\n{problem}\n\nFound so far:\n{found}\n\nGive the answer to the problem."
 
     def __post_init__(self) -> None:
-        check_count("iterations", self.iterations)
+        require_int("iterations", self.iterations, 1)
 
     def run(self, task: Task) -> Run[Result]:
         problem, tree, node = question(task), Tree(), 0

@@ -24,7 +24,6 @@ from moejet.server.reasoning_controls import (
     ReasoningControls,
     normalise_reasoning,
 )
-from moejet.server.short import short
 from moejet.server.strategies import Conversation
 from moejet.server.tool_calls import (
     OutputParser,
@@ -34,6 +33,7 @@ from moejet.server.tool_calls import (
     parse_tools,
     tool_grammar,
 )
+from moejet.validation import short
 
 _MESSAGE_NOTES = {
     "annotations",

@@ -15,10 +15,10 @@ from moejet.server.errors import ApiError, wrong
 from moejet.server.generation import Progress, Totals
 from moejet.server.prompts import PromptMaker
 from moejet.server.protocol.fields import MAX_SALT_CHARS, SamplingFields
-from moejet.server.short import short
 from moejet.server.strategies import engine_usage
 from moejet.server.tool_calls import ToolFormat
 from moejet.tokenizer import Tokenizer
+from moejet.validation import short
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,11 @@ from moejet.server.protocol.common import (
     usage,
 )
 from moejet.server.protocol.fields import HARMLESS, CountOrZero, NumLogprobs, SamplingFields, one_of
-from moejet.server.short import short
 from moejet.server.sse import DONE, KEEP_ALIVE
 from moejet.server.sse import event as _event
 from moejet.server.tool_calls import ContentDelta
 from moejet.tokenizer import Tokenizer
+from moejet.validation import short
 
 _DEFAULT_TOKENS = 16  # as OpenAI's
 _MAX_LOGPROBS = 20

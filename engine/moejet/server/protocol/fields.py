@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -10,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moejet.request import MAX_LOGPROBS
 from moejet.server.errors import ApiError, wrong
-from moejet.server.short import short
+from moejet.validation import near_miss, short
 
 Check = Callable[[Any], bool]
 MAX_SALT_CHARS = 128
@@ -142,9 +141,8 @@ def _check_unknown(kind: type[ApiModel], name: str, value: Any) -> None:
             return
         raise wrong(f"{name}={short(value)} is not supported here: leave it out", name)
     known = [*kind.model_fields, *kind.passed_on, *kind.harmless]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-    raise wrong(f"unknown field {short(name)}: {hint}", name[:80], "unknown_field")
+    hint = near_miss(name, known) or "; leave it out"
+    raise wrong(f"unknown field {short(name)}{hint}", name[:80], "unknown_field")
 
 
 def _json_type(value: Any) -> str:

@@ -28,7 +28,6 @@ from moejet.server.protocol.fields import (
     one_of,
 )
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
-from moejet.server.short import short
 from moejet.server.sse import event
 from moejet.server.tool_calls import (
     ContentDelta,
@@ -38,6 +37,7 @@ from moejet.server.tool_calls import (
     parse_tool_choice,
     parse_tools,
 )
+from moejet.validation import short
 
 _SIGNATURE = "moejet"  # clients drop thinking without one
 

@@ -26,11 +26,11 @@ from moejet.server.protocol.fields import (
 )
 from moejet.server.protocol.strategies import StrategyFields, with_strategy
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
-from moejet.server.short import short
 from moejet.server.tool_calls import (
     parse_tool_choice,
     parse_tools,
 )
+from moejet.validation import short
 
 _HARMLESS = {
     **HARMLESS,

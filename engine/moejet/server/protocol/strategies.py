@@ -12,7 +12,6 @@ strategy (`ServerConfig.effort_strategies`), in requests that hold nothing again
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import secrets
@@ -28,8 +27,8 @@ from moejet.reasoning.spec_text import Spec
 from moejet.server.errors import wrong
 from moejet.server.generation import Plan, StrategyStep
 from moejet.server.protocol.common import Context
-from moejet.server.short import short
 from moejet.server.strategies import Outcome, SolveJob
+from moejet.validation import near_miss, short
 
 LIMITS = ("total_tokens", "thinking_tokens", "wall_s", "branches")
 # Each candidate of these is written in one go, which a grammar can follow.
@@ -138,9 +137,8 @@ def _limits(given: dict[str, Any] | None) -> dict[str, int | float]:
     for name, value in (given or {}).items():
         field = f"strategy_budget.{name[:80]}"
         if name not in LIMITS:
-            near = difflib.get_close_matches(name[:80], LIMITS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(LIMITS)}"
-            raise wrong(f"{field} is unknown: {hint}", field)
+            hint = near_miss(name, LIMITS) or f"; known: {', '.join(LIMITS)}"
+            raise wrong(f"{field} is unknown{hint}", field)
         if value is None:
             continue
         low = {"thinking_tokens": 0}.get(name, 1)

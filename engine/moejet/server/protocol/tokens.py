@@ -9,8 +9,8 @@ from moejet.server.protocol.chat import Message, chat_messages, check_tools
 from moejet.server.protocol.common import Context, token_text
 from moejet.server.protocol.fields import ApiModel
 from moejet.server.reasoning_controls import REASONING_FIELDS, normalise_reasoning
-from moejet.server.short import short
 from moejet.server.tool_calls import parse_tools
+from moejet.validation import short
 
 
 class TokenizeRequest(ApiModel):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moejet.grammar import MAX_DEPTH, check_members
-from moejet.server.short import short
+from moejet.validation import short
 
 MAX_TOOLS = 128
 MAX_TOOLS_CHARS = 1 << 20  # of all tools together, as JSON
