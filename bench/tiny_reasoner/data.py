@@ -33,6 +33,7 @@ ERRORS_FIRST = (0.35, 0.5, 0.15)  # slips in a first pass that will be checked
 ERRORS_REPAIR = (0.75, 0.25)
 WAIT_SEEN, WAIT_SEEN_AFTER_REPAIR = 0.25, 0.5  # how often the loss sees "Wait" rather than masks it
 FALSE_ALARM = 0.08
+TWO_TURNS = 0.2  # up to here samples have an earlier turn
 RESULT_WEIGHT = 3.0  # of the computed digits, which are few and hard
 
 
@@ -303,7 +304,7 @@ def sample(rng: random.Random, max_steps: int, *, check_weight: float = 1.0) -> 
     kind = rng.random()
     if kind < 0.03:
         return no_task(rng)
-    if kind < 0.11:
+    if kind < TWO_TURNS:
         text, problem = two_turns(rng, max_steps)
     else:
         problem = train_problem(rng, max_steps)
