@@ -41,7 +41,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument(
         "file",
-        type=options.input_file,
         metavar="FILE",
         help="problems with their answers, one JSON object per line",
     )
