@@ -66,7 +66,7 @@ EXAMPLES = {
     "adaptive": "adaptive:2,inner=(check:1)",
     "deepconf": "deepconf:2,window=64",
     "rounds": "rounds:2,inner=(vote:2)",
-    "check": 'check:1,text="Wait, once more"',
+    "check": 'check:1,text="Wait, once more",greedy=true',
     "probe": "probe:2,every=32",
     "turns": "turns,threshold=0.9",
     "beam": "beam:4x2,max_steps=20,final=vote",

@@ -60,17 +60,22 @@ class VerifyRounds:
 @dataclass(frozen=True, slots=True)
 @checked
 class CheckedOnce:
-    """One pass whose thinking is made to go on `times` times before it may answer (s1, arXiv 2501.19393)."""
+    """One pass whose thinking is made to go on `times` times before it may answer (s1, arXiv 2501.19393).
+
+    greedy: what follows the first `text` is read at temperature 0, see `ForceContinuation`.
+    """
 
     times: int = 1
     text: str = "Wait"
+    greedy: bool = False
     params: SamplingParams | None = None
 
     def run(self, task: Task) -> Run[Result]:
         params = self.params or task.params
-        checked = replace(
-            params,
-            policy=(*params.policies, lambda: ForceContinuation(self.times, self.text)),
-        )
+
+        def force() -> ForceContinuation:
+            return ForceContinuation(self.times, self.text, greedy=self.greedy)
+
+        checked = replace(params, policy=(*params.policies, force))
         result = yield from Single(checked).run(task)
         return result

@@ -9,7 +9,7 @@
 | adaptive:N | up to N samples, until one answer leads with probability 0.95 | confidence |
 | deepconf:N | up to N samples, those of low confidence stopped | warmup, keep, window, mode, wave |
 | rounds:N | rounds until two agree, N at most | least, agree |
-| check:N | one pass that has to think on N times | text |
+| check:N | one pass that has to think on N times | text, greedy=true/false |
 | probe:N, turns | ends the thinking when N probes agree; when it is sure at a turn | every; threshold |
 | beam:NxM, dvts:NxM | step-wise beam of N with M children each; N / M subtrees | max_steps, final |
 | particles:N | N particles | max_steps, temperature, resampling, final |
@@ -306,7 +306,9 @@ _BUILDERS: dict[str, Callable[[Options], Strategy]] = {
     "rounds": lambda o: VerifyRounds(
         o.number("least", 2), o.count("n", 5), o.number("agree", 2), o.strategy("inner")
     ),
-    "check": lambda o: CheckedOnce(o.number("n", 1), o.text("text", "Wait")),
+    "check": lambda o: CheckedOnce(
+        o.number("n", 1), o.text("text", "Wait"), o.choice("greedy", False, True)
+    ),
     "probe": lambda o: Probed(agree=o.number("n", 3), every=o.number("every", 64)),
     "turns": lambda o: AtTransitions(threshold=o.real("threshold", 0.95)),
     "beam": lambda o: _beam(o, independent=False),
