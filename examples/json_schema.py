@@ -1,4 +1,7 @@
-"""Free thinking, then an answer that a schema describes. Needs `pip install 'moejet[grammar]'`."""
+"""Free thinking, then an answer that a schema describes. Needs `pip install 'moejet[grammar]'`.
+
+The embedded reasoner has never seen JSON: its thinking is right, the number that it writes in there need not be.
+"""
 
 import json
 

@@ -14,7 +14,7 @@ from openai import OpenAI
 from moejet import LLM
 from moejet.server import asgi_app, serve_in_thread
 
-TEMPLATE = """{{ bos_token }}<|user|>{{ messages[-1].content }}<|assistant|><think>\n
+TEMPLATE = """{{ bos_token }}<|user|>{{ messages[-1].content }}<|assistant|><think>{{ "\\n" }}
 {#- It calls by <tool_call>{"name": ..., "arguments": ...}</tool_call>, and reads the last message only. #}"""
 NOTES = {1: "Start with 17, add 25.", 2: "Take 80 and subtract 23."}
 TOOL = {
