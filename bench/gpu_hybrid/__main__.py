@@ -74,9 +74,9 @@ class Runner:
         ) as process:
             said, errors = _lines(process.stdout), _lines(process.stderr)
             status = self._follow(case, process, said, start + timeout_s)
-        last = ""
-        while (line := errors.get()) is not None:
-            last = line.strip() or last
+            last = ""  # read here: leaving the block closes the pipe
+            while (line := errors.get()) is not None:
+                last = line.strip() or last
         if status != "ok" and last:
             status = f"{status}: {last}"
         self._append(
@@ -120,9 +120,11 @@ def _lines(stream: TextIO | None) -> queue.Queue[str | None]:
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
-        for line in stream:
-            lines.put(line)
-        lines.put(None)
+        try:
+            for line in stream:
+                lines.put(line)
+        finally:
+            lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     return lines
