@@ -50,7 +50,7 @@ def opened(
             "dense_format": llm.config.dense_format,
             "threads": runner.pool.num_threads,
             "isa": runner.isa,
-            "graphs": runner.uses_graphs,
+            "graphs": runner.decoding.uses_graphs,
             "hand_over": None if runner.bridge is None else _mode_of(runner.bridge.stream),
         }
         give("load", facts)
