@@ -33,7 +33,7 @@ class ServerProcess:
     def start(self) -> None:
         """Returns once it answers; a second time on the same port."""
         command = [sys.executable, "-m", "moejet", "serve", "--port", str(self.port)]
-        with self.log.open("a") as log:
+        with open(self.log, "a") as log:
             self.process = subprocess.Popen(
                 [*command, *self._options],
                 stdout=subprocess.PIPE,

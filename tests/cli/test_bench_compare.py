@@ -171,7 +171,7 @@ def test_what_is_wrong_with_a_file(moejet, file, tmp_path):
     )
     assert moejet("bench", "compare", good, str(tmp_path / "absent")).code == 1
     assert "name two" in moejet("bench", "compare", good).err
-    assert "--fail-below 0.0" in moejet("bench", "compare", good, good, "--fail-below", "0").err
+    assert "--fail-below='0'" in moejet("bench", "compare", good, good, "--fail-below", "0").err
 
 
 def test_results_as_a_list(file):

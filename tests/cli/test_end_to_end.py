@@ -62,7 +62,7 @@ def test_chat_answers_each_line_of_a_pipe(moejet):
     ("arguments", "message"),
     [
         (("run", "./no/such/model", "hello"), "no/such/model"),
-        (("run", "x", "--max-context", "999999"), "max_context=999999"),
+        (("run", "x", "--max-context", "999999"), "--max-context=999999"),
         (("run", "word " * 5000), "max_context"),
         (("bench", "--synthetic", "deepseek-v9"), "deepseek-v9"),
         (("bench", "-p", "64", "-d", "999999"), "max_context"),

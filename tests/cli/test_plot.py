@@ -86,7 +86,7 @@ def test_wrong_paths_are_named_before_anything_is_measured(moejet, monkeypatch, 
     monkeypatch.setattr(bench, "_measure_all", lambda *_: pytest.fail("it measured"))
     for arguments, message in (
         (["--plot", "x.bmp"], "--plot x.bmp must end with one of .png, .pdf, .svg"),
-        (["--plot", str(tmp_path / "none/x.png")], "there is no directory"),
+        (["--plot", str(tmp_path / "none/x.png")], "needs the directory"),
     ):
         result = moejet("bench", *arguments)
         assert (result.code, message in result.err) == (2, True), result.err

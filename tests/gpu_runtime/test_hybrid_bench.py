@@ -18,6 +18,8 @@ OPTIONS = {"device": "simulated", "max_context": 128, "cache_tokens": 512, "isa"
 class FakeMeter:
     """Reading a gigabyte for every figure would take most of the test's time."""
 
+    threads = 2
+
     def __init__(self, pool, isa):
         pass
 
