@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from moejet import LLM, SamplingParams
+from moejet.policy import ForceContinuation
 from moejet.reasoning.deepconf import LOWEST, STOPPED, ConfidenceWindow, DeepConf
 from moejet.reasoning.result import Candidate, Result, ScoredStep
 from moejet.reasoning.rounds import CheckedOnce, VerifyRounds
@@ -231,25 +232,32 @@ def test_confidence_reads_the_statistics(llm: LLM) -> None:
 
 
 def test_the_step_head_knows_wrong_lines(llm: LLM) -> None:
-    """Its scores of the lines of the model's own samples tell right ones from wrong ones."""
+    """After a check line of the model's own samples its score tells whether the step is right."""
     right: list[float] = []
     wrong: list[float] = []
-    for seed, (problem, text) in enumerate(held_out_problems(10, seed=1)):
+    for seed, (problem, text) in enumerate(held_out_problems(12, seed=1, min_steps=7)):
         result = solve(
             llm,
             [{"role": "user", "content": text}],
-            Sample(8),
-            params=SamplingParams(temperature=1.1),
+            Sample(5),
+            params=SamplingParams(
+                temperature=1.3, policy=lambda: ForceContinuation(1, greedy=True)
+            ),
             seed=seed,
             answers=NUMBERS,
         )
         for c in result.candidates:
             lines = (c.reasoning or "").split("\n")
             scored = {step.text: step.score for step in c.steps}
+            is_right: dict[
+                str, bool
+            ] = {}  # of a step; a check line is about the step that it checks
             for check in check_steps(c.reasoning or "", problem):
-                if (score := scored.get(lines[check.line])) is not None:
-                    (right if check.correct else wrong).append(score)
-    assert len(wrong) >= 10, "too easy to show anything"
+                if check.kind == "step":
+                    is_right[check.label] = check.correct
+                elif (score := scored.get(lines[check.line])) is not None:
+                    (right if is_right.get(check.label) else wrong).append(score)
+    assert len(wrong) >= 8, "too easy to show anything"
     assert len(right) > len(wrong)
     pairs = np.array(right)[:, None] - np.array(wrong)[None]
     auc = float((pairs > 0).mean() + 0.5 * (pairs == 0).mean())
@@ -411,10 +419,10 @@ def test_answers_are_compared_in_the_background_and_once(llm: LLM) -> None:
 
 
 def test_a_model_says_which_lines_are_steps(llm: LLM, tmp_path: Path) -> None:
-    """By its config.json; without a word there all lines are. The tiny reasoner's are those of its calculation."""
+    """By its config.json; without a word there all lines are. The tiny reasoner's calculate a step, or check it."""
     head = llm.engine.step_head
     assert head is not None
-    assert head.pattern == "[A-J]:"
+    assert head.pattern == "[A-J](?=[:?])"
     weights = {"step_head.weight": torch.ones(1, 8), "step_head.bias": torch.zeros(1)}
     save_file(weights, tmp_path / "step_head.safetensors")
     for given, found in ((None, None), ("Step \\d+", "Step \\d+")):
@@ -429,6 +437,6 @@ def test_a_model_says_which_lines_are_steps(llm: LLM, tmp_path: Path) -> None:
     result = solve(
         llm, PROMPT, Sample(2, select=Best(StepHead())), answers=NUMBERS, params=SamplingParams()
     )
-    steps = [s for s in result.candidate.steps if s.text[:2] in ("A:", "B:", "C:", "D:", "E:")]
-    latest = {step.text[:2]: step.score for step in steps}
+    steps = [s for s in result.candidate.steps if s.text[1] in ":?" and s.text[0] in "ABCDEFGHIJ"]
+    latest = {step.text[0]: step.score for step in steps}
     assert result.candidate.scores["score"] == pytest.approx(math.prod(latest.values()))

@@ -200,7 +200,9 @@ def test_a_stream_tells_progress_then_thinking_then_the_answer(site):
     notes = [chunk["moejet"]["progress"] for chunk in found if "moejet" in chunk]
     last = found[kinds.index("reasoning_strategy")]["choices"][0]
     answers = [note for note in notes if note["kind"] == "candidate"]
-    assert len(answers) == len(last["reasoning_candidates"]) < 8
+    assert (
+        len(last["reasoning_candidates"]) <= len(answers) < 8
+    )  # others may end while one is waited for
     assert answers[0]["data"]["answer"] == "126"
     assert notes[-1]["kind"] == "vote"
     assert notes[-1]["data"]["votes"] == last["delta"]["reasoning_strategy"]["votes"]

@@ -138,12 +138,12 @@ def test_rollouts_side_by_side_use_the_batch(llm: LLM) -> None:
 
 @pytest.mark.parametrize("simulation", ["finish", "none"])
 def test_a_perfect_verifier_leads_the_search(llm: LLM, simulation: str) -> None:
-    plain = solve(llm, PROMPT, Single(), params=HOT, answers=NumberAnswers(), seed=2)
+    plain = solve(llm, PROMPT, Single(), params=HOT, answers=NumberAnswers(), seed=7)
     assert plain.answer != str(PROBLEM.answer), "too easy to show anything"
     rollouts = 16 if simulation == "finish" else 40
     value = Scored(StepOracle(PROBLEM))
     strategy = MCTS((NextStep(4),), value, rollouts, 0.5, simulation=simulation)  # type: ignore[arg-type]
-    result = solve(llm, PROMPT, strategy, params=HOT, answers=NumberAnswers(), seed=2)
+    result = solve(llm, PROMPT, strategy, params=HOT, answers=NumberAnswers(), seed=7)
     assert result.answer == str(PROBLEM.answer)
 
 
