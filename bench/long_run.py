@@ -92,6 +92,7 @@ def plan_of(minutes: float) -> list[Plan]:
 _MAY_GROW = {
     **{"threads of the server": 4, "threads of the engine": 4},
     **{"MB of the server": 16, "MB of the engine": 48},
+    "files of the server": 2,  # a scrape and a health check may be under way
 }
 
 

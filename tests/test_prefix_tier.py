@@ -428,8 +428,8 @@ def test_forgetting_to_close_loses_nothing(model: Path, disk: dict[str, object])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prefix_disk_gib": -1}, "prefix_disk_gib=-1 must be a number of GiB"),
-        ({"prefix_disk_gib": "8"}, "prefix_disk_gib='8' must be a number"),
+        ({"prefix_disk_gib": -1}, "prefix_disk_gib=-1 must be a number of at least 0"),
+        ({"prefix_disk_gib": "8"}, "prefix_disk_gib='8' must be a finite number"),
         ({"prefix_disk_gib": 1, "prefix_caching": False}, "needs prefix_caching=True"),
         ({"prefix_dir": ""}, "prefix_dir='' must be a directory"),
         ({"prefix_min_tokens": 0}, "prefix_min_tokens=0 must be a positive integer"),
