@@ -97,24 +97,35 @@ def cpu_s(pid: int | None) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Of a process: resident memory in MB, open files, threads, children."""
+    """Of a process: open files, threads, children, and resident MB: its own, pages of mapped files, shared memory."""
 
-    mb: float
+    anon_mb: float
+    file_mb: float
+    shmem_mb: float
     files: int
     threads: int
     children: int
+
+    @property
+    def mb(self) -> float:
+        return self.anon_mb + self.file_mb + self.shmem_mb
 
     @classmethod
     def of(cls, pid: int | None) -> Usage | None:
         """None if there is no such process."""
         try:
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            status = Path(f"/proc/{pid}/status").read_text()
             files = len(os.listdir(f"/proc/{pid}/fd"))
             threads = len(os.listdir(f"/proc/{pid}/task"))
-        except (OSError, IndexError):
+        except OSError:
             return None
-        assert pid is not None, "it was found"
-        return cls(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, files, threads, len(children(pid)))
+        lines = dict(line.split(":", 1) for line in status.splitlines())
+        if pid is None or "RssAnon" not in lines:  # it has ended, and nobody has waited for it
+            return None
+        anon, file, shmem = (
+            int(lines[name].split()[0]) * 1024 / 1e6 for name in ("RssAnon", "RssFile", "RssShmem")
+        )
+        return cls(anon, file, shmem, files, threads, len(children(pid)))
 
 
 Metrics = dict[tuple[str, str], float]

@@ -15,8 +15,8 @@ from serving.ledger import Ledger, fallen
 from serving.process import Metrics, ServerProcess, Usage, scrape
 
 _SETTLED = 0.5  # of a process's life: its memory is judged from there on
-_MOST_GROWTH = 0.01  # of that memory, over the time that is judged, and
-_MOST_MB = 4.0  # this, because allocators keep some of what they had; in
+_MOST_GROWTH = 0.02  # of that memory, over the time that is judged, or
+_MOST_MB = 2.0  # this, because allocators keep some of what they had; in
 _SHORT_S = 600.0  # shorter lives, which are all warm-up,
 _MOST_MB_SHORT = 16.0
 
@@ -57,7 +57,16 @@ class Life:
             "mb": round(typical, 1),
             "mb_per_hour": round(3600 * per_s, 2),
             "growth_mb": round(growth, 2),
-            "is_flat": growth <= most + _MOST_GROWTH * typical,
+            "is_flat": growth <= max(most, _MOST_GROWTH * typical),
+            **self._kinds(),
+        }
+
+    def _kinds(self) -> dict[str, list[float]]:
+        """MB of each kind of memory at the beginning, in the middle and at the end of this life."""
+        last = len(self.samples) - 1
+        usages = [self.samples[i][1] for i in (0, last // 2, last)]
+        return {
+            n: [round(getattr(u, n), 1) for u in usages] for n in ("anon_mb", "file_mb", "shmem_mb")
         }
 
 
@@ -70,6 +79,7 @@ class Watch:
         self.num_scrapes = 0
         self.scrape_s: list[float] = []
         self.others: dict[str, Callable[[], int | None]] = {}
+        self.asking = asyncio.Lock()  # held while the server is asked, and so has a connection more
         self._server = server
         self._ledger = ledger
         self._period_s = period_s
@@ -81,7 +91,8 @@ class Watch:
             self.sample()
             pid, begin_s = self._server.pid, time.perf_counter()
             try:
-                found = await scrape(self._server.port)
+                async with self.asking:
+                    found = await scrape(self._server.port)
             except (OSError, asyncio.IncompleteReadError):
                 found = {}  # it is being started again, or was not: then others notice
             if found:

@@ -191,7 +191,7 @@ def test_growth_is_told_from_noise(bench, mb_per_hour, is_flat):
         warm = min(second, 600) / 10
         peak = 40 if second % 97 == 0 else 0
         mb = 300 + warm + peak + mb_per_hour * second / 3600 + second % 3
-        life.samples.append((float(second), bench.process.Usage(mb, 5, 5, 0)))
+        life.samples.append((float(second), bench.process.Usage(mb - 90, 80.0, 10.0, 5, 5, 0)))
     trend = life.trend()
     assert trend["mb_per_hour"] == pytest.approx(mb_per_hour, abs=1)
     assert trend["is_flat"] == is_flat

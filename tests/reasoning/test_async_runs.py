@@ -1,8 +1,10 @@
 """Strategies on an AsyncLLM: the same answers as alone, beside other requests, and nothing left behind."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +23,7 @@ from moejet.reasoning import (
     Run,
     Sample,
     Single,
+    Strategy,
     Task,
     Verifier,
     solve,
@@ -119,6 +122,29 @@ def test_leaving_ends_a_run() -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+
+    run(body)
+
+
+def test_nothing_is_kept_of_runs_that_have_ended() -> None:
+    """A server would grow with each of them."""
+
+    async def ended(llm: AsyncLLM, strategy: Strategy) -> weakref.ref[Any]:
+        stream = llm.solve(PROMPTS[0], strategy, answers=NUMBERS)
+        await anext(stream)
+        if isinstance(strategy, Endless):
+            stream.close()
+        elif isinstance(strategy, Untidy):
+            with pytest.raises(ZeroDivisionError):
+                await stream.result()
+        else:
+            await stream.result()
+        return weakref.ref(stream)
+
+    async def body(llm: AsyncLLM) -> None:
+        streams = [await ended(llm, strategy) for strategy in (Sample(2), Endless(), Untidy(True))]
+        while gc.collect() >= 0 and any(stream() is not None for stream in streams):
+            await asyncio.sleep(0.01)
 
     run(body)
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +23,7 @@ from moejet.policy import TokenPolicy
 from moejet.server import frames, supervisor
 from moejet.server.backend import Job, LocalBackend
 from moejet.server.supervisor import LoadError, RemoteBackend, WorkerOptions
+from moejet.server.worker import Worker
 from moejet.testing.checkpoints import tiny_checkpoint
 
 OPTIONS = {"num_threads": 1, "deterministic": True}
@@ -245,6 +248,43 @@ def test_the_engine_drops_a_peer_that_talks_nonsense(data):
     assert process.returncode == 3
     assert "Traceback" not in error
     assert "connection to the server's process is broken" in error
+
+
+class Silent:
+    """A stream of which nothing comes."""
+
+    async def get(self, timeout_s=None):
+        await asyncio.Event().wait()
+
+    def close(self):
+        pass
+
+
+def test_nothing_is_kept_of_a_stream_that_was_closed():
+    """Not even until garbage is collected: that may be thousands of requests later."""
+
+    async def run():
+        streams: list[weakref.ref[Silent]] = []
+
+        async def start(job):
+            stream = Silent()
+            streams.append(weakref.ref(stream))
+            return stream
+
+        engine = Worker()
+        engine._backend = SimpleNamespace(start=start)
+        engine._on_frame(frames.Start(1, Job("a", [1], SamplingParams())))
+        await until(lambda: streams)
+        engine._on_frame(frames.Close(1))
+        await until(lambda: streams[0]() is None)
+        assert not engine._readers
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(run())
+    finally:
+        gc.enable()
 
 
 def test_the_servers_process_loads_no_torch():

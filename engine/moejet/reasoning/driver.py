@@ -91,7 +91,7 @@ class Driver:
         """Ends a run without a result; nobody is told."""
         if active not in self._active:
             return
-        self._active.discard(active)
+        self._forget(active)
         self._drop(active)
         _close(active.run)
 
@@ -113,7 +113,7 @@ class Driver:
     @property
     def num_runs(self) -> int:
         """Of those that were started here, how many have not ended."""
-        return len(self._top & self._active)
+        return len(self._top)
 
     def futures(self) -> list[Future[Any]]:
         return [active.future for active in self._active if active.future is not None]
@@ -200,11 +200,11 @@ class Driver:
         try:
             work = go_on()
         except StopIteration as stop:
-            self._active.discard(active)
+            self._forget(active)
             active.end(stop.value, None)
             return
         except BaseException as error:
-            self._active.discard(active)
+            self._forget(active)
             active.end(None, error)
             return
         try:
@@ -280,6 +280,10 @@ class Driver:
             self._resume(owner, gathering.results)
         else:
             self._start_more(gathering)
+
+    def _forget(self, active: Active) -> None:
+        self._active.discard(active)
+        self._top.discard(active)
 
     def _drop(self, active: Active) -> None:
         """Ends what a run waits for."""

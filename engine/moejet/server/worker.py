@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import faulthandler
+import gc
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -133,7 +135,11 @@ class Worker:
 
         options: dict[str, Any] = {**load.options, **load.limits}
         with on_load_progress(report):
-            return AsyncLLM(load.model, **options)
+            llm = AsyncLLM(load.model, **options)
+        # What is there for good: without it collections are short, and come soon after requests that leave garbage.
+        gc.collect()
+        gc.freeze()
+        return llm
 
     def _send(self, frame: object) -> None:
         if self._channel is not None:
@@ -155,15 +161,12 @@ class Worker:
                 if not self._load.done():
                     self._load.set_result(frame)
             case frames.Start(number, job):
-                new = self._readers[number] = _Reader(job.request_id)
-                new.task = asyncio.create_task(self._serve(number, frame, new))
-                # Not in the task itself, which may be cancelled before it begins.
-                new.task.add_done_callback(lambda _: self._readers.pop(number, None))
+                new = _Reader(job.request_id)
+                self._begin(number, new, self._serve(number, frame, new))
             case frames.Solve(number, solve):
-                new = self._readers[number] = _Reader(solve.request_id)
+                new = _Reader(solve.request_id)
                 new.has_tokens = True  # of its prompt nothing is told
-                new.task = asyncio.create_task(self._solve(number, solve))
-                new.task.add_done_callback(lambda _: self._readers.pop(number, None))
+                self._begin(number, new, self._solve(number, solve))
             case frames.Credit(number, count):
                 if (reader := self._readers.get(number)) is not None:
                     reader.add(count)
@@ -177,6 +180,18 @@ class Worker:
                 task = asyncio.create_task(self._answer(frame))
                 self._calls.add(task)
                 task.add_done_callback(self._calls.discard)
+
+    def _begin(self, number: int, reader: _Reader, work: Coroutine[Any, Any, None]) -> None:
+        self._readers[number] = reader
+        reader.task = asyncio.create_task(work)
+
+        def done(_: object) -> None:
+            del self._readers[number]
+            # A cancelled task holds its frames and so the reader; the request would stay until garbage is collected.
+            reader.task = None
+
+        # Not in the task itself, which may be cancelled before it begins.
+        reader.task.add_done_callback(done)
 
     def _on_end(self, error: Exception | None) -> None:
         """Nobody is there to work for; the engine may be in the middle of a long step."""
