@@ -1,15 +1,18 @@
 """Grammars: whatever a random model writes under one fits it, and hostile ones are refused quickly."""
 
+import gc
 import json
 import random
 import re
 import sys
 import time
+import weakref
 
 import pytest
 import torch
 
 from moejet import LLM, Grammar, SamplingParams
+from moejet.grammar import GrammarPolicy
 from moejet.policy import Inject, Keep, TokenPolicy
 from moejet.testing.checkpoints import tiny_checkpoint
 
@@ -376,6 +379,25 @@ def test_compiled_grammars_are_kept(llm):
         compiler.compile(Grammar.choice([f"c{i}"]))
     assert len(compiler._cache) == 64
     assert grammar not in compiler._cache
+
+
+def test_an_answer_takes_its_matcher_with_it(llm, monkeypatch):
+    """Not only when garbage is collected, which knows nothing of what a matcher weighs."""
+    made = []
+
+    class Watched(GrammarPolicy):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr("moejet.request_rules.GrammarPolicy", Watched)
+    gc.collect()
+    gc.disable()
+    try:
+        llm.generate([[5, 6, 7]], SamplingParams(n=2, max_tokens=5, grammar=Grammar.regex("[0-9]*")))
+        assert [policy() for policy in made] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_what_a_grammar_needs(llm, monkeypatch):

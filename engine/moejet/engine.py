@@ -444,6 +444,9 @@ class Engine:
 
     def _close(self, group: Group, request: Request, gained: Gained) -> StreamDelta:
         delta = group.close(request, gained)
+        if not request.is_branch:
+            # They refer to each other, and a grammar's matcher would stay until garbage is collected.
+            request.sample_state = None
         if group.has_ended:
             del self._groups[request.request_id]
         return delta

@@ -100,12 +100,17 @@ _UNIT_TAIL = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=4096)  # votes compare the same texts again and again
 def read_answer(text: str) -> Answer:
     """Never raises: what is no mathematics is a text."""
-    clean = _cleaned(text[: MAX_CHARACTERS + 1])
     if len(text) > MAX_CHARACTERS:
+        clean = _cleaned(text[: MAX_CHARACTERS + 1])
         return Answer(Form("text", " ".join(text.split())), clean=clean)
+    return _read_short(text)
+
+
+@functools.lru_cache(maxsize=512)  # votes compare the same texts again and again
+def _read_short(text: str) -> Answer:
+    clean = _cleaned(text)
     try:
         return replace(_read(clean, 0), clean=clean)
     except ExpressionError:
