@@ -34,7 +34,7 @@ from typing import Any
 from serving.clients import HOST, ask_json
 from serving.faults import Faults
 from serving.ledger import Ledger, Tally, quiet
-from serving.process import ENGINE, ServerProcess, Usage, quantiles, scrape, total
+from serving.process import ENGINE, Metrics, ServerProcess, Usage, quantiles, scrape, total
 from serving.report import SOAK_KEYS, line_of, prefixes_of, summary_of, table_of
 from serving.traffic import CaseMaker, Traffic
 from serving.watch import Watch, leftovers
@@ -45,7 +45,7 @@ from moejet.cli.results import add_json_option, line_writer
 SERVER_OPTIONS = (
     *("--deterministic", "--no-access-log", "--threads", "1", "--max-context", "2048"),
     *("--cache-tokens", "2304", "--max-batch-tokens", "256", "--max-num-requests", "12"),
-    *("--max-queued-requests", "3", "--drain-timeout", "60", "--header-timeout", "5"),
+    *("--max-queued-requests", "3", "--drain-timeout", "60"),
     *("--prefix-disk-gib", "0.02", "--packed-cache", "on", "--seed", "1"),
 )
 # Kinds of requests and how often; see `traffic.Traffic`.
@@ -112,7 +112,8 @@ class LongRun:
             "TMPDIR": str(directory / "tmp"),
             "MOEJET_CACHE": str(directory / "cache"),
         }
-        self.server = ServerProcess(SERVER_OPTIONS, directory / "server.log", self.environment)
+        options = (*SERVER_OPTIONS, "--header-timeout", f"{args.header_timeout:g}")
+        self.server = ServerProcess(options, directory / "server.log", self.environment)
         self.faults = Faults(
             self.server, self.ledger, self.stopping, self.environment, random.Random(args.seed)
         )
@@ -121,6 +122,7 @@ class LongRun:
         self.leaks: list[str] = []
         self.prefixes: dict[str, int] = {}
         self.watch: Watch
+        self._seen: Metrics | None = None  # since when nothing was asked
         self._traffic: Traffic
 
     async def run(self) -> dict[str, Any]:
@@ -160,7 +162,7 @@ class LongRun:
 
     async def _phase(self, plan: Plan, end_s: float) -> None:
         tally = self.ledger.tally = Tally()
-        before, _ = await quiet(self.server)
+        before = self._seen or (await quiet(self.server))[0]
         pid, num_kills = self.server.pid, self.faults.events["kills"]
         begin_s = time.perf_counter()
         until_s = max(end_s, begin_s + plan.seconds / 2)
@@ -181,6 +183,7 @@ class LongRun:
                 self.ledger.violate("counters", f"{plan.name}: {wrong}")
         preemptions = total(after, "num_preemptions_total") - total(before, "num_preemptions_total")
         again = await self._traffic.ask_doubts_again()
+        self._seen = None if again or busy else after
         row = {
             "phase": plan.name,
             "seconds": round(until_s - begin_s, 1),
@@ -208,7 +211,7 @@ class LongRun:
         """`AsyncLLM` beside it, in a process of its own."""
         if not self.args.soak_clients:
             return
-        minutes = max(0.1, self.args.minutes * 0.95)
+        minutes = max(0.05, self.args.minutes * 0.95)
         command = [sys.executable, str(Path(__file__).with_name("soak.py"))]
         command += ["--minutes", f"{minutes:.3f}", "--clients", str(self.args.soak_clients)]
         command += ["--cases", str(3 * self.args.cases), "--seed", str(self.args.seed)]
@@ -356,7 +359,9 @@ async def _main(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, interrupt)
-    return {**await run.run(), "is_interrupted": is_interrupted}
+    describing = asyncio.create_task(asyncio.to_thread(describe_environment))  # while it starts
+    result = await run.run()
+    return {**await describing, **result, "is_interrupted": is_interrupted}
 
 
 def main() -> int:
@@ -374,17 +379,19 @@ def main() -> int:
     parser.add_argument("--soak-clients", type=int, default=4, help="in the other process; 0: none")
     parser.add_argument("--sockets", type=int, default=200, help="idle connections at the end")
     parser.add_argument(
+        "--header-timeout", type=float, default=5.0, help="seconds that an idle connection is kept"
+    )
+    parser.add_argument(
         "--prune-s", type=float, default=30.0, help="seconds between uses of `moejet cache`"
     )
     parser.add_argument("--seed", type=int, default=1)
     add_json_option(parser, "-")
     args = parser.parse_args()
-    provenance = describe_environment()
     with tempfile.TemporaryDirectory(prefix="moejet-long-run-") as directory:
         result = asyncio.run(_main(args, Path(directory)))
     print(table_of(result))
     with line_writer(args.json) as write:
-        write({"bench": "long_run", **provenance, **result})
+        write({"bench": "long_run", **result})
     return 1 if result["violations"] else 130 if result["is_interrupted"] else 0
 
 

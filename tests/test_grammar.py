@@ -394,7 +394,9 @@ def test_an_answer_takes_its_matcher_with_it(llm, monkeypatch):
     gc.collect()
     gc.disable()
     try:
-        llm.generate([[5, 6, 7]], SamplingParams(n=2, max_tokens=5, grammar=Grammar.regex("[0-9]*")))
+        llm.generate(
+            [[5, 6, 7]], SamplingParams(n=2, max_tokens=5, grammar=Grammar.regex("[0-9]*"))
+        )
         assert [policy() for policy in made] == [None, None]
     finally:
         gc.enable()

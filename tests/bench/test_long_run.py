@@ -35,8 +35,9 @@ def bench():
 @pytest.mark.slow
 def test_seconds_of_everything_leave_nothing(tmp_path):
     engine = str(BENCH.parent / "engine")
-    command = [sys.executable, str(BENCH / "long_run.py"), "--minutes", "0.1", "--cases", "1"]
+    command = [sys.executable, str(BENCH / "long_run.py"), "--minutes", "0.05", "--cases", "1"]
     command += ["--clients", "6", "--pause", "0.1", "--soak-clients", "2", "--prune-s", "5"]
+    command += ["--header-timeout", "2"]
     done = subprocess.run(
         [*command, "--sockets", "50", "--json", str(tmp_path / "lines")],
         stdout=subprocess.PIPE,
