@@ -13,7 +13,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -227,7 +227,8 @@ def searches() -> dict[str, Strategy]:
         found[f"beam, 4 of 4, {by}"] = StepBeam(4, 4, scorer)
         found[f"beam, 16 of 4, {by}"] = StepBeam(16, 4, scorer)
         found[f"DVTS, 16 of 4, {by}"] = StepBeam(16, 4, scorer, independent=True)
-        found[f"particles, 16, {by}"] = ParticleFilter(16, scorer)
+        scale: Literal["log", "probability"] = "probability" if scorer is HEAD else "log"
+        found[f"particles, 16, {by}"] = ParticleFilter(16, scorer, scale=scale)
     found["MCTS, 16 rollouts, vote share"] = MCTS((NextStep(3),), VoteShare(), 16)
     found["MCTS, 16 rollouts, log-probability"] = MCTS((NextStep(3),), Scored(Confidence()), 16)
     return found
@@ -272,13 +273,18 @@ def main() -> None:
     add_json_option(parser)
     args = parser.parse_args()
     environment = describe_environment()
-    with LLM(args.model, num_threads=1, max_num_requests=128) as llm:
-        bench = Bench(llm, args)
-        run(bench)
-    rows = report(bench)
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "only")}
-    with line_writer(args.json) as write:
-        write({"bench": "reasoning", **environment, "threads": 1, **settings, "rows": rows})
+    with (
+        LLM(args.model, num_threads=1, max_num_requests=128) as llm,
+        line_writer(args.json) as write,
+    ):
+        bench = Bench(llm, args)
+        try:
+            run(bench)
+        finally:  # of half an hour's strategies those that ran are worth keeping
+            if bench.figures:
+                rows = report(bench)
+                write({"bench": "reasoning", **environment, "threads": 1, **settings, "rows": rows})
 
 
 if __name__ == "__main__":
