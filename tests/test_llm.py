@@ -1,6 +1,8 @@
 """The public API as its users call it: results, streams, seeds, stops, and one-line errors for bad input."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -329,3 +331,17 @@ def test_synthetic_model_measures_without_a_tokenizer():
 def test_a_model_that_cannot_fit_is_refused_before_loading():
     with pytest.raises(ValueError, match="GiB are available"):
         LLM.synthetic("kimi-k2", expert_format="bf16")
+
+
+def test_a_closed_model_takes_its_memory_with_it():
+    """Not only when garbage is collected, which knows nothing of what weights weigh."""
+    gc.collect()
+    gc.disable()
+    try:
+        with LLM(num_threads=1, max_context=64) as llm:
+            llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2))
+            left = weakref.ref(llm.engine.runner)
+        del llm
+        assert left() is None
+    finally:
+        gc.enable()

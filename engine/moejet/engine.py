@@ -11,9 +11,10 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,8 +77,10 @@ class Engine:
         )
         eos = tokenizer.eos_token_ids if tokenizer is not None else ()
         self.eos_token_ids = frozenset(eos or model_config.eos_token_ids)
-        self._computer = StepComputer(runner, self._drawers, block_size=block_pool.block_size)
         self._groups: OrderedDict[str, Group] = OrderedDict()
+        # Without a reference to the engine, whose memory would stay until garbage is collected.
+        drawers = partial(_drawers, self._groups)
+        self._computer = StepComputer(runner, drawers, block_size=block_pool.block_size)
         self._ids = itertools.count()
         self.rules = RequestRules(
             model_config,
@@ -381,13 +384,6 @@ class Engine:
                 totals.cached_tokens += request.num_cached_tokens
                 totals.disk_tokens += request.num_disk_tokens
 
-    def _drawers(self, request: Request) -> list[Request]:
-        """Who draws a token from this request's row: at the end of a prompt, all its samples do."""
-        if request.state is RequestState.FINISHED or not request.wants_tokens:
-            return []  # aborted while the step ran, or not to go on
-        group = self._groups[request.request_id]
-        return [request] if group.has_forked else group.samples
-
     def _commit(self, requests: list[Request], tokens: list[SampledToken]) -> list[StreamDelta]:
         deltas: list[StreamDelta] = []
         now = time.perf_counter()
@@ -450,3 +446,11 @@ class Engine:
         if group.has_ended:
             del self._groups[request.request_id]
         return delta
+
+
+def _drawers(groups: Mapping[str, Group], request: Request) -> list[Request]:
+    """Who draws a token from this request's row: at the end of a prompt, all its samples do."""
+    if request.state is RequestState.FINISHED or not request.wants_tokens:
+        return []  # aborted while the step ran, or not to go on
+    group = groups[request.request_id]
+    return [request] if group.has_forked else group.samples
