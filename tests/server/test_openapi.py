@@ -97,7 +97,9 @@ def test_random_requests_get_documented_answers(case):
         if number % 3:  # there may be hundreds, much alike
             return
         is_sensible = number % 2 == 0
-        if is_sensible:  # the first with nothing random in it: how many there are is not ours to say
+        if (
+            is_sensible
+        ):  # the first with nothing random in it: how many there are is not ours to say
             case.body = _sensible(case.path, case.body if number else {})
     reply = case.call_and_validate(checks=checks, headers=headers)
     SENSIBLE[case.path] += is_sensible
