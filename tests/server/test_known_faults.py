@@ -189,8 +189,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "weight files that change while they are mapped": (
         "server/test_engine_process.py::"
         "test_a_mapped_weight_file_that_is_cut_short_ends_requests_and_not_the_server",
-        "server/test_supervisor.py::"
-        "test_running_requests_fail_within_a_second_and_the_engine_comes_back",
+        "server/test_supervisor.py::test_running_requests_fail_at_once_and_the_engine_comes_back",
     ),
     "too little memory, now or later": (
         "test_plan.py::test_loading_refuses_what_cannot_fit",
