@@ -32,7 +32,9 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def replace_once(fn):
         names = fn.__globals__.values()
-        seen = frozenset(id(value) for value in names if value is language or value is language.core)
+        seen = frozenset(
+            id(value) for value in names if value is language or value is language.core
+        )
         if seen in replaced:
             return SimpleNamespace(restore=lambda: None)
         replaced.add(seen)
