@@ -21,6 +21,8 @@ from moejet.testing.async_engine import (
     until,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_broken_logits_end_their_request_only(make, expected):
     llm = make()

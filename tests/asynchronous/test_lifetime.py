@@ -25,6 +25,8 @@ from moejet.testing.async_engine import (
     until,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_an_idle_engine_sleeps(make):
     llm = make()

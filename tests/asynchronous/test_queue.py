@@ -22,6 +22,8 @@ from moejet.testing.async_engine import (
     until,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_wrong_prompts_are_refused_before_anything_is_queued(make):
     llm = make()

@@ -24,6 +24,8 @@ from moejet.testing.async_engine import (
     until,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_streams_and_whole_answers_equal_llm(make, expected):
     llm = make()
