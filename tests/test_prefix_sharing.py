@@ -115,12 +115,18 @@ def test_requests_of_other_salts_do_not_wait_for_each_others_prompts():
     assert scheduler.schedule().requests == requests[:2]
 
 
+def _parent(scheduler, num_tokens):
+    """A cache, and a request in it whose prompt is computed, with ten tokens to draw of which it has one."""
+    cache = Cache(scheduler)
+    parent = make_request("parent", 0, limit=num_tokens + 10, tokens=tuple(range(num_tokens)))
+    scheduler.add(parent)
+    drive(scheduler, cache, until=lambda: len(parent.token_ids) > num_tokens)
+    return cache, parent
+
+
 def test_forks_share_everything_and_copy_what_they_write():
     scheduler = make_scheduler(num_blocks=99, block_size=4, budget=100, max_requests=99)
-    cache = Cache(scheduler)
-    parent = make_request("parent", 0, limit=40, tokens=tuple(range(30)))
-    scheduler.add(parent)
-    drive(scheduler, cache, until=lambda: len(parent.token_ids) > 30)
+    cache, parent = _parent(scheduler, 30)
     used = 99 - scheduler.pool.num_free
     children = []
     for i in range(20):
@@ -146,10 +152,7 @@ def test_forks_share_everything_and_copy_what_they_write():
 def test_forks_that_wait_give_their_blocks_back():
     """A fork holds the only copy of a long prompt while something else needs the whole cache."""
     scheduler = make_scheduler(num_blocks=8, block_size=4, budget=100, max_requests=2)
-    cache = Cache(scheduler)
-    parent = make_request("parent", 0, limit=30, tokens=tuple(range(20)))
-    scheduler.add(parent)
-    drive(scheduler, cache, until=lambda: len(parent.token_ids) > 20)
+    cache, parent = _parent(scheduler, 20)
     big = make_request("big", 30, limit=32, priority=-1)
     child = make_request("child", 0, limit=30, tokens=tuple(range(20)))
     scheduler.fork(parent, child)

@@ -209,7 +209,7 @@ def test_a_vocabulary_of_published_size_loads_fast(tmp_path: Path) -> None:
     start = time.process_time()  # not disturbed by what else runs here
     tokenizer = Tokenizer.from_path(root)
     assert tokenizer.vocab_size == 163_840
-    assert time.process_time() - start < 4  # usually below 2
+    assert time.process_time() - start < 20  # usually below 2; anything quadratic takes minutes
 
 
 @pytest.mark.parametrize(

@@ -108,23 +108,20 @@ class Trace:
         self.add("Wait", wait_weight)
         self.add(WAIT_LINE.removeprefix("Wait") + "\n")
         for i, step in enumerate(self.problem.steps):
-            line, ok = ar.check_line(
-                i, self.values[i], step.op, step.operand, before=self.before(i)
+            (head, shown, before, verdict), ok = check_parts(
+                i, self.values[i], step, self.before(i)
             )
-            head, _, tail = line.rpartition(" = ")
-            shown, before, verdict = tail.replace(",", "").split(" ")
             false_alarm = ok and self.rng.random() < FALSE_ALARM
             if false_alarm:
                 shown, verdict = f"{perturb(self.before(i), self.rng):03d}", "no"
-            emphasis = self.check_weight
             self.add(head[:3])
             self.add(head[3:6], self.check_weight)
             self.add(head[6:9], self.check_weight)
-            self.add(head[9:] + " = ")
-            self.add(shown, 0.0 if false_alarm else emphasis)
+            self.add(head[9:])
+            self.add(shown, 0.0 if false_alarm else self.check_weight)
             self.add(", ")
             self.add(before, self.check_weight)
-            self.add(f" {verdict}", emphasis)
+            self.add(f" {verdict}", self.check_weight)
             self.add("\n", 1.0, int(ok))
             if verdict == "no":
                 self.chain(i, self.problem, slips)
@@ -139,6 +136,16 @@ class Trace:
             weight = float(self.rng.random() < seen)
             slips = draw(ERRORS_REPAIR, self.rng) if left > 1 else 0
             repaired = self.check_round(wait_weight=weight, slips=slips)
+
+
+def check_parts(
+    index: int, value: int, step: ar.Step, before: int
+) -> tuple[tuple[str, str, str, str], bool]:
+    """A check line up to its result, what it shows, the value before, its verdict; whether the step is right."""
+    line, ok = ar.check_line(index, value, step.op, step.operand, before=before)
+    head, equals, tail = line.rpartition(" = ")
+    shown, start, verdict = tail.replace(",", "").split(" ")
+    return (head + equals, shown, start, verdict), ok
 
 
 def draw(shares: Sequence[float], rng: random.Random) -> int:
@@ -274,10 +281,8 @@ def verdict_drill(rng: random.Random, lines: int = 10) -> list[Piece]:
         step, value = problem.steps[0], problem.answer
         if rng.random() < 0.5:
             value = perturb(value, rng)
-        line, ok = ar.check_line(i, value, step.op, step.operand, before=problem.start)
-        head, _, tail = line.rpartition(" = ")
-        shown, before, verdict = tail.replace(",", "").split(" ")
-        trace.add(head + " = ", 0.0)
+        (head, shown, before, verdict), ok = check_parts(i, value, step, problem.start)
+        trace.add(head, 0.0)
         trace.add(shown)
         trace.add(f", {before}", 0.0)
         trace.add(f" {verdict}", 2.0)

@@ -2,9 +2,11 @@
 
     python bench/tiny_reasoner/train.py --out DIR
 
-Phase 1 learns from generated samples with injected slips. Then the model samples first passes
-itself, and phase 2 mixes these, continued with check rounds, into the data: the checks see the slips
-that the model really makes. The step head is refitted afterwards by train_step_head.py.
+Phase 1 begins with drills (unrelated step lines) and short problems, then learns from generated
+samples with injected slips. Then the model samples first passes itself, and phase 2 mixes these,
+continued with check rounds, into the data: the checks see the slips that the model really makes.
+Phase 2 also drills verdicts and comparisons (--drill-share) and gives what checks look up and
+conclude more weight (--check-weight). The step head is refitted afterwards by train_step_head.py.
 """
 
 import argparse

@@ -49,13 +49,10 @@ def collect(
         )
         for i, (problem, s) in enumerate(zip(posed, sampled, strict=True)):
             thinking = tokenizer.decode(s.ids).partition(END_THINK)[0]
-            is_right: dict[str, bool] = {}  # the latest line of each step
             for check in ar.check_steps(thinking, problem):
-                if check.kind == "step":
-                    is_right[check.label] = check.correct
                 if check.line < len(s.hidden):
                     hidden.append(s.hidden[check.line])
-                    labels.append(float(is_right.get(check.label, False)))
+                    labels.append(float(check.step_correct))
                     groups.append(begin + i)
     return torch.stack(hidden), torch.tensor(labels), torch.tensor(groups)
 

@@ -12,6 +12,7 @@ from moejet.policy import Stop, TokenPolicy
 from moejet.request import CompletionOutput, SamplingParams
 from moejet.sample_state import SampleState
 from moejet.sampler import derive_seed
+from moejet.validation import require_int
 
 if TYPE_CHECKING:
     from moejet.engine import Engine
@@ -154,9 +155,7 @@ def _check_branches(llm: BranchHost, branches: Sequence[Branch]) -> None:
 
 
 def _check(engine: Engine, branch: Branch, max_tokens: int | None, params: SamplingParams) -> None:
-    is_count = isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 0
-    if max_tokens is not None and not is_count:
-        raise ValueError(f"max_tokens={max_tokens!r} must be an integer of at least 0")
+    require_int("max_tokens", max_tokens, 0, or_none=True)
     for name, default, remedy in (
         ("n", 1, "fork the branch"),
         ("stop", (), "use until="),

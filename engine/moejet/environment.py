@@ -8,13 +8,14 @@ import os
 from pathlib import Path
 
 from moejet.config import DEVICES, ISAS
+from moejet.validation import require_choice
 
 
 def env_max_isa() -> str | None:
     """MOEJET_MAX_ISA: the widest instruction set that "auto" may choose; it can only lower."""
     value = os.environ.get("MOEJET_MAX_ISA")
-    if value is not None and value not in ISAS:
-        raise ValueError(f"MOEJET_MAX_ISA={value!r} is not one of {', '.join(ISAS)}")
+    if value is not None:
+        require_choice("MOEJET_MAX_ISA", value, ISAS)
     return value
 
 
@@ -63,8 +64,7 @@ def env_cache_dir() -> Path | None:
 def env_device() -> str:
     """MOEJET_DEVICE: what device="auto" stands for, auto or cpu or cuda."""
     value = os.environ.get("MOEJET_DEVICE", "auto")
-    if value not in DEVICES[:3]:
-        raise ValueError(f"MOEJET_DEVICE={value!r} is not one of {', '.join(DEVICES[:3])}")
+    require_choice("MOEJET_DEVICE", value, DEVICES[:3])
     return value
 
 
@@ -109,6 +109,5 @@ def env_log_level() -> int:
     value = os.environ.get("MOEJET_LOG", "warning").lower()
     levels = {"debug": logging.DEBUG, "info": logging.INFO}
     levels.update({"warning": logging.WARNING, "error": logging.ERROR})
-    if value not in levels:
-        raise ValueError(f"MOEJET_LOG={value!r} is not one of {', '.join(levels)}")
+    require_choice("MOEJET_LOG", value, levels)
     return levels[value]

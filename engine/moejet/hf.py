@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from moejet.config import EXPERT_FORMATS
 from moejet.environment import openmp_spins
 from moejet.hf_layer import Settings, is_experts, kind, pack_layer, packed_layer, pool_of
+from moejet.validation import require_choice
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,7 @@ def register(
     Registering a name again changes the layers packed from then on; several names may have
     different settings. ImportError if transformers is absent or too old.
     """
-    if expert_format not in ("auto", *EXPERT_FORMATS):
-        choices = ", ".join(("auto", *EXPERT_FORMATS))
-        raise ValueError(f"expert_format={expert_format!r} is not one of {choices}")
+    require_choice("expert_format", expert_format, ("auto", *EXPERT_FORMATS))
     if name in ("", "eager") or (name not in _registered and any(name in i for i in _interfaces())):
         raise ValueError(f"name={name!r} belongs to transformers: choose another")
     settings = Settings(name, expert_format, num_threads)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from moejet.config import ModelConfig
 from moejet.rope_config import RopeConfig
-from moejet.validation import near_miss, short
+from moejet.validation import require_choice, short
 
 
 def _yarn(factor: float, mscale: float, *, beta_fast: float = 32.0) -> RopeConfig:
@@ -185,9 +185,7 @@ PRESETS: dict[str, ModelConfig] = {
 def parse_preset(text: str) -> ModelConfig:
     """Reads "NAME" or "NAME:layers=N" into a model configuration."""
     name, _, option = text.partition(":")
-    if name not in PRESETS:
-        hint = near_miss(name, PRESETS)
-        raise ValueError(f"shape={short(text)} is not one of {', '.join(PRESETS)}{hint}")
+    require_choice("shape", name, PRESETS)
     preset = PRESETS[name]
     if not option:
         return preset

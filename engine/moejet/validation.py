@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 _MAX_CHARS = 80
 T = TypeVar("T")
 Test = Callable[[Any], bool]
+Check = Callable[[str, Any], None]  # of a field's name and value
 
 
 def short(value: object) -> str:
@@ -118,7 +119,7 @@ def require_bool(name: str, value: object) -> None:
 def require_choice(name: str, value: object, choices: Collection[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
-            f"{name}={short(value)} is not one of {', '.join(choices)}{near_miss(value, choices)}"
+            f"{name}={short(value)} must be one of {', '.join(choices)}{near_miss(value, choices)}"
         )
 
 
@@ -141,19 +142,14 @@ def require_type(name: str, value: object, kind: type, remedy: str = "") -> None
 def checked(cls: type[T]) -> type[T]:
     """Class decorator, below @dataclass: each field has to be what its annotation says, or ValueError is raised."""
     then: Callable[[Any], None] | None = getattr(cls, "__post_init__", None)
-    tests: dict[str, tuple[Test, str]] = {}
-    choices: dict[str, tuple[str, ...]] = {}
+    checks: dict[type, dict[str, Check]] = {}  # of the class and of those that inherit from it
 
     def __post_init__(self: Any) -> None:
-        if not tests:
-            hints = _hints_of(type(self))
-            tests.update((name, _test_of(hint)) for name, hint in hints.items())
-            choices.update((n, get_args(h)) for n, h in hints.items() if get_origin(h) is Literal)
-        for name, known in choices.items():
-            require_choice(name, getattr(self, name), known)
-        for name, (test, wanted) in tests.items():
-            if not test(value := getattr(self, name)):
-                raise ValueError(f"{name}={short(value)} must be {wanted}")
+        kind = type(self)
+        if kind not in checks:
+            checks[kind] = {name: _check_of(hint) for name, hint in _hints_of(kind).items()}
+        for name, check in checks[kind].items():
+            check(name, getattr(self, name))
         if then is not None:
             then(self)
 
@@ -186,6 +182,20 @@ class _Names(dict[str, Any]):
         if hasattr(builtins, name):
             return getattr(builtins, name)
         return getattr(moejet, name)
+
+
+def _check_of(hint: Any) -> Check:
+    """Raises ValueError where a value does not fit an annotation."""
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        return lambda name, value: require_choice(name, value, choices)
+    test, wanted = _test_of(hint)
+
+    def check(name: str, value: object) -> None:
+        if not test(value):
+            raise ValueError(f"{name}={short(value)} must be {wanted}")
+
+    return check
 
 
 def _test_of(hint: Any) -> tuple[Test, str]:

@@ -217,7 +217,7 @@ def test_json_and_csv_hold_the_same_rows(moejet, loaded):
             "'int4', which is not one of auto, native, int4_g32, int8, fp8, bf16, fp32",
         ),
         (["-m", "x", "--synthetic", "deepseek-v3"], "not allowed with argument"),
-        (["-o", "xml"], "--output='xml' is not one of"),
+        (["-o", "xml"], "--output='xml' must be one of"),
     ],
 )
 def test_bad_options(moejet, loaded, arguments, message):

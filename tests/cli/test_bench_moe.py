@@ -220,7 +220,7 @@ def test_a_wrong_answer_is_not_timed(moejet, monkeypatch):
         (["--layers", "-1"], "--layers='-1' must be a whole number of at least 1"),
         (["--layers", "100000"], "choose fewer experts or layers"),
         (["--seconds", "0"], "--seconds='0' must be a number above 0"),
-        (["--isa", "avx9"], "--isa='avx9' is not one of"),
+        (["--isa", "avx9"], "--isa='avx9' must be one of"),
     ],
 )
 def test_bad_options(moejet, arguments, message):

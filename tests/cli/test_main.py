@@ -37,7 +37,7 @@ def test_each_command_has_help(moejet, command):
         # An abbreviation that works today breaks when an option is added: refuse it.
         (["run", "hi", "--temp", "0"], "unknown option --temp"),
         (["run", "hi", "--temperature", "hot"], "--temperature='hot' must be a number"),
-        (["run", "hi", "--expert-format", "int5"], "--expert-format='int5' is not one of auto"),
+        (["run", "hi", "--expert-format", "int5"], "--expert-format='int5' must be one of auto"),
         (["chat", "model", "extra"], "unexpected argument 'extra'"),
         (["doctor", "extra"], "unexpected argument 'extra'"),
     ],

@@ -126,7 +126,7 @@ def test_effort_limits_the_thinking(moejet, tiny):
     assert none["usage"]["thinking_tokens"] <= 1
     result = moejet("run", "--effort", "hgih", PROMPT)
     assert result.code == 2
-    assert "--effort='hgih' is not one of" in result.err
+    assert "--effort='hgih' must be one of" in result.err
 
 
 def test_levels_offered_are_those_that_exist():

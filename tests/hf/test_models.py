@@ -211,7 +211,7 @@ def test_unregistered_models_say_so(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"expert_format": "int3"}, "expert_format='int3' is not one of auto, int4_g32"),
+        ({"expert_format": "int3"}, "expert_format='int3' must be one of auto, int4_g32"),
         ({"num_threads": 0}, "num_threads=0 must be between 1"),
         ({"name": "grouped_mm"}, "name='grouped_mm' belongs to transformers"),
         ({"name": "eager"}, "name='eager' belongs to transformers"),

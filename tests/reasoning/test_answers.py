@@ -335,10 +335,10 @@ def test_evaluation_has_limits() -> None:
     for text in ("9^9^9", "2^{100000}", "1/0", "600!", r"\infty+1", "(-1)!", "(1/2)!"):
         with pytest.raises(ExpressionError):
             Evaluation().value(parse(text))
-    start = time.monotonic()
+    start = time.process_time()
     for text in ("9^{9^{9}}", "(((" * 30 + "1", "-" * 500 + "1", "1" * 500, "1e999"):
         key(text)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 # --- the process behind SympyEqual ---------------------------------------------------------------

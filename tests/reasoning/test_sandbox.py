@@ -5,6 +5,7 @@ Every hostile program runs with the screen off, so that the kernel's layers have
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from moejet.reasoning import sandbox
+from moejet.reasoning import sandbox, symbolic
 from moejet.reasoning.sandbox import (
     SandboxLimits,
     SandboxUnavailableError,
@@ -42,29 +43,16 @@ def _fds() -> list[str]:
     return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
 
 
-def sandbox_processes() -> list[int]:
-    """Those that came of this process, and orphans; these not where other tests run beside it, whose they may be."""
-    parents: dict[int, int] = {}
-    sandboxes = []
+def sandbox_processes(parent: int | None = None) -> list[int]:
+    """Supervisors and confined processes of this process, or of `parent`, which may have ended."""
+    owner = str(os.getpid() if parent is None else parent).encode()
+    found = []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        try:
-            status = Path(f"/proc/{pid}/stat").read_text()
-            parents[pid] = int(status.rpartition(")")[2].split()[1])
-            if str(sandbox.CHILD).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                sandboxes.append(pid)
-        except OSError:
-            continue
-
-    def is_own(pid: int) -> bool:
-        is_orphan = "PYTEST_XDIST_WORKER" not in os.environ
-        while pid > 1:
-            if pid == os.getpid():
-                return True
-            is_orphan = is_orphan and pid in sandboxes
-            pid = parents.get(pid, 0)
-        return is_orphan
-
-    return [pid for pid in sandboxes if is_own(pid)]
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if str(sandbox.CHILD).encode() in words and words[-2] == owner:
+                found.append(pid)
+    return found
 
 
 def until(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -83,19 +71,14 @@ def unharmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     canary = tmp_path / "canary"
     canary.write_text("untouched")
     canary.chmod(0o666)
+    symbolic.shared_process().close()  # which tests before this one may have started
     before, limits = open_fds(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    others = set(
-        sandbox_processes()
-    )  # a test before this one may have left its program to its time limit
     yield canary
     assert canary.read_text() == "untouched"
     assert list(folder.iterdir()) == []
     assert open_fds() == before
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
-    deadline = time.monotonic() + 5
-    while set(sandbox_processes()) - others and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert set(sandbox_processes()) - others == set()
+    until(lambda: not sandbox_processes())
 
 
 # name: (program, what may come of it). CANARY and PARENT are put in.
@@ -423,12 +406,12 @@ def test_parents_death_ends_the_program(tmp_path: Path) -> None:
         "run_python('while True: pass', limits=SandboxLimits(cpu_s=60, wall_s=60))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code])
-    until(lambda: len(sandbox_processes()) == 2)
+    until(lambda: len(sandbox_processes(parent.pid)) == 2)
     parent.kill()
     parent.wait()
+    until(lambda: not sandbox_processes(parent.pid))
     for folder in Path(tempfile.gettempdir()).glob("moejet-sandbox-*"):
         folder.rmdir()  # the child may not have come so far as to remove it
-    # the fixture sees that both processes go
 
 
 def test_parents_death_counts_also_where_its_pipes_live_on() -> None:
@@ -446,14 +429,14 @@ def test_parents_death_counts_also_where_its_pipes_live_on() -> None:
     )
     assert parent.stdin is not None
     assert parent.stdout is not None
-    until(lambda: len(sandbox_processes()) == 2)
+    until(lambda: len(sandbox_processes(parent.pid)) == 2)
     parent.stdin.write("\n")
     parent.stdin.flush()
     holder = int(parent.stdout.readline())
     parent.kill()
     parent.wait()
     try:
-        until(lambda: not sandbox_processes(), seconds=2)
+        until(lambda: not sandbox_processes(parent.pid), seconds=25)  # the holder sleeps for longer
     finally:
         os.kill(holder, signal.SIGKILL)
         parent.stdin.close()
@@ -462,22 +445,30 @@ def test_parents_death_counts_also_where_its_pipes_live_on() -> None:
         folder.rmdir()
 
 
-def test_supervisors_death_ends_the_program() -> None:
+@pytest.mark.parametrize("moment", ["it is there", "it has forked", "the program runs"])
+def test_supervisors_death_ends_the_program(moment: str) -> None:
+    def has_come() -> bool:
+        pids = sandbox_processes()
+        if moment == "the program runs":
+            return any("Seccomp:\t2\n" in _state(pid) for pid in pids)
+        return len(pids) >= (1 if moment == "it is there" else 2)
+
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(
             run_python, "while True: pass", limits=SandboxLimits(cpu_s=60, wall_s=60)
         )
-        until(lambda: len(sandbox_processes()) == 2)
-        time.sleep(0.2)  # let it come to the program
-        children = [p for p in sandbox_processes() if f"PPid:\t{os.getpid()}\n" in _state(p)]
-        assert len(children) == 1
-        os.kill(children[0], signal.SIGKILL)
+        until(has_come)
+        own = f"PPid:\t{os.getpid()}\n"
+        [supervisor] = [pid for pid in sandbox_processes() if own in _state(pid)]
+        os.kill(supervisor, signal.SIGKILL)
         assert future.result(30).status == "killed"
     # the fixture sees that the confined process goes too
 
 
 def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/status").read_text()
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/status").read_text()
+    return ""
 
 
 def test_interpreter_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

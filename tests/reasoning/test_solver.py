@@ -148,18 +148,22 @@ def test_thinking_is_limited_and_leaves_room_for_the_answer(llm: LLM) -> None:
     assert reserved.usage.generated_tokens <= 40
 
 
-def test_no_more_branches_at_once_than_the_budget_allows(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    widths: list[int] = []
+@pytest.fixture
+def widths(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many branches run after each step."""
+    found: list[int] = []
     step = llm.engine.step
 
     def counted() -> object:
         result = step()
-        widths.append(len(llm.engine.scheduler.running))
+        found.append(len(llm.engine.scheduler.running))
         return result
 
     monkeypatch.setattr(llm.engine, "step", counted)
+    return found
+
+
+def test_no_more_branches_at_once_than_the_budget_allows(llm: LLM, widths: list[int]) -> None:
     free = solve(llm, PROMPTS[0], Sample(6), answers=NUMBERS, seed=4)
     assert max(widths) == 6
     widths.clear()
@@ -302,18 +306,7 @@ def test_no_two_samples_share_a_seed(llm: LLM, monkeypatch: pytest.MonkeyPatch) 
     assert set(seeds) == first
 
 
-def test_nested_samples_keep_to_the_width_of_the_budget(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    widths: list[int] = []
-    step = llm.engine.step
-
-    def counted() -> object:
-        result = step()
-        widths.append(len(llm.engine.scheduler.running))
-        return result
-
-    monkeypatch.setattr(llm.engine, "step", counted)
+def test_nested_samples_keep_to_the_width_of_the_budget(llm: LLM, widths: list[int]) -> None:
     solve(llm, PROMPTS[0], Sample(4, Sample(4)), answers=NUMBERS, budget=Budget(branches=2))
     assert max(widths) == 2
 

@@ -210,7 +210,7 @@ def test_samples_of_nested_strategies_multiply(llm: LLM) -> None:
         ("vote:", "not understood"),
         ("vote:4x", "not understood"),
         ("vot:4", "did you mean 'vote'"),
-        ("nothing", "is not one of single"),
+        ("nothing", "must be one of single"),
         ("vote:0", "strategy.n=0 must be an integer of at least 1"),
         ("vote:99999", "between 1 and 1024"),
         ("vote:4x4", "strategy.width is unknown: vote takes n, stop"),

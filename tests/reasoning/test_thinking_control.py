@@ -103,13 +103,13 @@ def test_what_only_looks_alike_is_no_loop() -> None:
 
 
 def test_limits_are_checked() -> None:
-    for make in (
-        lambda: MinimumThinking(-1),
-        lambda: LoopGuard(ngram=0),
-        lambda: LoopGuard(repeats=1),
-        lambda: LoopGuard(end="never"),  # type: ignore[arg-type]
+    for make, field in (
+        (lambda: MinimumThinking(-1), "min_tokens=-1"),
+        (lambda: LoopGuard(ngram=0), "ngram=0"),
+        (lambda: LoopGuard(repeats=1), "repeats=1"),
+        (lambda: LoopGuard(end="never"), "end='never'"),  # type: ignore[arg-type]
     ):
-        with pytest.raises(ValueError, match=r"must be|is not one of"):
+        with pytest.raises(ValueError, match=f"{field} must be"):
             make()
 
 

@@ -144,7 +144,7 @@ def test_it_is_a_drop_in_for_the_engine_in_this_process():
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError, match="SIGKILL"):
             await rest_of(stream)
-        assert time.monotonic() - begin < 1.0
+        assert time.monotonic() - begin < 10  # an engine that is only silent gets two minutes
         await until(lambda: remote.health()["state"] == "running", 60)
         job = Job("again", ids, CASES["greedy"], text)
         assert await whole(remote, job) == replace(await whole(local, job), request_id="again")

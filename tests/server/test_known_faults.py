@@ -188,8 +188,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     ),
     "weight files that change while they are mapped": (
         "server/test_lost_weights.py::test_a_file_cut_short_and_a_model_that_is_gone",
-        "server/test_supervisor.py::"
-        "test_running_requests_fail_within_a_second_and_the_engine_comes_back",
+        "server/test_supervisor.py::test_running_requests_fail_at_once_and_the_engine_comes_back",
     ),
     "too little memory, now or later": (
         "test_plan.py::test_loading_refuses_what_cannot_fit",

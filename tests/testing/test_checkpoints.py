@@ -150,7 +150,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.experts.0.up_proj.weight" in names
     assert "model.layers.0.self_attn.kv_a_proj_with_mqa.bias" in names
     assert 1.0 < reference_logits(root, PROMPT).std() < 5.0
-    with pytest.raises(ValueError, match="family='gpt' is not one of"):
+    with pytest.raises(ValueError, match="family='gpt' must be one of"):
         hf_config("gpt")
 
 
@@ -182,7 +182,7 @@ def test_assert_close() -> None:
         assert_close(x * 1.001, x, "fp32", what="layer 3")
     with pytest.raises(AssertionError, match="shapes differ"):
         assert_close(x[:2], x, "fp32")
-    with pytest.raises(ValueError, match="output_format='fp7' is not one of"):
+    with pytest.raises(ValueError, match="output_format='fp7' must be one of"):
         assert_close(x, x, "fp7")
 
 

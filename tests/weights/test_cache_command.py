@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 from pathlib import Path
@@ -12,33 +11,11 @@ import pytest
 
 from moejet import _C
 from moejet.cli.main import main
-from moejet.testing.checkpoints import tiny_checkpoint
 from moejet.testing.packed_weights import Used, files, flip_bit, tokens
 from moejet.weights import packed_cache
 from moejet.weights.packed_cache import CacheFile
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("cached"), "deepseek_v3")
-
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MOEJET_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def used() -> Used:
-    handler = Used()
-    for name in ("moejet.loading", "moejet.weights.packed_cache"):
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
-    yield handler
-    for name in ("moejet.loading", "moejet.weights.packed_cache"):
-        logging.getLogger(name).removeHandler(handler)
-        logging.getLogger(name).setLevel(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 def test_cache_command(

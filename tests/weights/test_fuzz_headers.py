@@ -41,7 +41,7 @@ fuzz = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-MAX_SECONDS = 5.0
+MAX_SECONDS = 5.0  # of CPU time, of which a sound reader takes a fraction of one
 # A header's worth of Python objects; the first reads of a file come in pieces of 1 MiB.
 MAX_BYTES = 8 << 20
 
@@ -112,13 +112,13 @@ def apply(blob: bytes, edits: list[Edit]) -> bytes:
 def bounded(read: Callable[[], Any]) -> Any:
     """What `read` returns, or None if it refuses with ValueError; any other exception passes through."""
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     result, message = None, ""
     try:
         result = read()
     except ValueError as error:
         message = str(error)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(message) < 100_000
@@ -315,8 +315,8 @@ def test_hostile_safetensors(header: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(
         struct.pack("<Q", len(encoded)) + encoded + bytes(4)
     )
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"model\.safetensors has a corrupt header") as caught:
         Checkpoint.open(tmp_path)
-    assert time.perf_counter() - start < MAX_SECONDS
+    assert time.process_time() - start < MAX_SECONDS
     assert len(str(caught.value)) < 2000

@@ -266,10 +266,12 @@ def test_claims_that_a_huge_sparse_file_could_hold(
     file.write_bytes(make())
     with file.open("r+b") as stream:
         stream.truncate(64 << 30)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"sparse\.gguf"):
         read_gguf_header(file)
-    assert time.perf_counter() - start < 20.0
+    assert (
+        time.process_time() - start < 20.0
+    )  # of the CPU, whatever else runs; a claim followed takes hours
 
 
 def test_limits_are_above_real_headers() -> None:

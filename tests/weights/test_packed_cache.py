@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -30,28 +29,7 @@ from moejet.testing.packed_weights import GREEDY, PROMPT, Used, files, flip_bit,
 from moejet.weights import packed_cache, packed_files
 from moejet.weights.packed_cache import CacheFile
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("cached"), "deepseek_v3")
-
-
-@pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MOEJET_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def used() -> Used:
-    handler = Used()
-    for name in ("moejet.loading", "moejet.weights.packed_cache"):
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
-    yield handler
-    for name in ("moejet.loading", "moejet.weights.packed_cache"):
-        logging.getLogger(name).removeHandler(handler)
-        logging.getLogger(name).setLevel(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("directory")
 
 
 @pytest.mark.parametrize(
@@ -459,6 +437,6 @@ def test_leftovers_are_swept_unless_their_writer_lives(directory: Path) -> None:
 
 def test_unknown_choice() -> None:
     with pytest.raises(
-        ValueError, match="packed_cache='never' is not one of auto, on, off, verify"
+        ValueError, match="packed_cache='never' must be one of auto, on, off, verify"
     ):
         EngineConfig(model="x", packed_cache="never")

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 from moejet.cli import options
 from moejet.cli.bench_hybrid import HybridBench, write_report
 from moejet.cli.environment import describe_environment, moment, summary
-from moejet.cli.plot import add_plot_option, check_plot, save_rows
-from moejet.cli.results import add_json_option, line_writer, written
+from moejet.cli.plot import add_plot_option, check_plot, measured
+from moejet.cli.results import add_json_option
 from moejet.cli.table import Column, Row, keep, percent, write_table
 from moejet.cli.terminal import note
 from moejet.config import DENSE_FORMATS, EXPERT_FORMATS
@@ -125,15 +125,11 @@ def execute(args: argparse.Namespace) -> int:
     if args.threads is not None and 0 in args.threads:
         raise ValueError("-t 0 must be a positive number of threads")
     check_plot(args.plot)
-    kept: list[Row] = []
-    with line_writer(args.json) as write:
-        rows = keep(written(_measure_all(args, tests), write), kept)
+    with measured(_measure_all(args, tests), args.json, args.plot) as (rows, _):
         if args.json == "-":
             list(rows)
         else:
             WRITERS[args.output](rows)
-    if args.plot is not None:
-        save_rows(kept, args.plot)
     return 0
 
 

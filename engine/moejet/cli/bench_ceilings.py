@@ -23,9 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `moejet bench ceilings`."""
     parser.epilog = __doc__
     add_json_option(parser)
-    parser.add_argument(
-        "-t", "--threads", dest="num_threads", type=options.count, metavar="N", help="CPU threads"
-    )
+    options.add_threads_option(parser, "-t")
     parser.add_argument(
         "--seconds",
         type=options.positive,

@@ -13,9 +13,9 @@ from typing import Any
 
 from moejet.cli import options
 from moejet.cli.environment import describe_environment, moment, summary
-from moejet.cli.plot import add_plot_option, check_plot, save_rows
-from moejet.cli.results import add_json_option, line_writer, written
-from moejet.cli.table import Column, Row, keep, percent, write_table
+from moejet.cli.plot import add_plot_option, check_plot, measured
+from moejet.cli.results import add_json_option
+from moejet.cli.table import Column, Row, percent, write_table
 from moejet.cli.terminal import note
 from moejet.validation import short
 
@@ -57,17 +57,13 @@ def execute(args: argparse.Namespace) -> int:
     if args.vram is not None:
         _limit_memory(args.vram)
     environment = describe_environment()
-    kept: list[Row] = []
-    with line_writer(args.json) as write:
-        rows = keep(written(_measure_all(kernels, environment), write), kept)
+    with measured(_measure_all(kernels, environment), args.json, args.plot) as (rows, kept):
         if args.json == "-":
             list(rows)
         else:
             write_table(_COLUMNS, rows)
             note(summary(environment))
     wrong = sum(row["ms_p50"] is None for row in kept)
-    if args.plot is not None:
-        save_rows(kept, args.plot)
     if wrong:
         print(f"moejet: error: {wrong} cases gave a wrong answer", file=sys.stderr)
     return 1 if wrong else 0

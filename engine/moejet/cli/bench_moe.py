@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from moejet.cli import options
 from moejet.cli.environment import describe_environment, moment, summary
-from moejet.cli.plot import add_plot_option, check_plot, save_rows
-from moejet.cli.results import add_json_option, line_writer, written
-from moejet.cli.table import Column, Row, keep, percent, write_table
+from moejet.cli.plot import add_plot_option, check_plot, measured
+from moejet.cli.results import add_json_option
+from moejet.cli.table import Column, Row, percent, write_table
 from moejet.cli.terminal import note
 from moejet.config import EXPERT_FORMATS, GGUF_FORMATS
 from moejet.presets import PRESETS
@@ -75,9 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="for each case (default 2)",
     )
-    parser.add_argument(
-        "-t", "--threads", dest="num_threads", type=options.count, metavar="N", help="CPU threads"
-    )
+    options.add_threads_option(parser, "-t")
     options.add_isa_option(parser)
     options.add_arithmetic_option(parser)
     add_json_option(parser)
@@ -92,20 +90,18 @@ def execute(args: argparse.Namespace) -> int:
     options.quiet_openmp()
     from moejet.testing.moe_bench import WrongAnswerError
 
-    kept: list[Row] = []
-    with ExitStack() as stack:
-        write = stack.enter_context(line_writer(args.json))
-        rows = keep(written(_measure_all(args, stack), write), kept)
-        try:
+    try:
+        with (
+            ExitStack() as stack,
+            measured(_measure_all(args, stack), args.json, args.plot) as (rows, _),
+        ):
             if args.json == "-":
                 list(rows)
             elif last := write_table(_COLUMNS, rows):
                 note(summary(last))
-        except WrongAnswerError as error:
-            print(f"moejet: error: {error}", file=sys.stderr)
-            return 1
-    if args.plot is not None:
-        save_rows(kept, args.plot)
+    except WrongAnswerError as error:
+        print(f"moejet: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

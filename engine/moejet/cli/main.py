@@ -70,7 +70,7 @@ class CommandParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             known = list(map(str, action.choices))
-            text = f"{_name(action)}={short(value)} is not one of {', '.join(known)}"
+            text = f"{_name(action)}={short(value)} must be one of {', '.join(known)}"
             raise argparse.ArgumentError(None, text + near_miss(value, known))
 
     def in_options(self, message: str) -> str:

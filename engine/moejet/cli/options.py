@@ -80,13 +80,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-context", type=int, metavar="N", help="room for prompt and answer, in tokens"
     )
-    group.add_argument(
-        "--threads",
-        dest="num_threads",
-        type=int,
-        metavar="N",
-        help="CPU threads (default: physical cores that this process may use)",
-    )
+    add_threads_option(group)
     add_isa_option(group)
     add_arithmetic_option(group)
     add_device_options(group)
@@ -115,6 +109,18 @@ def add_cache_option(group: argparse._ActionsContainer) -> None:
         "--cache-dtype",
         choices=CACHE_DTYPES,
         help="type of the latent cache (default bf16); fp8 takes 0.57 of its bytes",
+    )
+
+
+def add_threads_option(group: argparse._ActionsContainer, *short_names: str) -> None:
+    """Add --threads."""
+    group.add_argument(
+        *short_names,
+        "--threads",
+        dest="num_threads",
+        type=count,
+        metavar="N",
+        help="CPU threads (default: physical cores that this process may use)",
     )
 
 

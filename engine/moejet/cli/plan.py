@@ -63,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_format_options(parser)
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     options.add_isa_option(parser)
-    parser.add_argument("--threads", dest="num_threads", type=int, metavar="N", help="CPU threads")
+    options.add_threads_option(parser)
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -10,13 +10,14 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejet.cli import options
-from moejet.cli.table import Row
+from moejet.cli.results import line_writer, written
+from moejet.cli.table import Row, keep
 
 if TYPE_CHECKING:
     from moejet.reasoning.eval_plot import Point
@@ -49,6 +50,18 @@ def add_plot_option(group: argparse._ActionsContainer, what: str) -> None:
         metavar="OUT.png",
         help=f"draw {what} (needs matplotlib: pip install 'moejet[plot]')",
     )
+
+
+@contextmanager
+def measured(
+    rows: Iterable[Row], json: str | Path | None, plot: Path | None
+) -> Iterator[tuple[Iterator[Row], list[Row]]]:
+    """Rows that are written as --json asks while they are measured, and those so far; at the end --plot's picture."""
+    kept: list[Row] = []
+    with line_writer(json) as write:
+        yield keep(written(rows, write), kept), kept
+    if plot is not None:
+        save_rows(kept, plot)
 
 
 def check_plot(path: Path | None) -> None:

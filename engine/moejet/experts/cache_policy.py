@@ -24,6 +24,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from moejet.validation import require_choice
+
 PolicyKind = Literal["lfu", "lru"]
 _FREE = -1
 _DEVIATIONS = 2.0
@@ -58,8 +60,7 @@ class CachePolicy:
 
         bytes_per_step: of fetches, at most; larger experts wait until enough steps have passed.
         """
-        if kind not in ("lfu", "lru"):
-            raise ValueError(f"kind={kind!r} is not one of lfu, lru")
+        require_choice("kind", kind, ("lfu", "lru"))
         for name, value in (("half_life", half_life), ("bytes_per_step", bytes_per_step)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r} must be above 0")

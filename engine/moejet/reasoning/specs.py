@@ -70,7 +70,7 @@ from moejet.reasoning.spec_options import Load, Options
 from moejet.reasoning.spec_text import Spec
 from moejet.reasoning.stopping import BetaStop, Decided, StopRule, Unanimous
 from moejet.reasoning.task import Strategy
-from moejet.validation import near_miss, short
+from moejet.validation import require_choice
 
 
 def strategy_names() -> tuple[str, ...]:
@@ -105,9 +105,7 @@ def check_spec(text: str) -> None:
 
 
 def _check_name(spec: Spec) -> None:
-    if spec.name not in _BUILDERS:
-        hint = near_miss(spec.name, _BUILDERS)
-        raise ValueError(f"strategy={short(spec.name)} is not one of {', '.join(_BUILDERS)}{hint}")
+    require_choice("strategy", spec.name, _BUILDERS)
 
 
 def _build(spec: Spec, llm: LLM, load: Load | None) -> tuple[Strategy, int]:

@@ -112,6 +112,7 @@ class StepCheck:
     label: str
     kind: Literal["step", "check"]
     correct: bool
+    step_correct: bool  # the step's latest line; of a check, whether what it checks is right
 
 
 def apply(op: Op, a: int, b: int) -> int | None:
@@ -276,6 +277,7 @@ def check_steps(reasoning: str, problem: Problem | None = None) -> list[StepChec
     Without `problem`, the plan line of the reasoning itself is taken as the problem.
     """
     values: dict[int, int] = {}
+    is_right: dict[str, bool] = {}
     checks: list[StepCheck] = []
     for number, line in enumerate(reasoning.split("\n")):
         if problem is None:
@@ -297,5 +299,7 @@ def check_steps(reasoning: str, problem: Problem | None = None) -> list[StepChec
             elif before is not None and index in values:
                 right, _ = check_line(index, values[index], step.op, step.operand, before=before)
                 correct = line == right
-        checks.append(StepCheck(number, line[0], kind, correct))
+        if kind == "step":
+            is_right[line[0]] = correct
+        checks.append(StepCheck(number, line[0], kind, correct, is_right.get(line[0], False)))
     return checks

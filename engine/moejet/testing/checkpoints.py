@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moejet.testing.byte_tokenizer import write_json, write_tokenizer
+from moejet.validation import require_choice
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 320,
@@ -178,8 +179,7 @@ def hf_config(family: str, **overrides: Any) -> dict[str, Any]:
     `rope_style="new"` moves rope_theta and rope_scaling into rope_parameters, `rope_style="old"` does the reverse;
     every other override must be a key of the file or is added to it.
     """
-    if family not in _FAMILIES:
-        raise ValueError(f"family={family!r} is not one of {', '.join(FAMILIES)}")
+    require_choice("family", family, FAMILIES)
     config = {**copy.deepcopy(_COMMON), **copy.deepcopy(_FAMILIES[family])}
     style = overrides.pop("rope_style", None)
     config.update(overrides)

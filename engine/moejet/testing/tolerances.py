@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moejet.validation import require_choice
+
 # Output or weight format -> largest calc_diff against the float64 (or transformers) result. The formats of weights
 # bound the error against the *unquantised* model; against dequantised weights the limit of the output format holds.
 DIFF_LIMITS: dict[str, float] = {
@@ -56,8 +58,7 @@ def assert_close(actual: Any, expected: Any, output_format: str, *, what: str = 
 
     Returns the difference, for tests that want to print it.
     """
-    if output_format not in DIFF_LIMITS:
-        raise ValueError(f"output_format={output_format!r} is not one of {', '.join(DIFF_LIMITS)}")
+    require_choice("output_format", output_format, DIFF_LIMITS)
     x, y = _as_float64(actual), _as_float64(expected)
     label = f"{what}: " if what else ""
     assert x.shape == y.shape, f"{label}shapes differ: {x.shape} and {y.shape}"

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moejet.validation import require_choice
 from moejet.weights.stored import FP8_BLOCK, INT4_GROUP, StoredWeight, dequantize_fp8
 
 # Raised when the same weights get other bytes in any of these formats.
@@ -126,8 +127,7 @@ class GpuWeights:
 
 def check_shape(format: str, shape: tuple[int, ...]) -> None:
     """Raises ValueError where matrices of this shape have no such format."""
-    if format not in GPU_FORMATS:
-        raise ValueError(f"format={format!r} is not one of {', '.join(GPU_FORMATS)}")
+    require_choice("format", format, GPU_FORMATS)
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"shape={shape} is not that of matrices with at least one row and column")
     if format == "int4_g32" and shape[-1] % INT4_GROUP:

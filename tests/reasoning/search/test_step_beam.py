@@ -1,6 +1,6 @@
 """Steps, and beam search over them: what stays, what is shared, what it finds with a perfect verifier."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,11 +10,12 @@ from moejet.branch import Branch
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.result import Result
 from moejet.reasoning.scorers import Confidence
+from moejet.reasoning.search.particles import ParticleFilter
 from moejet.reasoning.search.step_beam import StepBeam
 from moejet.reasoning.search.steps import Step, Steps
 from moejet.reasoning.single import Single
 from moejet.reasoning.solver import solve
-from moejet.reasoning.task import Run, Task
+from moejet.reasoning.task import Run, Strategy, Task
 from moejet.testing import arithmetic
 from moejet.testing.arithmetic_oracle import StepOracle
 from moejet.testing.number_answers import NumberAnswers
@@ -212,6 +213,37 @@ def test_a_budget_ends_the_search_with_the_best_there_is(llm: LLM, total: int) -
     assert result.candidates
     assert not llm.engine.has_work
     assert llm.engine.scheduler.held == []
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Ends the run while it scores, when every branch stands between two steps."""
+
+    is_aborted: bool
+
+    def score_steps(self, task: Task, branches: Sequence[Branch]) -> Run[list[float]]:
+        task.ledger.is_aborted = self.is_aborted
+        task.ledger.budget = Budget(total_tokens=task.usage.generated_tokens)
+        return [0.0] * len(branches)
+        yield
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda scorer: StepBeam(4, 2, scorer),
+        lambda scorer: StepBeam(4, 2, scorer, Steps.mini(4)),
+        lambda scorer: ParticleFilter(3, scorer, scale="log"),
+    ],
+)
+def test_a_search_that_ends_between_two_steps_has_cut_its_branches_off(
+    llm: LLM, make: Callable[[Ending], Strategy]
+) -> None:
+    for is_aborted, end in ((True, ("abort", None)), (False, ("length", "budget"))):
+        result = solve(llm, PROMPTS[0], make(Ending(is_aborted)), answers=NumberAnswers())
+        ends = {(c.finish_reason, c.stop_reason) for c in result.candidates}
+        assert ends == {end}
+        assert result.is_exhausted
 
 
 def test_wrong_settings_are_named() -> None:

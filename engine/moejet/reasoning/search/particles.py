@@ -85,7 +85,7 @@ class ParticleFilter:
         candidates = [
             task.candidate(
                 particle.branch,
-                None if particle.step is None else particle.step.segment,
+                None if particle.step is None else particle.step.ended(task),
                 parent=particle.node,
                 scores={SCORE: particle.score},
             )

@@ -163,5 +163,5 @@ def _rank(beam: _Beam) -> tuple[bool, float, float]:
 
 
 def _candidate(task: Task, beam: _Beam) -> Candidate:
-    segment = None if beam.step is None else beam.step.segment
+    segment = None if beam.step is None else beam.step.ended(task)
     return task.candidate(beam.branch, segment, parent=beam.node, scores={SCORE: beam.score})

@@ -22,6 +22,12 @@ class Step:
     def text(self) -> str:
         return self.segment.text
 
+    def ended(self, task: Task) -> Segment:
+        """The segment once the search is over: whoever was to go on, and may not, was cut off."""
+        if self.is_last or not task.is_exhausted:
+            return self.segment
+        return Segment(self.segment.text, self.segment.token_ids, *task.ledger.cut)
+
 
 @dataclass(frozen=True, slots=True)
 @checked
