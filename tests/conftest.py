@@ -75,6 +75,15 @@ def usable_isa(pytestconfig: pytest.Config) -> Callable[[str], str]:
     return check
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Engines of a module have one worker: beside other tests, threads that wait for each other cost more than they
+    compute. Models, layers and kernels are tested with several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEJET_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """get(family, **overrides of config.json): a tiny checkpoint, its weights rounded to bf16; not to be changed."""

@@ -10,6 +10,8 @@ from moejet import LLM, SamplingParams
 from moejet.policy import ForceContinuation, TokenPolicy
 from moejet.testing.checkpoints import tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = {
     "expert_format": "bf16",
     "dense_format": "fp32",

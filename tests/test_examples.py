@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("examples")
+pytestmark = [pytest.mark.xdist_group("examples"), pytest.mark.usefixtures("one_thread")]
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Beside other tests, threads that wait for each other cost more than they compute."""
-    monkeypatch.setenv("MOEJET_NUM_THREADS", "1")
 
 
 def run(name: str) -> str:

@@ -22,7 +22,7 @@ LAYERS = {
     "files and facts": """
         _C __init__ atomic_file chat_template config environment expected_errors extension framed_file hf_config
         huge_pages hybrid_statistics json_file latent_layout model_cost presets progress rope_config thinking
-        tiktoken_files tokenizer tool_markers topology validation
+        tiktoken_files tokenizer tokenizer_files tool_markers topology validation
     """,
     "requests": """
         batch cache_blocks engine_counters engine_state grammar mailbox output policy prefix_groups prompt_reader

@@ -12,6 +12,8 @@ from moejet import LLM, SamplingParams
 from moejet.presets import PRESETS
 from moejet.testing.checkpoints import tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = {
     "expert_format": "bf16",
     "dense_format": "fp32",

@@ -22,7 +22,13 @@ def plan_of(model: ModelConfig = V3, *, cache_tokens: int = 32768, machine=None,
 @pytest.mark.parametrize("expert_format", ["int4_g32", "int8", "fp8", "bf16"])
 @pytest.mark.parametrize(("dense_format", "cache_dtype"), [("int8", "bf16"), ("bf16", "fp8")])
 def test_weights_and_cache_are_those_of_the_engine(expert_format, dense_format, cache_dtype):
-    shape = replace(PRESETS["deepseek-v2-lite"], num_hidden_layers=2, num_experts=8)
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "moe_intermediate_size": 352,
+        "vocab_size": 2048,
+    }
+    shape = replace(PRESETS["deepseek-v2-lite"], num_hidden_layers=2, num_experts=8, **sizes)
     options = {"expert_format": expert_format, "dense_format": dense_format, "max_context": 512}
     options["cache_dtype"] = cache_dtype
     with LLM.synthetic(shape, cache_tokens=4096, **options) as llm:

@@ -10,6 +10,8 @@ from moejet.request import Request, RequestState
 from moejet.scheduler import Scheduler
 from moejet.testing.scheduling import Cache, drive, make_request, make_scheduler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_equal_prefixes_are_computed_once():
     scheduler = make_scheduler(num_blocks=64, budget=100)

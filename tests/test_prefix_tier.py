@@ -170,7 +170,7 @@ def test_killed_at_random_points(
     model: Path, disk: dict[str, object], expected: dict[int, list[int]]
 ) -> None:
     """MOEJET_KILL_ROUNDS sets the number of rounds."""
-    rounds = int(os.environ.get("MOEJET_KILL_ROUNDS", "3"))
+    rounds = int(os.environ.get("MOEJET_KILL_ROUNDS", "2"))
     rng = random.Random(rounds)
     # Few blocks per segment: many files.
     options = {**disk, "prefix_disk_gib": 0.0005}

@@ -15,6 +15,8 @@ from moejet import LLM, Grammar, SamplingParams
 from moejet.policy import ForceContinuation, Inject, Keep, Replace, Stop, TokenPolicy
 from moejet.testing.checkpoints import tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_SCHEDULES = int(os.environ.get("MOEJET_SCHEDULES", "200"))
 NUM_PROMPTS = 24
 MAX_TOKENS = 24

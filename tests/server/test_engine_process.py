@@ -17,14 +17,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from moejet import LLM, AsyncLLM, EngineDeadError, SamplingParams
+from moejet import AsyncLLM, EngineDeadError, SamplingParams
 from moejet.grammar import Grammar
 from moejet.policy import TokenPolicy
 from moejet.server import frames, supervisor
 from moejet.server.backend import Job, LocalBackend
 from moejet.server.supervisor import LoadError, RemoteBackend, WorkerOptions
 from moejet.server.worker import Worker
-from moejet.testing.checkpoints import tiny_checkpoint
 
 OPTIONS = {"num_threads": 1, "deterministic": True}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -295,33 +294,3 @@ def test_the_servers_process_loads_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=60)
-
-
-def test_a_mapped_weight_file_that_is_cut_short_ends_requests_and_not_the_server(tmp_path):
-    model = tiny_checkpoint(tmp_path / "model", "deepseek_v3")
-    cache = tmp_path / "cache"
-    options = {**OPTIONS, "packed_cache": "on"}
-
-    async def main() -> None:
-        backend = await RemoteBackend.open(WorkerOptions(str(model), options, {}), name="m")
-        job = Job("before", [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=4))
-        before = await whole(backend, job)
-        [file] = cache.rglob("*.packed")
-        os.truncate(file, 4096)
-        with pytest.raises(EngineDeadError, match=r"SIGBUS.*mapped"):
-            await whole(backend, replace(job, request_id="after"))
-        assert not backend.health()["alive"]
-        await until(lambda: backend.health()["state"] == "running", 60)
-        again = await whole(backend, replace(job, request_id="again"))
-        assert again.outputs == before.outputs
-        await backend.close()
-
-    previous = os.environ.get("MOEJET_CACHE")
-    os.environ["MOEJET_CACHE"] = str(cache)
-    try:
-        LLM(model, **options).close()  # packs the weights; the next one maps them
-        asyncio.run(main())
-    finally:
-        os.environ.pop("MOEJET_CACHE")
-        if previous is not None:
-            os.environ["MOEJET_CACHE"] = previous

@@ -80,7 +80,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "NaN and infinity in weights": (
         "server/test_known_faults.py::test_broken_weights_end_requests_with_their_reason",
         "server/test_known_faults.py::test_integer_formats_refuse_broken_weights_when_they_load",
-        "test_async_llm.py::test_broken_logits_end_their_request_only",
+        "asynchronous/test_failures.py::test_broken_logits_end_their_request_only",
     ),
     "tokenizers that do not fit or are damaged": (
         "test_tokenizer.py::test_broken_files",
@@ -88,9 +88,9 @@ FAULTS: dict[str, tuple[str, ...]] = {
     ),
     "templates that reach for Python": (
         "server/test_faults.py::test_templates_in_requests_are_refused_or_sandboxed",
-        "test_tokenizer.py::test_hostile_and_broken_templates",
+        "test_template_rendering.py::test_hostile_and_broken_templates",
     ),
-    "templates that never end": ("test_tokenizer.py::test_endless_and_huge_templates",),
+    "templates that never end": ("test_template_rendering.py::test_endless_and_huge_templates",),
     "template variables that shadow the server's own or are huge": (
         "server/test_faults.py::test_template_variables_cannot_shadow_the_servers_own",
     ),
@@ -187,8 +187,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "test_prefix_tier.py::test_processes_share_the_directory",
     ),
     "weight files that change while they are mapped": (
-        "server/test_engine_process.py::"
-        "test_a_mapped_weight_file_that_is_cut_short_ends_requests_and_not_the_server",
+        "server/test_lost_weights.py::test_a_file_cut_short_and_a_model_that_is_gone",
         "server/test_supervisor.py::test_running_requests_fail_at_once_and_the_engine_comes_back",
     ),
     "too little memory, now or later": (

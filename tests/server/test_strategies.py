@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 
 from moejet import AsyncLLM, EngineDeadError, EngineStepError, SamplingParams
-from moejet.cli import serve
+from moejet.cli import serve_options
 from moejet.reasoning.result import Candidate, Node, Progress, Result, Usage
 from moejet.server import asgi_app, frames
 from moejet.server.backend import LocalBackend
@@ -514,13 +514,13 @@ def test_a_key_finds_only_its_own_prefixes(llm, ask_app):
 
 def test_options_of_the_command():
     parser = argparse.ArgumentParser()
-    serve.add_options(parser)
-    config = serve._config(parser.parse_args([]))
+    serve_options.add_options(parser)
+    config = serve_options.server_config(parser.parse_args([]))
     assert config.strategies
     assert config.max_strategy_samples == 64
     assert not config.effort_strategies
     options = ["--no-strategies", "--max-strategy-samples", "8", "--effort-strategies"]
-    config = serve._config(parser.parse_args(options))
+    config = serve_options.server_config(parser.parse_args(options))
     assert not config.strategies
     assert config.max_strategy_samples == 8
     assert config.effort_strategies
