@@ -219,7 +219,11 @@ async def _answer_nobody(_: Request, error: Exception) -> Response:
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), f"{error=}"
     path = request.url.path[:200]
-    message = {404: f"there is nothing at {path}", 405: f"{request.method} is not for {path}"}
+    allowed = (error.headers or {}).get("allow", "another method")
+    message = {
+        404: f"there is nothing at {path}: see /openapi.json for what there is",
+        405: f"{request.method} is not for {path}: use {allowed}",
+    }
     known = ApiError(
         error.status_code,
         message.get(error.status_code, str(error.detail)),
