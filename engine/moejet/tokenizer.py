@@ -27,6 +27,7 @@ from moejet.chat_template import ChatTemplate
 from moejet.json_file import read_json_object
 from moejet.thinking import detect_think_tags
 from moejet.tool_markers import KNOWN_TOOL_MARKERS
+from moejet.validation import short
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"text is not valid Unicode: lone surrogate at position {error.start}"
+                f"text {short(text)} is not valid Unicode: lone surrogate at position {error.start}; "
+                "remove it"
             ) from error
         ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
         if not add_special_tokens:
