@@ -48,7 +48,7 @@ class RequestRules:
         """Raises ValueError if a prompt cannot be scored."""
         if len(token_ids) < 2:
             raise ValueError(
-                f"token_ids={short(token_ids)} has {len(token_ids)} tokens: score needs at least 2"
+                f"token_ids={short(token_ids)} has {len(token_ids)} entries: score needs at least 2 tokens"
             )
         if len(token_ids) > self.max_context:
             raise ValueError(

@@ -23,6 +23,8 @@ def fused_add_rms_norm(
 
         return launch(x, residual, weight, eps, out_dtype=out_dtype)
     check_tensor("residual", residual, x.shape, x)
+    if not residual.is_floating_point():
+        raise TypeError(f"residual has dtype {residual.dtype}, expected a float: use .float()")
     residual += x
     return rms_norm(residual, weight, eps, out_dtype=out_dtype)
 

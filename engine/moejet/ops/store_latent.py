@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moejet.environment import use_reference
@@ -29,7 +30,19 @@ def store_latent(c_kv: Tensor, k_pe: Tensor, latent_cache: Tensor, slot_mapping:
         check_tensor("k_pe", k_pe, (c_kv.shape[0], *k_pe.shape[-1:]), c_kv)
         check_tensor("slot_mapping", slot_mapping, c_kv.shape[:1], c_kv)
         if not latent_cache.is_floating_point() and latent_cache.dtype != torch.uint8:
-            raise TypeError(f"latent_cache has dtype {latent_cache.dtype}, expected a float or uint8")
+            raise TypeError(
+                f"latent_cache has dtype {latent_cache.dtype}, expected a float or uint8"
+            )
+        width = c_kv.shape[1] + k_pe.shape[1]
+        if latent_cache.dtype != torch.uint8 and latent_cache.shape[2] != width:
+            raise ValueError(
+                f"latent_cache has shape {list(latent_cache.shape)}, expected [blocks, S, {width}]"
+            )
+        num_slots = latent_cache.shape[0] * latent_cache.shape[1]
+        if len(slot_mapping) and int(slot_mapping.max()) >= num_slots:
+            raise ValueError(
+                f"slot_mapping holds {int(slot_mapping.max())}, expected at most {num_slots - 1}"
+            )
         if slot_mapping.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"slot_mapping has dtype {slot_mapping.dtype}, expected int32 or int64")
         store_latent_ref(c_kv, k_pe, latent_cache, slot_mapping)
