@@ -11,7 +11,8 @@ from moejet.server import asgi_app, serve_in_thread
 question = [{"role": "user", "content": "Start with 17, add 25, then multiply by 3."}]
 with serve_in_thread(asgi_app(LLM())) as url, Anthropic(base_url=url, api_key="-") as client:
     body = {"model": "tiny-reasoner", "messages": question, "max_tokens": 400}
-    with client.messages.stream(**body, extra_body={"temperature": 0}) as stream:
+    body["extra_body"] = {"temperature": 0}
+    with client.messages.stream(**body) as stream:
         for event in stream:
             if event.type == "thinking":
                 print(event.thinking, end="", flush=True)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +40,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available() and "gpu" not in config.getoption("--require"):
             for item in gpu_tests:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    # pytest-xdist would run only one of the tests that share a name, and it puts the group into the name.
+    names = Counter(item.nodeid for item in items)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise pytest.UsageError(f"{len(twice)} names belong to several tests, as {twice[0]}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if getattr(session.config.option, "loadgroup", False):
+        ungrouped = [
+            item.nodeid
+            for item in session.items
+            if item.get_closest_marker("xdist_group") and "@" not in item.nodeid.split("]")[-1]
+        ]
+        if ungrouped:
+            raise pytest.UsageError(f"pytest-xdist does not keep groups together: {ungrouped[0]}")
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,17 @@ def test_best_of_n_with_a_perfect_scorer_is_pass_at_n(llm: LLM) -> None:
     assert choose(llm, [NONE], Best(Given((9.0,)))).answer is None
 
 
+def test_among_nearly_the_best_agreement_decides(llm: LLM) -> None:
+    candidates, scores = [A, B, A, B, C, NONE], Given((0.90, 0.97, 0.95, 0.10, 0.96, 0.99))
+    assert choose(llm, candidates, Best(scores)).answer == "2"
+    result = choose(llm, candidates, Best(scores, margin=0.1))  # 0.90 is within it, 0.10 is not
+    assert (result.answer, result.candidate.scores["score"]) == ("1", 0.95)
+    assert choose(llm, candidates, Best(scores, margin=0.001)).answer == "2"
+    assert choose(llm, [NONE, NONE], Best(Given((0.2, 0.1)), margin=1)).answer is None
+    with pytest.raises(ValueError, match=r"margin=-0\.5 must be a number of at least 0"):
+        Best(scores, margin=-0.5)
+
+
 def test_bayes_risk(llm: LLM) -> None:
     candidates = [A, B, B, C]
     assert choose(llm, candidates, MinimumBayesRisk()).answer == "2"

@@ -44,6 +44,7 @@ PROMPT = [{"role": "user", "content": "Start with 17, add 25, then multiply by 3
         ("best:16,scorer=step_head", Sample(16, select=Best(StepHead()))),
         ("best:16:head", Sample(16, select=Best(StepHead()))),
         ("best:16:logprob", Sample(16, select=Best(Confidence("logprob")))),
+        ("best:4:gap,margin=0.1", Sample(4, select=Best(Confidence("gap"), 0.1))),
         ("adaptive", Sample(40, stop=BetaStop(), wave=4)),
         ("rounds:3", VerifyRounds(most=3)),
         ({"name": "vote", "n": 5}, Sample(5)),

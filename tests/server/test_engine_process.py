@@ -109,6 +109,7 @@ def test_it_is_a_drop_in_for_the_engine_in_this_process():
         cancelled = await remote.start(Job("cancelled", ids, endless, text))
         dropped = await remote.start(Job("dropped", ids, endless, text))
         aborted = await remote.start(Job("aborted", ids, endless, text))
+        assert await remote.abort("aborted")  # at once, before it has all of its tokens
         await dropped.get()
         closed.close()
         await cancelled.get()
@@ -119,15 +120,16 @@ def test_it_is_a_drop_in_for_the_engine_in_this_process():
             await asyncio.gather(reads, return_exceptions=True)
         del dropped, cancelled, reads
         gc.collect()
-        assert await remote.abort("aborted")
         last = None
         while (delta := await aborted.get(10)) is not None:
             last = delta
         assert last.finish_reason == "abort"
         await until(lambda: remote.health()["requests"] == 0)
 
-        # Answer now.
-        thinker = await remote.start(Job("thinker", ids, CASES["greedy"], text))
+        # Answer now: a model that would never come to it by itself.
+        closing_tag = card.tokenizer.token_to_id("</think>")
+        thinks = SamplingParams(temperature=0.0, max_tokens=1500, logit_bias={closing_tag: -100.0})
+        thinker = await remote.start(Job("thinker", ids, thinks, text))
         assert await remote.end_thinking("thinker")
         content = ""
         while (delta := await thinker.get(10)) is not None:

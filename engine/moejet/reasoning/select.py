@@ -122,13 +122,28 @@ class Borda:
 @dataclass(frozen=True, slots=True)
 @checked
 class Best:
-    """The candidate with the highest score, among those with an answer if there are any: best-of-n."""
+    """The candidate with the highest score, among those with an answer if there are any: best-of-n.
+
+    margin: what the scorer cannot tell apart, for instance its calibration error. Among candidates whose scores lie
+    within it below the highest, the answer that most of them give decides. The highest of many scores is otherwise the
+    one with the largest error: candidates that agree have nearly equal scores, and any odd one may lie above them.
+    """
 
     scorer: Scorer
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_number("margin", self.margin, 0)
 
     def choose(self, task: Task, candidates: Sequence[Candidate]) -> Run[Result]:
         scored = yield from with_scores(task, candidates, self.scorer)
         able = [i for i, c in enumerate(scored) if c.answer is not None] or range(len(scored))
+        if self.margin:
+            least = max(scored[i].scores[SCORE] for i in able) - self.margin
+            near = [i for i in able if scored[i].scores[SCORE] >= least]
+            yield from task.classify(scored[i].answer for i in near)
+            agreed = votes(task, [scored[i] for i in near])
+            able = [near[member] for member in agreed[0].members] if agreed else near
         best = max(able, key=lambda i: (scored[i].scores[SCORE], scored[i].mean.logprob, -i))
         yield from task.tell("vote", f"best of {len(scored)}: {scored[best].scores[SCORE]:.3f}")
         return Result(scored[best], tuple(scored))

@@ -5,7 +5,7 @@
 | single | one pass | |
 | vote:N, shortest:N | majority of N samples; the shortest sample that agrees with it | |
 | mbr:N | the one of N samples that is most like all others | utility=f1/exact |
-| weighted:N, borda:N, best:N | N samples: a vote weighted by a scorer, or by rank; the best | temperature; p |
+| weighted:N, borda:N, best:N | N samples: a vote weighted by a scorer, or by rank; the best | temperature; p; margin |
 | adaptive:N | up to N samples, until one answer leads with probability 0.95 | confidence |
 | deepconf:N | up to N samples, those of low confidence stopped | warmup, keep, window, mode, wave |
 | rounds:N | rounds until two agree, N at most | least, agree |
@@ -302,7 +302,7 @@ _BUILDERS: dict[str, Callable[[Options], Strategy]] = {
     "vote": lambda o: _sample(o, Majority()),
     "weighted": _weighted,
     "borda": lambda o: _sample(o, Borda(o.scorer(), o.real("p", 0.5))),
-    "best": lambda o: _sample(o, Best(o.scorer())),
+    "best": lambda o: _sample(o, Best(o.scorer(), o.real("margin", 0.0))),
     "shortest": lambda o: _sample(o, Shortest()),
     "mbr": _mbr,
     "adaptive": _adaptive,
