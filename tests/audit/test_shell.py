@@ -10,7 +10,7 @@ MOEJET = f"{sys.executable} -m moejet"
 # A shell's line, the exit code that the README promises, and what stderr holds.
 LINES = {
     "a reader that leaves": (f"{MOEJET} --help | head -1; exit ${{PIPESTATUS[0]}}", (0, 141), ""),
-    "a full disk": (f"{MOEJET} --help > /dev/full", (1,), "cannot write the output"),
+    "a full disk": (f"{MOEJET} --help > /dev/full", (1,), "No space left"),
     "closed output": (f"{MOEJET} --help >&-", (0, 1), ""),
     "closed errors": (f"{MOEJET} nonsense 2>&-", (2,), ""),
     "closed input": (f"{MOEJET} eval no-such-file.jsonl <&-", (2,), "no-such-file.jsonl"),
