@@ -100,9 +100,9 @@ def test_places_that_cannot_be_written_or_read(
         raise OSError(28, "No space left on device")
 
     with LLM(model, **OPTIONS) as llm:
-        with pytest.raises(ValueError, match="cannot be read: No such file"):
+        with pytest.raises(ValueError, match="cannot be read, No such file"):
             llm.load_session(tmp_path / "missing")
-        with pytest.raises(ValueError, match=r"cannot be saved to .*: No such file"):
+        with pytest.raises(ValueError, match="cannot be saved there, No such file"):
             llm.save_session(tmp_path / "missing" / "s", IDS)
         llm.save_session(tmp_path / "s", IDS)
         before = (tmp_path / "s").read_bytes()

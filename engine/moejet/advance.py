@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from moejet.policy import Stop, TokenPolicy
 from moejet.request import CompletionOutput, SamplingParams
 from moejet.sample_state import SampleState
 from moejet.sampler import derive_seed
-from moejet.validation import require_int
+from moejet.validation import require_int, require_type, short
 
 if TYPE_CHECKING:
     from moejet.engine import Engine
@@ -29,6 +29,8 @@ class _Until(TokenPolicy):
         self._ids: set[int] = set()
         if condition is None or callable(condition):
             return
+        if not isinstance(condition, str | int | Collection) or isinstance(condition, Mapping):
+            raise ValueError(f"until={short(condition)} must be strings, token ids, or a function")
         for item in [condition] if isinstance(condition, str | int) else list(condition):
             if isinstance(item, str) and item:
                 self._strings.append(item)
@@ -36,7 +38,7 @@ class _Until(TokenPolicy):
                 self._ids.add(item)
             else:
                 raise ValueError(
-                    f"until holds {item!r}: give non-empty strings, token ids, or a function of the "
+                    f"until holds {short(item)}: give non-empty strings, token ids, or a function of the "
                     "new text and token ids"
                 )
 
@@ -123,7 +125,9 @@ def _for_each(name: str, value: Any, count: int) -> list[Any]:
     if not isinstance(value, list | tuple):
         return [value] * count
     if len(value) != count:
-        raise ValueError(f"{name} has {len(value)} entries for {count} branches")
+        raise ValueError(
+            f"{name}={short(value)} has {len(value)} entries for {count} branches: give one for each"
+        )
     return list(value)
 
 
@@ -147,7 +151,7 @@ def _resume(
 
 def _check_branches(llm: BranchHost, branches: Sequence[Branch]) -> None:
     if not isinstance(branches, Sequence) or not all(isinstance(b, Branch) for b in branches):
-        raise ValueError("branches must be a list of branches")
+        raise ValueError(f"branches={short(branches)} must be a list of branches")
     if len(set(branches)) < len(branches):
         raise ValueError("a branch is listed twice: fork it")
     if any(branch.llm is not llm for branch in branches):
@@ -156,6 +160,7 @@ def _check_branches(llm: BranchHost, branches: Sequence[Branch]) -> None:
 
 def _check(engine: Engine, branch: Branch, max_tokens: int | None, params: SamplingParams) -> None:
     require_int("max_tokens", max_tokens, 0, or_none=True)
+    require_type("params", params, SamplingParams)
     for name, default, remedy in (
         ("n", 1, "fork the branch"),
         ("stop", (), "use until="),

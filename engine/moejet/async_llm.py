@@ -30,7 +30,7 @@ from moejet.request import MAX_LOGPROBS, RequestOutput, SamplingParams, TokenLog
 from moejet.request_stream import RequestStream
 from moejet.ticket import check_limits
 from moejet.tokenizer import Tokenizer
-from moejet.validation import require_int, require_text
+from moejet.validation import require_ids, require_int, require_text, require_type
 
 if TYPE_CHECKING:
     from moejet.reasoning.answer_classes import Answers
@@ -111,6 +111,7 @@ class AsyncLLM:
             "memory_gbps": memory_gbps,
         }
         check_limits(**limits)
+        require_type("llm", llm, LLM)
         self = cls.__new__(cls)
         self._setup(llm, limits)
         return self
@@ -212,7 +213,7 @@ class AsyncLLM:
         priority: int = 0,
     ) -> list[TokenLogprobs]:
         """The same with the num_top tokens that the model would have thought most likely in each place."""
-        ids = [int(t) for t in token_ids]
+        ids = require_ids("token_ids", token_ids)
         require_int("num_top", num_top, 0, MAX_LOGPROBS)
         stream = self._request(lambda: (None, ids), None, request_id, priority, num_top)
         output = await stream.result()
@@ -245,6 +246,7 @@ class AsyncLLM:
         """
         from moejet.reasoning.async_runs import AsyncRuns, StrategyStream, Wanted
 
+        require_text("request_id", request_id, or_none=True)
         with self._runs_lock:
             if self._runs is None:
                 self._runs = AsyncRuns(self._thread)
@@ -280,6 +282,7 @@ class AsyncLLM:
 
         None if there is no such request, or it waits.
         """
+        require_text("request_id", request_id)
         return self._thread.engine.progress(request_id)
 
     async def abort(self, request_id: str) -> bool:
@@ -287,6 +290,7 @@ class AsyncLLM:
 
         A strategy ends with the best of what it has. Returns when it has ended; False if there is none of that id.
         """
+        require_text("request_id", request_id)
         self._thread.check_process()
         ticket = self._thread.find(request_id)
         if ticket is None:
@@ -305,6 +309,7 @@ class AsyncLLM:
         So do all branches of a strategy, which begins no further ones. False if there is no request of that id, or none
         of its samples thinks.
         """
+        require_text("request_id", request_id)
         self._thread.check_process()
         ticket = self._thread.find(request_id)
         if ticket is None:

@@ -24,10 +24,12 @@ from moejet.request import FinishReason, Request, SamplingParams
 from moejet.sample_state import SampleState
 from moejet.statistics import TokenStatistics
 from moejet.thinking import split_reasoning
+from moejet.validation import require_bool, require_ids, require_int, short
 
 if TYPE_CHECKING:
     from moejet.engine import Engine
 
+MAX_FORKS = 1 << 16  # at once
 BRANCH_ID = "branch-"  # how the request ids of branches begin, and no other's
 Until = str | int | Collection[str | int] | Callable[[str, Sequence[int]], bool] | None
 
@@ -191,8 +193,8 @@ class Branch:
 
     def fork(self, n: int = 1, *, computes: bool = True) -> list[Branch]:
         """n copies that share what is computed; what is not computed yet is computed first, unless computes=False."""
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"n={n!r} must be an integer of at least 1")
+        require_int("n", n, 1, MAX_FORKS)
+        require_bool("computes", computes)
         self._check_usable()
         if computes and not self.is_computed:
             self.advance(max_tokens=0)
@@ -208,9 +210,9 @@ class Branch:
         """
         with self.llm.exclusive() as engine:
             self._check_usable()
-            ids = self._state.encode(more) if isinstance(more, str) else list(more)
+            ids = self._state.encode(more) if isinstance(more, str) else require_ids("more", more)
             if not ids:
-                raise ValueError("nothing to append: give a text or token ids")
+                raise ValueError(f"more={short(more)}: nothing to append; give a text or token ids")
             engine.rules.check_prompt([*self._request.token_ids, *ids], SamplingParams())
             for token_id in ids:
                 was_thinking = self._assembler.is_thinking

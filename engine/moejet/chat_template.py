@@ -93,7 +93,7 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
             f"messages must be a list of {{'role', 'content'}} dicts, not {type(messages).__name__}"
         )
     if not messages:
-        raise ValueError("messages is empty: it needs at least one message")
+        raise ValueError("messages is empty ([]): it needs at least one message")
     return [_check_message(i, message) for i, message in enumerate(messages)]
 
 

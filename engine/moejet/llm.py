@@ -32,6 +32,7 @@ from moejet.request import RequestOutput, SamplingParams, StreamDelta
 from moejet.session import Session
 from moejet.timing import step_overhead, time_decode, time_prefill
 from moejet.tokenizer import Tokenizer
+from moejet.validation import require_ids, require_path, require_type, short
 
 TINY_REASONER = "tiny-reasoner"
 
@@ -64,6 +65,7 @@ class LLM:
         configuration of your own.
         """
         model_config = parse_preset(shape) if isinstance(shape, str) else shape
+        require_type("shape", model_config, ModelConfig, "or the name of a preset")
         name = shape if isinstance(shape, str) else shape.model_type
         config = EngineConfig.create(model=f"synthetic:{name}", **engine_options)
         llm = cls.__new__(cls)
@@ -179,7 +181,7 @@ class LLM:
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of each token given those before it: len(token_ids) - 1 values, the first token has none."""
-        ids = [int(t) for t in token_ids]
+        ids = require_ids("token_ids", token_ids)
         scores = self.run([partial(self.engine.add_scoring, ids)])[0].prompt_logprobs
         assert scores is not None
         return list(scores)
@@ -195,26 +197,34 @@ class LLM:
 
         What is not in the cache any more is computed. After `load_session` the next turn computes only what is new.
         """
+        path = require_path("path", path)
         messages = None
+        if not isinstance(conversation, Sequence) or isinstance(conversation, str | bytes):
+            raise ValueError(
+                f"conversation={short(conversation)} must be a list of messages, or of token ids"
+            )
         if conversation and all(isinstance(item, Mapping) for item in conversation):
             messages = cast(Sequence[Message], conversation)
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
             tokens = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            tokens = self.prompts.tokenise(conversation)[1]
+            tokens = require_ids("conversation", conversation)
+            if not tokens:
+                raise ValueError("conversation=[] is empty: the prompt is empty; give messages")
         with self.exclusive() as engine:
             if not self.config.prefix_caching:
                 raise ValueError("sessions need prefix_caching=True")
             self._run_all([(None, tokens)], SamplingParams(temperature=0.0, max_tokens=1))
-            return session.save(engine, Path(path), tokens, messages)
+            return session.save(engine, path, tokens, messages)
 
     def load_session(self, path: str | Path) -> Session:
         """Reads a saved conversation into the cache and returns it.
 
         Raises ValueError, naming what differs, if it was saved with another model or other settings, or is damaged.
         """
+        path = require_path("path", path)
         with self.exclusive() as engine:
-            return session.load(engine, Path(path))
+            return session.load(engine, path)
 
     @property
     def cost(self) -> ModelCost:
@@ -290,7 +300,7 @@ class LLM:
             )
         items = list(prompts)
         if not items:
-            raise ValueError("no prompts given: the list is empty")
+            raise ValueError("no prompts given: the list is empty, give at least one")
         if all(isinstance(item, int) for item in items):
             return [items]
         return items
@@ -312,8 +322,8 @@ class LLM:
             )
         if len(sampling_params) != len(prompts):
             raise ValueError(
-                f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts: "
-                "give one for all or one for each"
+                f"sampling_params={short(sampling_params)} has {len(sampling_params)} entries "
+                f"for {len(prompts)} prompts: give one for all or one for each"
             )
         return self.run(
             [
@@ -404,6 +414,7 @@ class LLM:
     ) -> Generator[StreamDelta, None, None]:
         text, tokens = prompt
         params = self.default_sampling() if params is None else params
+        require_type("sampling_params", params, SamplingParams)
         with self.exclusive() as engine:
             engine.rules.check_prompt(tokens, params)
         return self._deltas(text, tokens, params)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from moejet.tokenizer import Tokenizer
+from moejet.validation import require_ids, short
 
 Message = Mapping[str, Any]
 
@@ -29,11 +30,13 @@ class PromptReader:
         self, prompt: str | Sequence[int] | Sequence[Message], template_kwargs: dict[str, Any]
     ) -> tuple[str | None, list[int]]:
         """A text, token ids, or a conversation."""
-        is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
-        if is_chat:
+        is_list = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+        if is_list and prompt and isinstance(prompt[0], Mapping):
             return self.render(cast(Sequence[Message], prompt), template_kwargs)
         if template_kwargs:
-            raise ValueError(f"{', '.join(template_kwargs)}: a text has no chat template")
+            raise ValueError(
+                f"template_kwargs={short(template_kwargs)}: a text has no chat template; pass messages"
+            )
         return self.tokenise(prompt)
 
     def tokenise(self, prompt: Any) -> tuple[str | None, list[int]]:
@@ -42,13 +45,9 @@ class PromptReader:
             if not prompt:
                 raise ValueError("the prompt is empty: it needs at least one token")
             return prompt, self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
             raise ValueError(f"a prompt must be text or a list of token ids, not {kind(prompt)}")
-        ids: list[int] = list(prompt)
-        bad = next((t for t in ids if not isinstance(t, int) or isinstance(t, bool)), None)
-        if bad is not None:
-            raise ValueError(f"prompt token {bad!r} is not an integer: pass text or token ids")
-        return None, ids
+        return None, require_ids("prompt", prompt)
 
     def render(
         self, messages: Sequence[Message], template_kwargs: dict[str, Any]

@@ -10,6 +10,7 @@ from moejet.policy import ThinkingBudget, TokenPolicy
 from moejet.request import SamplingParams
 from moejet.thinking import prompt_opens_thinking
 from moejet.tokenizer import Tokenizer
+from moejet.validation import short
 
 _END_TOKENS = 64  # of a prompt, which tell whether it ends with a tag: the whole may be very long
 
@@ -34,7 +35,7 @@ class RequestRules:
         """Raises ValueError if a prompt cannot be served as asked."""
         if not token_ids:
             raise ValueError("the prompt is empty: it needs at least one token")
-        self._check_ids(token_ids)
+        self._check_ids("the prompt", token_ids)
         if len(token_ids) >= self.max_context:
             raise ValueError(
                 f"the prompt has {len(token_ids)} tokens, and a context of max_context="
@@ -46,19 +47,24 @@ class RequestRules:
     def check_scoring(self, token_ids: list[int]) -> None:
         """Raises ValueError if a prompt cannot be scored."""
         if len(token_ids) < 2:
-            raise ValueError(f"score needs at least 2 tokens, got {len(token_ids)}")
+            raise ValueError(
+                f"token_ids={short(token_ids)} has {len(token_ids)} entries: score needs at least 2 tokens"
+            )
         if len(token_ids) > self.max_context:
             raise ValueError(
-                f"score got {len(token_ids)} tokens, more than max_context={self.max_context}: "
+                f"token_ids has {len(token_ids)} tokens, more than max_context={self.max_context}: "
                 "raise max_context or shorten the input"
             )
-        self._check_ids(token_ids)
+        self._check_ids("token_ids", token_ids)
 
-    def _check_ids(self, token_ids: list[int]) -> None:
+    def _check_ids(self, name: str, token_ids: list[int]) -> None:
         vocab = self.model_config.vocab_size
         for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < vocab:
-                raise ValueError(f"token id {token_id} is outside the vocabulary of {vocab}")
+                raise ValueError(
+                    f"{name} holds token id {short(token_id)}, which is outside the vocabulary of "
+                    f"{vocab}: use those from 0 to {vocab - 1}"
+                )
 
     def check_params(self, params: SamplingParams) -> None:
         """Raises ValueError if this model cannot do what is asked."""

@@ -21,6 +21,7 @@ from moejet.block_pool import extend_hashes
 from moejet.cache_blocks import CacheBlocks
 from moejet.engine import Engine
 from moejet.framed_file import fingerprint_of
+from moejet.validation import short
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,9 @@ def save(
         )
     except OSError as error:
         reason = "no room on the disk" if error.errno == errno.ENOSPC else error.strerror
-        raise ValueError(f"the session cannot be saved to {path}: {reason}") from error
+        raise ValueError(
+            f"path={short(str(path))}: the session cannot be saved there, {reason}; choose another place"
+        ) from error
     return _session(token_ids, messages, len(blocks) * engine.config.block_size)
 
 
@@ -70,7 +73,9 @@ def load(engine: Engine, path: Path) -> Session:
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise ValueError(f"the session {path} cannot be read: {error.strerror}") from error
+        raise ValueError(
+            f"path={short(str(path))}: the session cannot be read, {error.strerror}; check the path"
+        ) from error
     try:
         header = read_header(fd)
         _check_key(engine, header)
@@ -83,7 +88,9 @@ def load(engine: Engine, path: Path) -> Session:
             raise ValueError("its tokens are not those of its blocks")
         _fill(engine, fd, header)
     except KeyError as error:
-        raise ValueError(f"the session {path} cannot be used: it lacks {error}") from error
+        raise ValueError(
+            f"the session {path} cannot be used: it lacks {error}; save it again"
+        ) from error
     except (ValueError, OSError) as error:
         raise ValueError(f"the session {path} cannot be used: {error}") from error
     finally:

@@ -17,8 +17,10 @@ from moejet.batch import Batch
 from moejet.engine import Engine
 from moejet.ops.latent_rows import encode_latents
 from moejet.request import Request, SamplingParams
+from moejet.validation import require_int
 
 _OVERHEAD_STEPS = 16
+MAX_BATCH = 4096  # sequences
 
 
 def time_prefill(engine: Engine, num_tokens: int, depth: int) -> float:
@@ -45,6 +47,7 @@ def step_overhead(engine: Engine, batch: int) -> float:
 
     `batch` sequences are generated greedily from prompts of one token.
     """
+    require_int("batch", batch, 1, MAX_BATCH)
     assert not engine.has_work, "other requests would take part in the steps"
     steps = min(_OVERHEAD_STEPS, engine.max_context - 2)
     params = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True)
@@ -65,6 +68,9 @@ def scratch_requests(
     engine: Engine, num_tokens: int, depth: int, batch: int
 ) -> Iterator[list[Request]]:
     """`batch` requests of random tokens outside the schedule, `depth` of them in the cache already."""
+    require_int("num_tokens", num_tokens, 1, engine.max_context)
+    require_int("depth", depth, 0, engine.max_context - num_tokens, "both have to fit max_context")
+    require_int("batch", batch, 1, MAX_BATCH)
     generator = torch.Generator().manual_seed(0)
     vocab = engine.model_config.vocab_size
     with ExitStack() as stack:

@@ -26,6 +26,7 @@ from moejet.chat_template import ChatTemplate
 from moejet.thinking import detect_think_tags
 from moejet.tokenizer_files import NAMED_TOKENS, read_tokenizer
 from moejet.tool_markers import KNOWN_TOOL_MARKERS
+from moejet.validation import short
 
 
 class Tokenizer:
@@ -135,7 +136,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"text is not valid Unicode: lone surrogate at position {error.start}"
+                f"text {short(text)} is not valid Unicode: lone surrogate at position {error.start}; "
+                "remove it"
             ) from error
         ids: list[int] = self.raw.encode(text, add_special_tokens=add_special_tokens).ids
         if not add_special_tokens:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import sys
 import types
 import typing
@@ -137,6 +138,32 @@ def require_type(name: str, value: object, kind: type, remedy: str = "") -> None
         raise ValueError(
             f"{name}={short(value)} must be {_PLAIN[kind][1] if kind in _PLAIN else _article(kind.__name__)}{hint}"
         )
+
+
+def require_path(name: str, value: object) -> Path:
+    """Where a file is, or will be."""
+    try:
+        is_path = isinstance(value, str | Path) and bool(os.fsencode(value))
+    except UnicodeError:
+        is_path = False
+    if not is_path or "\0" in str(value):
+        raise ValueError(f"{name}={short(value)} must be a path")
+    value = typing.cast("str | Path", value)
+    return Path(value)
+
+
+def require_ids(name: str, value: object) -> list[int]:
+    """Token ids, as a list of integers; whether a model has them is another question."""
+    # An array of numpy's, or a tensor, holds what counts as integers.
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+        raise ValueError(f"{name}={short(value)} must be a list of token ids")
+    ids = list(typing.cast(Iterable[Any], value))
+    for i, token_id in enumerate(ids):
+        if not is_int(token_id):
+            if not hasattr(token_id, "__index__") or isinstance(token_id, bool):
+                raise ValueError(f"{name} holds {short(token_id)}: token ids must be integers")
+            ids[i] = token_id.__index__()
+    return ids
 
 
 def checked(cls: type[T]) -> type[T]:

@@ -280,7 +280,7 @@ def test_wrong_limits_are_named(llm: LLM) -> None:
         Sample(wave=0)
     with pytest.raises(ValueError, match="concurrency=0"):
         solve_many(llm, PROMPTS, Single(), concurrency=0)
-    with pytest.raises(ValueError, match="seeds has 1"):
+    with pytest.raises(ValueError, match="has 1 entries for 3"):
         solve_many(llm, PROMPTS, Single(), seeds=[1])
 
 

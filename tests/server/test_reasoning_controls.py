@@ -207,12 +207,12 @@ def test_whether_the_thinking_is_returned(tokenizers):
         ({"output_config": {"effort": "wild"}}, r"output_config\.effort='wild' must be one of"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs must be an object"),
         ({"chat_template_kwargs": {"enable_thinking": 1}}, "enable_thinking=1 must be true"),
-        ({"chat_template_kwargs": {"messages": []}}, r"\.'messages' is not a variable"),
+        ({"chat_template_kwargs": {"messages": []}}, "'messages', which is not a variable"),
         ({"chat_template_kwargs": {"bos_token": "x"}}, "is not a variable"),
         ({"chat_template_kwargs": {"raise_exception": 1}}, "is not a variable"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "is not a variable"),
         ({"chat_template_kwargs": {"language": "x" * (1 << 20)}}, "characters as JSON, and 16384"),
-        ({"chat_template_kwargs": {"x" * 9999: 1}}, r"x\.\.\. is not a variable"),
+        ({"chat_template_kwargs": {"x" * 9999: 1}}, r"x\.\.\., which is not a variable"),
     ],
 )
 def test_what_is_wrong_is_named(tokenizers, fields, message):

@@ -57,6 +57,13 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"moejet: error: {message} (try '{self.prog} --help')\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse keeps it to itself when help could not be written, as to a full disk."""
+        if message and file is sys.stdout and file is not sys.stderr:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
             return super()._get_value(action, arg_string)

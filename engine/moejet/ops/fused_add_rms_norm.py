@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moejet.environment import use_reference
+from moejet.ops.native import check_tensor
 from moejet.ops.rms_norm import rms_norm, rms_norm_ref
 
 
@@ -21,6 +22,9 @@ def fused_add_rms_norm(
         from moejet.kernels.fused_add_rms_norm import fused_add_rms_norm as launch
 
         return launch(x, residual, weight, eps, out_dtype=out_dtype)
+    check_tensor("residual", residual, x.shape, x)
+    if not residual.is_floating_point():
+        raise TypeError(f"residual has dtype {residual.dtype}, expected a float: use .float()")
     residual += x
     return rms_norm(residual, weight, eps, out_dtype=out_dtype)
 

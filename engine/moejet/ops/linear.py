@@ -108,6 +108,8 @@ def linear(x: Tensor, matrices: PackedMatrices) -> Tensor:
     """
     if use_reference():
         return linear_ref(x, matrices)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x has shape {list(x.shape)}, expected [T, cols] or [T, G, cols]")
     weights = matrices.weights
     shape: tuple[int, ...] = (x.shape[0], weights.num_matrices, weights.rows)
     if weights.num_matrices == 1 and x.dim() == 2:

@@ -21,6 +21,7 @@ from torch import Tensor
 from moejet.environment import use_reference
 from moejet.ops.latent_rows import decode_latents
 from moejet.ops.linear import PackedMatrices, linear_ref
+from moejet.ops.native import check_dims, check_tensor
 
 
 class UpProjections(Protocol):
@@ -60,6 +61,8 @@ def mla_attention(
             context_lens=context_lens,
             scale=scale,
         )
+    check_dims("q_nope", q_nope, "T, H, N")
+    check_tensor("q_pe", q_pe, (*q_nope.shape[:2], q_pe.shape[-1] if q_pe.dim() else 0), q_nope)
     matrices = up.w_uk
     out = torch.empty(*q_nope.shape[:2], up.w_uv.weights.rows, dtype=torch.float32)
     used = matrices._C.mla_attention(

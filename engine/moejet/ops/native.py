@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -28,6 +29,25 @@ def runs_native(*tensors: Tensor | None) -> bool:
         if tensor.dim() == 2 and tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1]:
             return False
     return True
+
+
+def check_tensor(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> None:
+    """Raises ValueError for a tensor of another shape or on another device, which torch might broadcast.
+
+    Before a reference runs: the kernels check by themselves.
+    """
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, expected {list(shape)}: pass one that fits"
+        )
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {like.device}: use .to()")
+
+
+def check_dims(name: str, tensor: Tensor, dims: str) -> None:
+    """Raises ValueError for another number of dimensions. dims: their names, as in "T, D"."""
+    if tensor.dim() != dims.count(",") + 1:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{dims}]")
 
 
 def cpu_isa() -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moejet.environment import use_reference
 from moejet.extension import load_extension
-from moejet.ops.native import cpu_isa, runs_native
+from moejet.ops.native import check_tensor, cpu_isa, runs_native
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -> Tensor:
@@ -24,6 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -
         out = torch.empty(rows.shape, dtype=torch.float32)
         load_extension().rms_norm(rows, weight, eps, out, isa=cpu_isa())
         return out.view(x.shape)
+    check_tensor("weight", weight, x.shape[-1:], x)
     return rms_norm_ref(x, weight, eps, out_dtype=out_dtype)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moejet.environment import use_reference
 from moejet.extension import load_extension
-from moejet.ops.native import cpu_isa, runs_native
+from moejet.ops.native import check_tensor, cpu_isa, runs_native
 from moejet.rope_config import RopeConfig
 
 _MAX_NATIVE_DIM = 512
@@ -60,7 +60,10 @@ def apply_rope(x: Tensor, cos_sin: Tensor, *, interleave: bool) -> Tensor:
         from moejet.kernels.rope import apply_rope as launch
 
         return launch(x, cos_sin, interleave=interleave)
+    if x.dim() not in (2, 3) or x.shape[-1] % 2:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [T, R] or [T, H, R] with R even")
     if x.shape[-1] > _MAX_NATIVE_DIM or not runs_native(x, cos_sin):
+        check_tensor("cos_sin", cos_sin, (x.shape[0], x.shape[-1]), x)
         return apply_rope_ref(x, cos_sin, interleave=interleave)
     out = torch.empty(x.shape, dtype=torch.float32)
     heads = (x, out) if x.dim() == 3 else (x.unsqueeze(1), out.unsqueeze(1))

@@ -17,7 +17,7 @@ from torch import Tensor
 from moejet.config import ModelConfig
 from moejet.environment import use_reference
 from moejet.extension import load_extension
-from moejet.ops.native import cpu_isa, runs_native
+from moejet.ops.native import check_dims, check_tensor, cpu_isa, runs_native
 
 _MAX_NATIVE_EXPERTS = 1024
 
@@ -36,7 +36,16 @@ def router_topk(
 
         selection = selection_of(config)
         return launch(router_logits, bias if selection["is_sigmoid"] else None, **selection)
+    check_dims("router_logits", router_logits, "T, E")
     if router_logits.shape[1] > _MAX_NATIVE_EXPERTS or not runs_native(router_logits, bias):
+        check_tensor(
+            "router_logits",
+            router_logits,
+            (len(router_logits), config.num_experts),
+            router_logits,
+        )
+        if bias is not None:
+            check_tensor("bias", bias, router_logits.shape[1:], router_logits)
         return router_topk_ref(router_logits, bias, config)
     num_tokens, top_k = router_logits.shape[0], config.num_experts_per_tok
     topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int32)

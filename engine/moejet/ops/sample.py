@@ -12,7 +12,7 @@ from torch import Tensor
 from moejet.environment import use_reference
 from moejet.extension import load_extension
 from moejet.ops.device_sampling import SamplingTensors, sample_on_device
-from moejet.ops.native import cpu_isa, runs_native
+from moejet.ops.native import check_dims, cpu_isa, runs_native
 from moejet.ops.sample_ref import choose_token, sample_tokens_ref
 from moejet.request import SamplingParams
 
@@ -24,6 +24,12 @@ def sample_tokens(logits: Tensor, params: list[SamplingParams], uniforms: list[f
 
     Waits for the device, where the logits are on one; `moejet.ops.device_sampling` does not.
     """
+    check_dims("logits", logits, "B, V")
+    if not len(params) == len(uniforms) == len(logits):
+        raise ValueError(
+            f"logits has shape {list(logits.shape)}, expected a row for each of {len(params)} params "
+            f"and {len(uniforms)} uniforms"
+        )
     if params and logits.is_cuda and not use_reference():
         rows = SamplingTensors.of(params, uniforms, device=logits.device, adjust=False)
         chosen: list[int] = sample_on_device(logits, rows)[0].tolist()

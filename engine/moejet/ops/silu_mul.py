@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moejet.environment import use_reference
+from moejet.ops.native import check_tensor
 
 
 def silu_mul(gate: Tensor, up: Tensor | None = None, *, out_dtype: torch.dtype) -> Tensor:
@@ -21,6 +22,7 @@ def silu_mul(gate: Tensor, up: Tensor | None = None, *, out_dtype: torch.dtype) 
         from moejet.kernels.silu_mul import silu_mul as launch
 
         return launch(gate, up, out_dtype=out_dtype)
+    check_tensor("up", up, gate.shape, gate)
     return silu_mul_ref(gate, up, out_dtype=out_dtype)
 
 

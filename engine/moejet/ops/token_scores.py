@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from moejet.ops.native import check_dims
 from moejet.ops.top_logits import top_logits
 from moejet.statistics import TokenScores
 
@@ -17,6 +18,12 @@ _CHUNK_ELEMENTS = 1 << 20  # of logits at a time: temporaries stay within a core
 
 def token_scores(logits: Tensor, token_ids: list[int]) -> list[TokenScores]:
     """The scores of the token chosen from each row. logits [B, V] fp32, finite or -inf."""
+    check_dims("logits", logits, "B, V")
+    if len(logits) != len(token_ids) or not logits.is_floating_point():
+        raise ValueError(
+            f"logits has shape {list(logits.shape)} and {logits.dtype}, expected float32 rows for "
+            f"{len(token_ids)} tokens"
+        )
     size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
     result: list[TokenScores] = []
     for begin in range(0, len(token_ids), size):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moejet.environment import use_reference
 from moejet.extension import load_extension
-from moejet.ops.native import cpu_isa, runs_native
+from moejet.ops.native import check_dims, cpu_isa, runs_native
 
 _MAX_NATIVE_K = 1024
 
@@ -18,6 +18,7 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, list[float]]:
     logits [B, V] fp32, finite or -inf, not all -inf. Returns values [B, k] fp32, ids [B, k] int32, and
     log(sum(exp(row))) per row: a token's log-probability is its logit minus that.
     """
+    check_dims("logits", logits, "B, V")
     num_rows, vocab_size = logits.shape
     k = min(k, vocab_size)
     if logits.is_cuda and not use_reference():

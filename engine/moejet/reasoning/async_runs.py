@@ -23,7 +23,7 @@ from moejet.reasoning.answer_classes import Answers
 from moejet.reasoning.budget import Budget
 from moejet.reasoning.driver import Active, Driver
 from moejet.reasoning.result import Progress, Result
-from moejet.reasoning.solver import Prompt, make_task, supervised
+from moejet.reasoning.solver import Prompt, check_strategy, make_task, supervised
 from moejet.reasoning.specs import parse_strategy
 from moejet.reasoning.task import Render, Strategy, Task
 from moejet.request import StreamDelta
@@ -206,6 +206,7 @@ class AsyncRuns:
         strategy = wanted.strategy
         if isinstance(strategy, str | Mapping):
             strategy = parse_strategy(strategy, self._llm)
+        check_strategy(strategy)
         task = make_task(
             self._llm,
             wanted.prompt,

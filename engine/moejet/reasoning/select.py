@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from moejet.reasoning.result import Candidate, Result
 from moejet.reasoning.scorers import Scorer
 from moejet.reasoning.task import Run, Task
-from moejet.validation import checked, require_number
+from moejet.validation import checked, require_number, require_type
 
 SCORE = "score"
 
@@ -201,6 +201,8 @@ class Shortest:
 
 def token_f1(a: str, b: str) -> float:
     """Harmonic mean of precision and recall of words, between 0 and 1."""
+    for name, text in (("a", a), ("b", b)):
+        require_type(name, text, str)
     first, second = Counter(a.split()), Counter(b.split())
     common = (first & second).total()
     total = first.total() + second.total()

@@ -28,6 +28,7 @@ from moejet.reasoning.ledger import Ledger
 from moejet.reasoning.result import Progress, Result
 from moejet.reasoning.task import Render, Run, Strategy, Task, messages_of
 from moejet.request import SamplingParams
+from moejet.validation import require_ids, require_int, require_text, require_type, short
 
 _THREADS = 4  # for what runs in the background
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -52,6 +53,8 @@ def solve(
     template · watch: gets the progress
     Raises what the strategy raises; ValueError for a wrong prompt.
     """
+    _check_functions(watch=watch)
+    require_int("seed", seed, -(2**63), 2**63 - 1)
     [result] = solve_many(
         llm,
         [prompt],
@@ -85,10 +88,16 @@ def solve_many(
     seeds: of each prompt, its number unless given · on_result: called with a prompt's number as soon as it is done.
     The first error ends all.
     """
-    if not isinstance(concurrency, int) or concurrency < 1:
-        raise ValueError(f"concurrency={concurrency!r} must be an integer of at least 1")
-    if seeds is not None and len(seeds) != len(prompts):
-        raise ValueError(f"seeds has {len(seeds)} entries for {len(prompts)} prompts")
+    check_strategy(strategy)
+    require_type("llm", llm, LLM)
+    require_int("concurrency", concurrency, 1)
+    _check_functions(watch=watch, on_result=on_result)
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+        raise ValueError(f"prompts={short(prompts)} must be a list of prompts; solve answers one")
+    if seeds is not None and len(require_ids("seeds", seeds)) != len(prompts):
+        raise ValueError(
+            f"seeds={short(seeds)} has {len(seeds)} entries for {len(prompts)} prompts: give one for each"
+        )
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
 
@@ -133,6 +142,7 @@ def stream(
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> Iterator[Progress | Result]:
     """As `solve`, with the progress as it comes and the result at the end. Closing the iterator ends the run."""
+    check_strategy(strategy)
     events: deque[Progress | Result] = deque()
     errors: list[BaseException] = []
 
@@ -154,6 +164,12 @@ def stream(
                 _step(driver)
     if errors:
         raise errors[0]
+
+
+def _check_functions(**functions: object) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ValueError(f"{name}={short(function)} must be a function or None")
 
 
 def _ignore(progress: Progress) -> None:
@@ -199,6 +215,17 @@ def make_task(
 
     messages: of which a prompt of token ids was made · render: makes prompts of further conversations
     """
+    require_type("llm", llm, LLM)
+    _check_optional(template_kwargs=(template_kwargs, Mapping), budget=(budget, Budget))
+    _check_optional(params=(params, SamplingParams), messages=(messages, Sequence))
+    require_int("seed", seed, -(2**63), 2**63 - 1)
+    _check_functions(render=render)
+    if messages is not None and not all(isinstance(m, Mapping) and m for m in messages):
+        raise ValueError(f"messages={short(messages)} must be messages, as {{'role': 'user', ...}}")
+    if answers is not None and not isinstance(answers, Answers):
+        raise ValueError(f"answers={short(answers)} must be an object as AnswerKey()")
+    for key in template_kwargs or {}:
+        require_text("template_kwargs' name", key)
     kwargs = dict(template_kwargs or {})
     text, token_ids = llm.read_prompt(prompt, **kwargs)
     if answers is None:
@@ -216,6 +243,21 @@ def make_task(
         messages=messages_of(prompt) if messages is None else list(messages),
         render=render or partial(llm.read_prompt, **kwargs),
     )
+
+
+def _check_optional(**given: tuple[object, type]) -> None:
+    for name, (value, kind) in given.items():
+        if value is not None:
+            require_type(name, value, kind)
+
+
+def check_strategy(strategy: object) -> None:
+    """Raises ValueError for what is no strategy."""
+    if not isinstance(strategy, Strategy) or isinstance(strategy, type):
+        raise ValueError(
+            f"strategy={short(strategy)} must be an object as Sample(8); "
+            "moejet.reasoning.parse_strategy makes one of a text"
+        )
 
 
 def supervised(task: Task, strategy: Strategy) -> Run[Result]:

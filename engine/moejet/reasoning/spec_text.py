@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from moejet.validation import short
+
 MAX_DEPTH = 8
 _HEAD = re.compile(r"\s*([a-z_]+)(?::(\d+)(?:x(\d+))?)?(?::([a-z_]\w*))?\s*")
 _KEY = re.compile(r"\s*([a-z_]+)\s*=\s*")
@@ -124,7 +126,7 @@ class _Reader:
 def _from_object(given: Mapping[str, Any], place: str, depth: int) -> Spec:
     name = given.get("name")
     if not isinstance(name, str):
-        raise ValueError(f"{place}.name must be the name of a strategy, not {name!r}")
+        raise ValueError(f"{place}.name={short(name)} must be the name of a strategy")
     if not depth:
         raise ValueError(f"strategy {name!r} is too deep: at most {MAX_DEPTH} in one another")
     options: dict[str, Any] = {}

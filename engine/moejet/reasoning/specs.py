@@ -70,7 +70,7 @@ from moejet.reasoning.spec_options import Load, Options
 from moejet.reasoning.spec_text import Spec
 from moejet.reasoning.stopping import BetaStop, Decided, StopRule, Unanimous
 from moejet.reasoning.task import Strategy
-from moejet.validation import require_choice
+from moejet.validation import require_choice, require_int, require_type, short
 
 
 def strategy_names() -> tuple[str, ...]:
@@ -89,6 +89,10 @@ def parse_strategy(
     max_samples: that it may ask for; those of nested strategies multiply · load: loads models by their names; None
     where neither second models nor files may be named
     """
+    require_type("llm", llm, LLM)
+    require_int("max_samples", max_samples, 1, or_none=True)
+    if load is not None and not callable(load):
+        raise ValueError(f"load={short(load)} must be a function of a model's name, or None")
     read = Spec.read(spec)
     strategy, samples = _build(read, llm, load)
     if max_samples is not None and samples > max_samples:

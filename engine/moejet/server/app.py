@@ -39,6 +39,7 @@ from moejet.server.sse import WorkResponse, error_response
 from moejet.server.strategy_generation import StrategyGeneration
 from moejet.server.strategy_metrics import StrategyMetrics
 from moejet.server.tool_calls import detect_tool_format
+from moejet.validation import require_type, short
 
 if TYPE_CHECKING:
     from moejet.async_llm import AsyncLLM
@@ -136,7 +137,14 @@ def asgi_app(
     """
     if config is not None and options:
         raise ValueError(f"config and {', '.join(options)} are given: put all of them into config")
-    config = config or ServerConfig(**options)
+    config = ServerConfig(**options) if config is None else config
+    require_type("config", config, ServerConfig)
+    if observer is not None and not isinstance(observer, Observer):
+        raise ValueError(f"observer={short(observer)} must have the methods of Observer")
+    if not isinstance(public_paths, tuple | list) or not all(
+        isinstance(path, str) and path.startswith("/") for path in public_paths
+    ):
+        raise ValueError(f"public_paths={short(public_paths)} must be paths that begin with /")
     backend, owned = _backend_of(llm, config)
     metrics = ServerMetrics(backend)
     server = _server(
@@ -186,9 +194,10 @@ def _backend_of(
     # Not at the top: it loads torch, which a server beside its engine does not need.
     from moejet.async_llm import AsyncLLM
 
-    owned = None if isinstance(llm, AsyncLLM) else AsyncLLM.from_llm(llm)
-    engine = owned or llm
-    assert isinstance(engine, AsyncLLM), f"{engine=}"
+    if not isinstance(llm, AsyncLLM):
+        owned = engine = AsyncLLM.from_llm(llm)
+    else:
+        owned, engine = None, llm
     name = config.model_name or Path(engine.config.model).name
     return LocalBackend(engine, name=name), owned
 
@@ -219,7 +228,11 @@ async def _answer_nobody(_: Request, error: Exception) -> Response:
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), f"{error=}"
     path = request.url.path[:200]
-    message = {404: f"there is nothing at {path}", 405: f"{request.method} is not for {path}"}
+    allowed = (error.headers or {}).get("allow", "another method")
+    message = {
+        404: f"there is nothing at {path}: see /openapi.json for what there is",
+        405: f"{request.method} is not for {path}: use {allowed}",
+    }
     known = ApiError(
         error.status_code,
         message.get(error.status_code, str(error.detail)),

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moejet.reasoning.result import Progress as StrategyProgress
 from moejet.request import (
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _PROGRESS_S = 0.25  # between two looks at how far a prompt is
 
 
+@runtime_checkable
 class Observer(Protocol):
     """What is counted of requests; seconds are wall time."""
 

@@ -201,7 +201,7 @@ class _LimitedBody:
 def _too_large(config: ServerConfig) -> ApiError:
     return ApiError(
         413,
-        f"the body is larger than max_body_bytes={config.max_body_bytes}",
+        f"the body is larger than max_body_bytes={config.max_body_bytes}: shorten it",
         code="body_too_large",
         headers={"connection": "close"},
     )
@@ -252,7 +252,9 @@ async def read_json(request: Request, config: ServerConfig) -> Any:
         )
     charset = re.search(r"charset\s*=\s*\"?([^\s\";]+)", parameters, re.IGNORECASE)
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
-        raise ApiError(415, f"charset={charset[1][:40]!r} is not supported: send UTF-8")
+        raise ApiError(
+            415, f"content-type's charset={charset[1][:40]!r} is not supported: send UTF-8"
+        )
     body = await request.body()
     if len(body) < _OFF_LOOP_BYTES:
         return strict_json(body, config.max_json_depth)
@@ -265,7 +267,8 @@ def strict_json(body: bytes, max_depth: int) -> Any:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise wrong(
-            f"the body is not valid UTF-8 (byte {error.start})", code="invalid_utf8"
+            f"the body is not valid UTF-8 (byte {error.start}): send it as UTF-8",
+            code="invalid_utf8",
         ) from None
     try:
         value = json.loads(
@@ -276,7 +279,9 @@ def strict_json(body: bytes, max_depth: int) -> Any:
             parse_int=_integer,
         )
     except json.JSONDecodeError as error:
-        raise wrong(f"the body is not valid JSON: {error}", code="invalid_json") from None
+        raise wrong(
+            f"the body is not valid JSON: {error}; send an object", code="invalid_json"
+        ) from None
     except RecursionError:
         raise _too_deep(max_depth) from None
     _check_depth(value, max_depth)
@@ -285,7 +290,7 @@ def strict_json(body: bytes, max_depth: int) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise wrong(
-                "the body holds half of a surrogate pair, which is no character",
+                "the body holds half of a surrogate pair, which is no character: send both, or neither",
                 code="invalid_json",
             ) from None
     return value
@@ -296,7 +301,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         double = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise wrong(
-            f"the key {double[:80]!r} occurs twice in one object", double[:80], "invalid_json"
+            f"the key {double[:80]!r} occurs twice in one object: send it once",
+            double[:80],
+            "invalid_json",
         )
     return found
 
@@ -308,13 +315,19 @@ def _refuse_constant(name: str) -> float:
 def _finite(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise wrong(f"the number {text[:40]} is too large", code="invalid_json")
+        raise wrong(
+            f"the number {text[:40]} is too large: numbers must fit into 64 bits",
+            code="invalid_json",
+        )
     return value
 
 
 def _integer(text: str) -> int:
     if len(text) > 40:
-        raise wrong(f"the number {text[:40]}... is too large", code="invalid_json")
+        raise wrong(
+            f"the number {text[:40]}... is too large: numbers must fit into 64 bits",
+            code="invalid_json",
+        )
     return int(text)
 
 
@@ -333,4 +346,7 @@ def _check_depth(value: Any, max_depth: int) -> None:
 
 
 def _too_deep(max_depth: int) -> ApiError:
-    return wrong(f"the body is nested deeper than {max_depth} levels", code="invalid_json")
+    return wrong(
+        f"the body is nested deeper than {max_depth} levels: send a flatter one",
+        code="invalid_json",
+    )

@@ -37,27 +37,28 @@ class PromptMaker:
             raise wrong("this model has no tokenizer: send token ids to /v1/completions", "prompt")
         return self._tokenizer
 
-    def of_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def of_text(self, text: str, field: str, *, add_special_tokens: bool = True) -> list[int]:
         """A plain text, in which special tokens are what they say."""
-        self._check_length(text, "prompt")
-        return self.checked(self.tokenizer.encode(text, add_special_tokens))
+        self._check_length(text, field)
+        return self.checked(self.tokenizer.encode(text, add_special_tokens), field)
 
     def of_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         kwargs: Mapping[str, Any],
         *,
+        field: str = "messages",
         is_checked: bool = True,
     ) -> tuple[str, list[int]]:
         """The rendered conversation and its tokens; kwargs are the template's variables.
 
-        is_checked=False: also where it leaves no room for an answer.
+        field: of the request that holds it · is_checked=False: also where it leaves no room for an answer.
         """
-        prompt, token_ids = self._of_chat(messages, kwargs)
-        return prompt, self.checked(token_ids) if is_checked else token_ids
+        prompt, token_ids = self._of_chat(messages, kwargs, field)
+        return prompt, self.checked(token_ids, field) if is_checked else token_ids
 
     def _of_chat(
-        self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any]
+        self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any], field: str
     ) -> tuple[str, list[int]]:
         if self._tokenizer is None or not self._tokenizer.has_chat_template:
             raise wrong(
@@ -65,7 +66,7 @@ class PromptMaker:
                 "messages",
             )
         for message in messages:
-            self._check_length(message.get("content") or "", "messages")
+            self._check_length(message.get("content") or "", field)
         shaped = [self._shaped(message) for message in messages]
         texts = json.dumps([shaped, kwargs], ensure_ascii=False)
         if self._special_text.search(texts) is None:
@@ -103,10 +104,9 @@ class PromptMaker:
         ids = range(tokenizer.vocab_size)
         return max((len(tokenizer.token_bytes(i)) for i in ids), default=1)
 
-    def checked(self, token_ids: list[int]) -> list[int]:
+    def checked(self, token_ids: list[int], field: str) -> list[int]:
         """Raises ApiError if a prompt leaves no room for an answer."""
         if len(token_ids) >= self.max_context:
-            field = "messages" if self._tokenizer is not None else "prompt"
             raise self._too_long(f"{len(token_ids)} tokens", field)
         return token_ids
 

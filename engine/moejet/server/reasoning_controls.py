@@ -231,10 +231,10 @@ def _template_kwargs(
     allowed = variables.union(SWITCHES if tokenizer is not None else ())
     for name in value:
         if name not in allowed:
-            names = ", ".join(sorted(allowed)) or "no variables"
+            names = f"use {', '.join(sorted(allowed))}" if allowed else "leave it out"
             raise ValueError(
-                f"chat_template_kwargs.{short(name)} is not a variable of this model's chat "
-                f"template, which knows {names}"
+                f"chat_template_kwargs has {short(name)}, which is not a variable of this model's "
+                f"chat template: {names}"
             )
     return dict(value)
 

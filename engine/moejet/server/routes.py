@@ -38,6 +38,7 @@ from moejet.server.protocol.tokens import (
     tokenizer_info,
 )
 from moejet.server.sse import JsonResponse
+from moejet.validation import short
 
 if TYPE_CHECKING:
     from moejet.server.app import Server
@@ -216,7 +217,13 @@ def _add_control(app: FastAPI, server: Server) -> None:
 
 def _controlled(request_id: str, is_done: bool, state: str) -> Response:
     if not is_done:
-        raise ApiError(404, f"no request {request_id[:80]!r} {state} now", code="request_not_found")
+        raise ApiError(
+            404,
+            f"request_id={short(request_id)}: no such request {state} now; use the id in an answer "
+            "that is under way",
+            param="request_id",
+            code="request_not_found",
+        )
     return JsonResponse({"id": request_id, "object": "request", "ok": True})
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from moejet.validation import require_int, require_text, short
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
@@ -24,6 +26,11 @@ def serve_in_thread(app: ASGIApp, *, host: str = "127.0.0.1", port: int = 0) -> 
     """
     import uvicorn
 
+    if not callable(app) or isinstance(app, type):
+        raise ValueError(f"app={short(app)} must be an ASGI application, such as asgi_app(LLM())")
+    require_text("host", host)
+    require_int("port", port, 0, 65535)
+
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -35,7 +42,13 @@ def serve_in_thread(app: ASGIApp, *, host: str = "127.0.0.1", port: int = 0) -> 
         )
     )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as sock:
+    try:
+        sock = socket.create_server((host, port), family=family)
+    except (OSError, TypeError, UnicodeError) as error:
+        if isinstance(error, OSError) and (error.errno or 0) > 0:  # not of the resolver
+            raise
+        raise ValueError(f"host={short(host)} is unknown: use an address of this machine") from None
+    with sock:
         bound = sock.getsockname()[1]
 
         def run() -> None:

@@ -161,7 +161,7 @@ def marco(
 ) -> MCTS:
     """Marco-o1's search: steps or mini-steps, reward by the mean share of chosen tokens among the five likeliest."""
     return MCTS(
-        (NextStep(width, step or Steps.mini(32)),),
+        (NextStep(width, Steps.mini(32) if step is None else step),),
         Scored(Confidence("top5_share")),
         rollouts,
         params=params,

@@ -198,11 +198,14 @@ def conversation_plan(
     if template is not None:
         if not context.config.trust_request_template:
             raise wrong(
-                "chat_template: templates in requests are not trusted here (trust_request_template)",
+                f"chat_template={short(template)} is not trusted here: leave it out, or start the "
+                "server with trust_request_template",
                 "chat_template",
             )
         kwargs["chat_template"] = template
-    prompt, token_ids = context.prompts.of_chat(messages, kwargs)
+    prompt, token_ids = context.prompts.of_chat(
+        messages, kwargs, field="input" if dialect == "responses" else "messages"
+    )
     job = Job(request_id, token_ids, params, prompt=prompt, priority=priority)
     return Plan(
         request_id=request_id,

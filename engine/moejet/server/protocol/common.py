@@ -44,7 +44,7 @@ class Context:
         if name is not None and name not in (self.card.name, "", "default"):
             raise ApiError(
                 404,
-                f"model={short(name)} is not served here; this is {self.card.name!r}",
+                f"model={short(name)} is not served here: use {self.card.name!r}, or leave it out",
                 param="model",
                 code="model_not_found",
             )
@@ -105,7 +105,10 @@ def sampling_params(
 def _salt(salt: str | None) -> str | None:
     """vLLM's field: who sends another one shares no cached prefixes."""
     if salt is not None and not 1 <= len(salt) <= MAX_SALT_CHARS:
-        raise wrong(f"cache_salt must have 1 to {MAX_SALT_CHARS} characters", "cache_salt")
+        raise wrong(
+            f"cache_salt={short(salt)} has {len(salt)} characters: it must have 1 to {MAX_SALT_CHARS}",
+            "cache_salt",
+        )
     return salt
 
 

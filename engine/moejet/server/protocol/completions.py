@@ -120,15 +120,18 @@ def _prompts(request: CompletionRequest, context: Context) -> list[list[int]]:
     for i, one in enumerate(given):
         where = f"prompt[{i}]" if is_many else "prompt"
         if isinstance(one, str):
-            token_ids = context.prompts.of_text(one, add_special_tokens=specials)
+            token_ids = context.prompts.of_text(one, where, add_special_tokens=specials)
         else:
             vocab_size = context.card.vocab_size
             bad = next((t for t in one if not 0 <= t < vocab_size), None)
             if bad is not None:
-                raise wrong(f"{where} holds {short(bad)}: token ids are below {vocab_size}", where)
-            token_ids = context.prompts.checked(list(one))
+                raise wrong(
+                    f"{where} holds {short(bad)}: token ids must be between 0 and {vocab_size - 1}",
+                    where,
+                )
+            token_ids = context.prompts.checked(list(one), where)
         if not token_ids:
-            raise wrong(f"{where} is empty: it needs at least one token", where)
+            raise wrong(f"{where}={short(one)} is empty: it needs at least one token", where)
         prompts.append(token_ids)
     return prompts
 

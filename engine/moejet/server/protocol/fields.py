@@ -117,9 +117,11 @@ def parse(kind: type[Model], data: Any) -> Model:
 def _field_error(error: ValidationError, data: dict[str, Any]) -> ApiError:
     first = error.errors(include_url=False)[0]
     path = _field_path(first["loc"], data)
-    message = first["msg"].replace("Input should", "must")
     if first["type"] == "missing":
-        return wrong(f"{path} is missing: {message.lower()}", path)
+        return wrong(f"{path} is missing: it must be given", path)
+    message = first["msg"].replace("Input should", "must")
+    if first["type"] == "extra_forbidden":
+        message = "no such field is known; leave it out"
     return wrong(f"{path}={short(first['input'])}: {message}", path or None)
 
 

@@ -36,7 +36,12 @@ def tokenize(request: TokenizeRequest, context: Context) -> dict[str, Any]:
     context.check_model(request.model)
     given = [v for v in (request.prompt, request.content, request.messages) if v is not None]
     if len(given) != 1:
-        raise wrong("give one of prompt (a text) and messages (a conversation)", "prompt")
+        names = [n for n in ("prompt", "content", "messages") if getattr(request, n) is not None]
+        what = f"{' and '.join(names)} are given" if names else "prompt is missing"
+        raise wrong(
+            f"{what}: send one of prompt (a text), content (the same) and messages (a conversation)",
+            names[-1] if names else "prompt",
+        )
     if request.messages is not None:
         fields = {k: v for k, v in (request.model_extra or {}).items() if k in REASONING_FIELDS}
         kwargs = dict(normalise_reasoning(fields, context.tokenizer).template_kwargs)
@@ -75,6 +80,8 @@ def detokenize(request: DetokenizeRequest, context: Context) -> dict[str, Any]:
     vocab_size = context.card.vocab_size
     bad = next((t for t in request.tokens if not 0 <= t < vocab_size), None)
     if bad is not None:
-        raise wrong(f"tokens holds {short(bad)}: token ids are below {vocab_size}", "tokens")
+        raise wrong(
+            f"tokens holds {short(bad)}: token ids must be between 0 and {vocab_size - 1}", "tokens"
+        )
     text = context.tokenizer.decode(request.tokens, skip_special_tokens=False)
     return {"prompt": text, "content": text}
