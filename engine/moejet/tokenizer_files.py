@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from moejet import tiktoken_files
 from moejet.json_file import read_json_object
+from moejet.validation import short
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,11 @@ def _read_templates(root: Path, value: Any) -> dict[str, str]:
         templates = {str(entry["name"]): str(entry["template"]) for entry in named}
     elif isinstance(value, dict):
         templates = {str(name): str(source) for name, source in value.items()}
+    elif value is not None:
+        raise ValueError(
+            f"{root / 'tokenizer_config.json'} has chat_template={short(value)}, which must be a "
+            "string or a list of {name, template} objects: download it again"
+        )
     legacy = _read_json(root / "chat_template.json").get("chat_template")
     if isinstance(legacy, str):
         templates["default"] = legacy

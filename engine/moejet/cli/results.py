@@ -54,7 +54,7 @@ def read_results(file: str | Path) -> list[Row]:
         )
     try:
         whole = json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         numbered = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
         return [_parse(line, f"{path}, line {number}") for number, line in numbered]
     rows = whole if isinstance(whole, list) else [whole]
@@ -64,7 +64,7 @@ def read_results(file: str | Path) -> list[Row]:
 def _parse(line: str, where: str) -> Row:
     try:
         return _checked(json.loads(line), where)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
 
 

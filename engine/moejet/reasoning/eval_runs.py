@@ -337,7 +337,7 @@ def _objects(data: bytes, path: Path | None) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(data.splitlines(), 1):
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
         if not isinstance(value, dict):
             raise ValueError(f"{path}, line {number}: no JSON object")

@@ -278,7 +278,7 @@ def _read_index(index: Path) -> dict[str, str]:
         raw = json.loads(index.read_bytes())
         weight_map = raw["weight_map"]
         entries = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{index} is not a safetensors index ({error!r}): download it again"
         ) from error

@@ -72,7 +72,7 @@ class Library:
                     for entry in json.loads(text)
                 )
             )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
             fields = ", ".join(Template.__dataclass_fields__)
             raise ValueError(f"{path} is no list of objects with {fields}: {error!r}") from error
 
