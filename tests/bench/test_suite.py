@@ -82,7 +82,7 @@ def test_every_line_says_where_it_was_measured():
             if any(k == "bench" and isinstance(v, ast.Constant) for k, v in literals):
                 found.append(path.name)
                 assert None in node.keys, f"{path}, line {node.lineno}"
-                assert "describe_environment(" in text, path
+                assert text.count("describe_environment") > 1, path  # imported and used
         assert 'open("a' not in text, f"{path}: lines are written by moejet.cli.results"
     assert len(set(found)) > 15
 

@@ -54,7 +54,7 @@ def solve(
     Raises what the strategy raises; ValueError for a wrong prompt.
     """
     _check_functions(watch=watch)
-    require_int("seed", seed, -(2**63), 2**63 - 1)
+    require_int("seed", seed, -(2**63), 2**64 - 1)
     [result] = solve_many(
         llm,
         [prompt],
@@ -218,7 +218,7 @@ def make_task(
     require_type("llm", llm, LLM)
     _check_optional(template_kwargs=(template_kwargs, Mapping), budget=(budget, Budget))
     _check_optional(params=(params, SamplingParams), messages=(messages, Sequence))
-    require_int("seed", seed, -(2**63), 2**63 - 1)
+    require_int("seed", seed, -(2**63), 2**64 - 1)
     _check_functions(render=render)
     if messages is not None and not all(isinstance(m, Mapping) and m for m in messages):
         raise ValueError(f"messages={short(messages)} must be messages, as {{'role': 'user', ...}}")
