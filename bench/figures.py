@@ -89,17 +89,16 @@ def figures() -> list[Figure]:
 
 
 def accuracy_points(lines: list[dict[str, Any]]) -> list[Point]:
-    """Every strategy that can answer: a capped thinking cannot, at 0.01 it would only squeeze the others."""
+    """Every strategy that can answer, once where runs agree: a capped thinking cannot, at 0.01 it would only squeeze the others."""
     points: dict[str, Point] = {}
     for run, line in enumerate(lines, 1):
         for row in line["rows"]:
-            name = (
-                row["strategy"]
-                if row["strategy"] not in points
-                else f"{row['strategy']}, run {run}"
-            )
+            name = row["strategy"]
+            figures = (row["tokens"], row["accuracy"], *row["interval"])
+            if name in points and points[name] != Point(name, *figures):
+                name = f"{name}, run {run}"
             if not name.startswith("thinking capped"):
-                points[name] = Point(name, row["tokens"], row["accuracy"], *row["interval"])
+                points[name] = Point(name, *figures)
     return list(points.values())
 
 
